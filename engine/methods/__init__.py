@@ -1,0 +1,51 @@
+"""Search methods: each a generator that yields draws and receives evaluated particles.
+
+Driving one takes no model: send it lists of objects with a `reward` and a `step`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any
+
+from rollflow.errors import RequestError
+from rollflow.methods.bon import bon
+from rollflow.methods.rbf import rbf
+from rollflow.methods.svdd import svdd
+from rollflow.particle import Draw, Evaluated
+
+Search = Generator[list[Draw], list[list[Evaluated]], Evaluated]
+
+_METHODS: dict[str, Callable[..., Search]] = {"bon": bon, "rbf": rbf, "svdd": svdd}
+
+__all__ = ["Search", "bon", "make", "names", "rbf", "svdd"]
+
+
+def names() -> list[str]:
+    """The methods that `make` knows."""
+    return sorted(_METHODS)
+
+
+def make(name: str, nfe: int, steps: int, finish: int = 0, **options: Any) -> Search:
+    """Builds a search whose draws and finish together spend at most `nfe` function evaluations.
+
+    Args:
+        name: one of `names()`.
+        nfe: the whole budget, the finish included.
+        steps: how many points of the time grid are evaluated.
+        finish: deterministic steps that the engine runs from the chosen particle.
+        options: the method's own (`initial` of rbf, `children` of svdd).
+
+    Raises:
+        RequestError: an unknown method or option, or a budget too small for the method.
+    """
+    if name not in _METHODS:
+        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(names())}")
+    method = _METHODS[name]
+    allowed = [p for p in inspect.signature(method).parameters if p not in ("nfe", "steps", "finish")]
+    for option in options:
+        if option not in allowed:
+            known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
+            raise RequestError(f"the method {name} has no option {option!r}: {known}")
+    return method(nfe, steps, finish=finish, **options)

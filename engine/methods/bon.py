@@ -1,0 +1,30 @@
+"""Best of N: independent samples, the best final reward wins."""
+
+from __future__ import annotations
+
+from rollflow.methods.budget import best, require, whole
+from rollflow.particle import Draw
+
+
+def bon(nfe: int, steps: int, finish: int = 0):
+    """Best-of-N sampling: N = nfe // steps samples of the whole path; only their last evaluation is judged.
+
+    Args:
+        nfe: budget of function evaluations; what is left after N whole samples stays unspent.
+        steps: evaluations a sample.
+        finish: evaluations that the engine keeps for the finish of the chosen sample.
+
+    Raises:
+        RequestError: when the budget does not pay for one sample.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    require("bon", nfe, steps + finish, f"one sample of {steps} steps and a finish of {finish}")
+    return _search((nfe - finish) // steps, steps)
+
+
+def _search(samples: int, steps: int):
+    (particles,) = yield [Draw(None, samples, scored=steps == 1)]
+    for level in range(1, steps):
+        drawn = yield [Draw(particle, scored=level == steps - 1) for particle in particles]
+        particles = [child for (child,) in drawn]
+    return best(particles)

@@ -1,0 +1,32 @@
+"""What every method checks and chooses alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rollflow.errors import RequestError
+from rollflow.particle import Evaluated
+
+
+def require(method: str, nfe: int, smallest: int, why: str) -> None:
+    """Raises `RequestError` when `nfe` is below the smallest budget that the method can work with."""
+    if nfe < smallest:
+        raise RequestError(f"{method} cannot work with nfe={nfe}: the smallest budget is {smallest} ({why})")
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """`value` as an int of at least `least`, else a `RequestError` that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RequestError(f"{name}={value!r}: it must be a whole number of at least {least}")
+    return value
+
+
+def worth(particle: Evaluated) -> float:
+    """The reward as methods compare it: one that is not a number is worst."""
+    return -math.inf if particle.reward is None or math.isnan(particle.reward) else particle.reward
+
+
+def best(particles: Sequence[Evaluated]) -> Evaluated:
+    """The particle with the highest reward, the first drawn on ties."""
+    return max(particles, key=worth)

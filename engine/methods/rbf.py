@@ -1,0 +1,56 @@
+"""RBF: rollover budget forcing, the method of the paper."""
+
+from __future__ import annotations
+
+from rollflow.methods.budget import best, require, whole, worth
+from rollflow.particle import Draw
+
+
+def rbf(nfe: int, steps: int, initial: int | None = None, finish: int = 0):
+    """Rollover budget forcing (Kim et al. 2025, arXiv 2503.19385, algorithm 1).
+
+    Draws children of the current particle one at a time. The first that beats the bar becomes current at once, and
+    what it left of the level's quota rolls over to the next level. Unlike the published loop, ours advances through
+    every level and spends the budget to the last evaluation: the last level takes all that remains.
+
+    Args:
+        nfe: budget of function evaluations, `initial` and `finish` included.
+        steps: points of the time grid that are evaluated; children live on points 1 .. steps - 1.
+        initial: samples of the prior, of which the best starts; by default a tenth of the budget (the paper's 50 of
+            500). With `steps=1` all of the budget is initial.
+        finish: evaluations that the engine keeps for the finish of the chosen particle.
+
+    Raises:
+        RequestError: when the budget does not pay for the initial samples and one child a level.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    least = 1 if initial is None else whole("initial", initial, 1)
+    need = least + steps - 1 + finish
+    require("rbf", nfe, need, f"{least} initial, one child at each of {steps - 1} levels and a finish of {finish}")
+    budget = nfe - finish
+    if steps == 1:
+        initial = budget
+    elif initial is None:
+        initial = max(1, min(nfe // 10, budget - (steps - 1)))
+    return _search(budget - initial, steps, initial)
+
+
+def _search(left: int, steps: int, initial: int):
+    (particles,) = yield [Draw(None, initial)]
+    current = best(particles)
+    bar = worth(current)
+    quota = each = max(1, left // steps)  # Q in the paper
+    for _ in range(1, steps - 1):
+        (children,) = yield [Draw(current, quota, until=bar)]
+        left -= len(children)
+        if worth(children[-1]) > bar:
+            current = children[-1]
+            bar = worth(current)
+            quota = quota - len(children) + each  # the rollover
+        else:
+            current = best(children)
+            quota = each
+    if steps > 1:
+        (children,) = yield [Draw(current, left)]
+        current = best(children)
+    return current

@@ -1,0 +1,34 @@
+"""SVDD: soft value-based decoding, in the greedy form that the paper compares."""
+
+from __future__ import annotations
+
+from rollflow.methods.budget import best, require, whole
+from rollflow.particle import Draw
+
+
+def svdd(nfe: int, steps: int, children: int | None = None, finish: int = 0):
+    """At each of the `steps` levels draws `children` candidates from the survivor and keeps the best (Li et al. 2024,
+    arXiv 2408.08252, with temperature 0; Kim et al. 2025, arXiv 2503.19385, table 2).
+
+    Args:
+        nfe: budget of function evaluations; the last level takes what division leaves over, so that all is spent.
+        steps: levels; the first draws from the prior.
+        children: candidates a level; by default as many as the budget allows, `(nfe - finish) // steps`.
+        finish: evaluations that the engine keeps for the finish of the chosen particle.
+
+    Raises:
+        RequestError: when the budget does not pay for `children` at every level.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    least = 1 if children is None else whole("children", children, 1)
+    require("svdd", nfe, least * steps + finish, f"{least} at each of {steps} levels and a finish of {finish}")
+    return _search(nfe - finish, steps, children or (nfe - finish) // steps)
+
+
+def _search(left: int, steps: int, children: int):
+    survivor = None
+    for level in range(steps):
+        (drawn,) = yield [Draw(survivor, left if level == steps - 1 else children)]
+        survivor = best(drawn)
+        left -= len(drawn)
+    return survivor

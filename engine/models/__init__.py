@@ -1,0 +1,76 @@
+"""Flow models: what the engine asks of one, adapters around diffusers pipelines, and the built-in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rollflow.errors import ModelError
+
+BUILT_IN = ("shapes", "shapes-base")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that go with one image size; rows of one forward share a geometry.
+
+    `height` and `width` are in pixels, `latent_height` and `latent_width` in latent pixels; a latent has `token`
+    tokens of `channel` channels.
+    """
+
+    height: int
+    width: int
+    latent_height: int
+    latent_width: int
+    token: int
+    channel: int
+
+
+class FlowModel(Protocol):
+    """A flow-matching model on the linear path, as the engine drives it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    scaling: float
+    shift: float
+
+    def geometry(self, height: int | None, width: int | None) -> Geometry:
+        """The geometry of an image size (`None`: the model's own); raises `RequestError` if it cannot do it."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> list[Any]:
+        """One conditioning a prompt; raises `RequestError` for a prompt that it cannot read."""
+        ...
+
+    def velocity(
+        self,
+        x: Float[Tensor, "row token channel"],
+        tau: Float[Tensor, "row"],
+        conditioning: Sequence[Any],
+        guidance: Float[Tensor, "row"],
+        geometry: Geometry,
+    ) -> Float[Tensor, "row token channel"]:
+        """`E[eps - x0 | x]` on the linear path, each row at its own linear time `tau` in (0, 1]."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
+        """De-scaled latents to float32 images in [0, 1]."""
+        ...
+
+
+def folder(name: str) -> Path:
+    """The folder of a built-in checkpoint, a `FluxPipeline` as diffusers saves it.
+
+    Raises:
+        ModelError: there is no built-in checkpoint of this name.
+    """
+    path = Path(__file__).parent / name
+    if name not in BUILT_IN or not path.is_dir():
+        raise ModelError(f"no built-in model {name!r}: choose one of {', '.join(BUILT_IN)}")
+    return path

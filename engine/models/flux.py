@@ -1,0 +1,149 @@
+"""The adapter of diffusers' `FluxPipeline` (FLUX.1 schnell and dev, and the built-in `shapes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from rollflow.errors import ModelError, RequestError
+from rollflow.models import BUILT_IN, Geometry, folder
+
+_WORD_LEVEL = 1000  # vocabularies smaller than this are lists of words, and an unknown word is an error
+
+
+class Conditioning(NamedTuple):
+    """What the transformer needs of one prompt."""
+
+    pooled: Float[Tensor, "pooled"]
+    sequence: Float[Tensor, "text width"]
+
+
+def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> FluxPipeline:
+    """A `FluxPipeline` from a built-in name, a local folder or a hub id.
+
+    Raises:
+        ModelError: nothing there, or something that is no FluxPipeline.
+    """
+    path = folder(str(name)) if str(name) in BUILT_IN else name
+    try:
+        pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{str(name)!r} is no FluxPipeline that can be loaded ({reason}): pass a built-in model "
+            f"({', '.join(BUILT_IN)}), a folder that FluxPipeline.save_pretrained wrote, or a hub id"
+        ) from error
+    return pipeline.to(device)
+
+
+class FluxModel:
+    """Drives the parts of a `FluxPipeline` with rows of different prompts at different times.
+
+    Args:
+        pipeline: a complete FluxPipeline; its modules are used where and as they are.
+
+    Raises:
+        ModelError: the object is no FluxPipeline, or parts of it are missing.
+    """
+
+    def __init__(self, pipeline: FluxPipeline):
+        if not isinstance(pipeline, FluxPipeline):
+            raise ModelError(f"a {type(pipeline).__name__} is no pipeline that rollflow knows: pass a FluxPipeline")
+        missing = [
+            name
+            for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+            if getattr(pipeline, name, None) is None
+        ]
+        if missing:
+            raise ModelError(f"the pipeline lacks {', '.join(missing)}: load it whole")
+        self.pipeline = pipeline
+        self.transformer, self.vae = pipeline.transformer.eval(), pipeline.vae.eval()
+        self.device, self.dtype = self.transformer.device, self.transformer.dtype
+        self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
+        self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
+        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
+        # hook hands the embedding the exact one.
+        self._timestep: Tensor | None = None
+        self.transformer.time_text_embed.register_forward_pre_hook(
+            lambda _, args: args if self._timestep is None else (self._timestep, *args[1:])
+        )
+
+    def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
+        """See `FlowModel.geometry`; sizes are multiples of two latent pixels."""
+        factor = self.pipeline.vae_scale_factor
+        own = self.vae.config.sample_size
+        height, width = height or own, width or own
+        unit = 2 * factor
+        if height % unit or width % unit or height < unit or width < unit:
+            raise RequestError(f"size {height}x{width}: height and width must be multiples of {unit} pixels")
+        rows, columns = height // factor, width // factor
+        return Geometry(height, width, rows, columns, rows * columns // 4, self.transformer.config.in_channels)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """See `FlowModel.encode`; raises `RequestError` for words outside a word-level vocabulary and for long prompts."""
+        for prompt in prompts:
+            self._check_words(prompt)
+        sequence, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, device=self.device, max_sequence_length=self.text_tokens
+        )
+        return [Conditioning(p.to(self.dtype), s.to(self.dtype)) for p, s in zip(pooled, sequence, strict=True)]
+
+    def _check_words(self, prompt: str) -> None:
+        tokenizer = self.pipeline.tokenizer_2
+        ids = tokenizer(prompt).input_ids
+        if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
+            known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
+            strange = [word for word in tokenizer.tokenize(prompt) if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id]
+            raise RequestError(f"the model does not know {strange} in {prompt!r}: its words are {' '.join(known)}")
+        if len(ids) > self.text_tokens:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, the model reads {self.text_tokens}: shorten {prompt[:60]!r}..."
+            )
+
+    def _position_ids(self, geometry: Geometry, text: int) -> tuple[Tensor, Tensor]:
+        if geometry not in self._ids:
+            rows, columns = geometry.latent_height // 2, geometry.latent_width // 2
+            image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
+            self._ids[geometry] = torch.zeros(text, 3, device=self.device, dtype=self.dtype), image
+        return self._ids[geometry]
+
+    @torch.inference_mode()
+    def velocity(
+        self,
+        x: Float[Tensor, "row token channel"],
+        tau: Float[Tensor, "row"],
+        conditioning: Sequence[Conditioning],
+        guidance: Float[Tensor, "row"],
+        geometry: Geometry,
+    ) -> Float[Tensor, "row token channel"]:
+        """See `FlowModel.velocity`; `guidance` is FLUX.1-dev's embedded guidance and is not used by other models."""
+        sequence = torch.stack([c.sequence for c in conditioning])
+        text_ids, image_ids = self._position_ids(geometry, sequence.shape[1])
+        self._timestep = tau * 1000
+        try:
+            return self.transformer(
+                hidden_states=x,
+                timestep=tau,
+                guidance=guidance if self.transformer.config.guidance_embeds else None,
+                pooled_projections=torch.stack([c.pooled for c in conditioning]),
+                encoder_hidden_states=sequence,
+                txt_ids=text_ids,
+                img_ids=image_ids,
+                return_dict=False,
+            )[0]
+        finally:
+            self._timestep = None
+
+    @torch.inference_mode()
+    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
+        """See `FlowModel.decode`."""
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)

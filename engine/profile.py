@@ -1,0 +1,47 @@
+"""The NFE ledger: what the device ran, and where the time went. NVTX ranges mark the same spans for Nsight."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import nvtx
+import torch
+
+
+class Ledger:
+    """Counts of executed rows by kind and seconds by span, over the life of an engine.
+
+    Spans are host times. On CUDA, work is asynchronous: set `synchronize` to make spans measure the device, at the
+    price of its pipelining.
+    """
+
+    def __init__(self, synchronize: bool = False):
+        self.synchronize = synchronize
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.executed: Counter[str] = Counter()
+        self.buckets: Counter[int] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.ticks = 0
+
+    def rows(self, rows: list, bucket: int) -> None:
+        """Writes down one tick's rows and its padding."""
+        self.executed.update(row.kind for row in rows)
+        self.executed["padding"] += bucket - len(rows)
+        self.buckets[bucket] += 1
+        self.ticks += 1
+
+    @contextmanager
+    def span(self, name: str, device: torch.device | None = None) -> Iterator[None]:
+        """Times a span under `name` and marks it for NVTX."""
+        start = time.perf_counter()
+        with nvtx.annotate(name, domain="rollflow"):
+            yield
+            if self.synchronize and device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
+        self.seconds[name] += time.perf_counter() - start

@@ -1,0 +1,198 @@
+"""What a caller asks for and what he gets back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from rollflow import interpolant as interpolants
+from rollflow import rewards, sde
+from rollflow.errors import RequestError
+from rollflow.methods.budget import whole
+
+PAPER_SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One search: the best image for `prompt` by `reward` within `nfe` function evaluations.
+
+    Attributes:
+        prompt: what the image should show.
+        reward: a name (`rollflow.rewards.names()`), a `Reward`, or a function `f(images, prompts) -> scores` of images
+            `[row, 3, height, width]` in [0, 1].
+        method: a name of `rollflow.methods.names()`.
+        nfe: the whole budget, finish included; an NFE is one velocity evaluation of one particle.
+        steps: points of the time grid that are evaluated.
+        interpolant: the path that the particles follow, a name or an `Interpolant`.
+        seed: of all noise of this request, any whole number of 64 bits.
+        grid: kind of time grid, see `rollflow.sde.time_grid`; `shift` is for the kind "shifted".
+        times: an explicit grid in place of `steps` and `grid`: decreasing times in (0, 1]; a last 0 may be left out.
+        diffusion: `g(t)` of the SDE: a `rollflow.sde` diffusion, a function of t, or a scale s for the paper's
+            `g = s t^2`; 0 is the ODE.
+        solver: "euler" (Euler-Maruyama) or "cps" (coefficient-preserving, arXiv 2509.05952).
+        finish: deterministic steps from the chosen particle towards t = 0, paid out of `nfe`. A grid that stops at
+            high noise (the paper's VP grid ends at linear time 0.71) leaves an image that is blurred without one.
+        latents: initial noise, `[token, channel]` for the first sample of the prior or `[n, token, channel]` for the
+            first n; further samples come from the seed.
+        guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
+        height, width: image size in pixels; by default the model's own.
+        options: the method's own options, such as `{"initial": 25}` for rbf.
+    """
+
+    prompt: str
+    reward: Any = "count"
+    method: str = "rbf"
+    nfe: int = 100
+    steps: int = 10
+    interpolant: str | interpolants.Interpolant = "vp"
+    seed: int = 0
+    grid: str = "paper"
+    shift: float = 3.0
+    times: Sequence[float] | None = None
+    diffusion: Any = PAPER_SCALE
+    solver: str = "euler"
+    finish: int = 0
+    latents: torch.Tensor | None = None
+    guidance: float = 3.5
+    height: int | None = None
+    width: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Kind = Literal["committed", "finish"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluated particle of a request's history.
+
+    `level` is its point of the time grid (finish steps count on from the last), `time` the interpolant's time there,
+    `parent` the index of its parent's record, `kind` why the row was run.
+    """
+
+    index: int
+    level: int
+    time: float
+    reward: float | None
+    parent: int | None
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found.
+
+    Attributes:
+        image: the chosen image; `reward` and `held_out` are its scores, as an 8-bit image.
+        reward: the reward's score.
+        held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
+        committed_nfe: function evaluations that the algorithm was charged for, never more than asked.
+        executed_nfe: rows that the device ran for this request, its share of padding included.
+        history: a record for each evaluated particle, in the order of evaluation.
+        seconds: wall time from admission to the end.
+        request: what was asked.
+    """
+
+    image: Image.Image
+    reward: float
+    held_out: float | None
+    committed_nfe: int
+    executed_nfe: int
+    history: list[Record]
+    seconds: float
+    request: Request
+
+
+@dataclass(frozen=True)
+class Step:
+    """The coefficients of arriving at one point of the grid and of judging there (float64 on the host)."""
+
+    time: float
+    tau: float
+    scale: float
+    a: float
+    b: float
+    k: float
+    p: float
+    q: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: its interpolant, its grid and the affine coefficients of each step."""
+
+    request: Request
+    reward: rewards.Reward
+    path: interpolants.Interpolant
+    steps: tuple[Step, ...]
+    finish: tuple[Step, ...] = ()
+
+
+def _grid(request: Request) -> tuple[float, ...]:
+    if request.times is None:
+        return tuple(sde.time_grid(whole("steps", request.steps, 1), request.grid, request.shift))
+    times = [float(t) for t in request.times]
+    if times and times[-1] != 0.0:
+        times.append(0.0)
+    pairs = list(zip(times, times[1:], strict=False))
+    if not pairs or not all(0.0 <= after < before <= 1.0 for before, after in pairs):
+        raise RequestError(f"times={list(request.times)}: they must decrease strictly, within (0, 1], to an optional 0")
+    return tuple(times)
+
+
+def _steps(path: interpolants.Interpolant, times: Sequence[float], diffusion: sde.Diffusion, solver: str) -> list[Step]:
+    """One step for each of `times`; the first is where the particle already is (or the prior: x = z)."""
+    steps = []
+    for i, time in enumerate(times):
+        a, b, k = sde.step_coefficients(path, times[i - 1], time, diffusion, solver) if i else (0.0, 0.0, 1.0)
+        p, q = sde.posterior_coefficients(path, time)
+        steps.append(Step(time, path.linear_time(time), path.scale(time), a, b, k, p, q))
+    return steps
+
+
+def finish_times(path: interpolants.Interpolant, start: float, count: int) -> list[float]:
+    """`start` and the times of `count` deterministic evaluations between it and 0, equidistant in linear time."""
+    tau = path.linear_time(start)
+    wanted = [tau * (1 - i / (count + 1)) for i in range(1, count + 1)]
+    times = [start]
+    for target in wanted:  # bisection: linear time increases with time on every interpolant
+        low, high = 0.0, start
+        while high - low > 1e-12:
+            middle = (low + high) / 2
+            low, high = (middle, high) if path.linear_time(middle) < target else (low, middle)
+        times.append(high)
+    return times
+
+
+def plan(request: Request) -> Plan:
+    """Checks a request and computes every coefficient it will need.
+
+    Raises:
+        RequestError: what was given, what is allowed, what to do.
+    """
+    if not isinstance(request.prompt, str) or not request.prompt.strip():
+        raise RequestError(f"prompt={request.prompt!r}: it must be a sentence")
+    whole("nfe", request.nfe, 1), whole("finish", request.finish, 0)
+    if isinstance(request.seed, bool) or not isinstance(request.seed, int) or not -(2**63) <= request.seed < 2**63:
+        raise RequestError(f"seed={request.seed!r}: it must be a whole number of 64 bits")
+    if not math.isfinite(request.guidance):
+        raise RequestError(f"guidance={request.guidance!r}: it must be a finite number")
+    reward = rewards.make(request.reward)
+    reward.check(request.prompt)
+    path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
+    steps = _steps(path, times[:-1], diffusion, request.solver)
+    if request.method != "bon" and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
+        raise RequestError(
+            f"the method {request.method} branches, and under an ODE all children of a particle are the same: "
+            "use method='bon', or a diffusion above 0"
+        )
+    finish: tuple[Step, ...] = ()
+    if request.finish:
+        finish = tuple(_steps(path, finish_times(path, times[-2], request.finish), sde.Zero(), "cps")[1:])
+    return Plan(request, reward, path, tuple(steps), finish)

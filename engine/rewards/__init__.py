@@ -1,0 +1,95 @@
+"""Rewards: functions from images and prompts to scores.
+
+A reward is anything with the methods of `Reward`, or a plain function `f(images, prompts) -> scores`. It may name a
+*held-out* reward, a second judge that no search sees: the engine reports its score of the final image, which shows
+whether a search improved the image or only fooled its reward.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rollflow.errors import RequestError
+
+_BUILT_IN = {  # name -> module and class; imported when first asked for
+    "count": ("rollflow.rewards.count", "CountReward"),
+    "classifier": ("rollflow.rewards.classifier", "CountClassifier"),
+}
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images for their prompts; higher is better.
+
+    A reward may also have an attribute `held_out: Reward | None`, see `held_out`.
+    """
+
+    name: str
+
+    def check(self, prompt: str) -> None:
+        """Raises `RequestError` if the reward cannot judge this prompt; called before any work is done."""
+        ...
+
+    def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
+        """Scores of images in [0, 1], one prompt a row, on any device."""
+        ...
+
+
+class FunctionReward:
+    """A plain function `f(images, prompts) -> scores` as a reward that accepts every prompt."""
+
+    def __init__(self, function: Callable[..., Tensor], name: str | None = None):
+        self.function = function
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+
+    def check(self, prompt: str) -> None:
+        """Accepts every prompt."""
+
+    def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
+        """The function's scores as a floating tensor; raises `RequestError` if they are not one number a row."""
+        scores = torch.as_tensor(self.function(images, prompts))
+        if scores.shape != (len(images),):
+            raise RequestError(
+                f"the reward {self.name!r} returned a tensor of shape {tuple(scores.shape)} for {len(images)} images: "
+                f"it must return one score an image, shape ({len(images)},)"
+            )
+        return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+
+
+def names() -> tuple[str, ...]:
+    """The names that `make` accepts."""
+    return tuple(_BUILT_IN)
+
+
+def make(reward: str | Reward | Callable[..., Tensor]) -> Reward:
+    """The reward of a name, a reward itself, or a plain function `f(images, prompts) -> scores` made one.
+
+    Raises:
+        RequestError: no reward has this name, or the object is not callable.
+    """
+    if isinstance(reward, str):
+        if reward not in _BUILT_IN:
+            raise RequestError(
+                f"there is no reward {reward!r}: choose one of {', '.join(names())}, "
+                "or give a function f(images, prompts) that returns one score an image"
+            )
+        module, name = _BUILT_IN[reward]
+        return getattr(importlib.import_module(module), name)()
+    if isinstance(reward, Reward):
+        return reward
+    if callable(reward):
+        return FunctionReward(reward)
+    raise RequestError(
+        f"a reward is a name ({', '.join(names())}) or a function f(images, prompts), not {type(reward).__name__}"
+    )
+
+
+def held_out(reward: Reward) -> Reward | None:
+    """The second judge that `reward` names for the final image, or None."""
+    return getattr(reward, "held_out", None)

@@ -1,0 +1,222 @@
+"""The `count` reward: a parser that reads the objects of an image back, and minus the squared error of their numbers.
+
+The parser is a measuring instrument, not a network: it knows the palette, the canvas and the outlines of
+`rollflow.shapes` and nothing else. Whatever it cannot account for (a blob of two colours, a scrap, a melted outline,
+two objects grown together, a ghost) is counted as *unrecognised*, so that a search gains nothing by painting mess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import ndimage
+from torch import Tensor
+
+from rollflow import rewards, shapes
+from rollflow.errors import RequestError
+
+COLUMNS = len(shapes.CLASSES) + 1  # the classes, then what is unrecognised
+SIZE = shapes.SIZE
+CHUNK = 64  # images parsed at once: their pixels fit a cache
+
+FAINT, SOLID = 0.2, 0.5  # ink from which a pixel is not canvas; ink from which it is an object
+OFF_PALETTE = 0.25  # RGB distance of a pixel from the line canvas-colour beyond which it has no colour
+PURITY = 0.93  # share of an object's pixels that must have its colour
+PALE = 0.72  # mean ink below which an object is a ghost
+RADII = (4.2, 10.5)  # pixels; the renderer draws 5 to 9.5
+OUTLINE = 0.3  # pixels by which an object's outline may deviate from its shape's, on average
+MARGIN = 0.015  # lead of the best shape's overlap over the second best's
+SPECK, LITTER = 3.0, 16.0  # pixels of ink that are no scrap yet; pixels of ink in specks that make one
+LARGEST = 280.0  # pixels of the largest object: mess counts once for each object that it could hide
+
+_CANVAS = np.float32(shapes.CANVAS)
+_RAYS = np.float32([shapes.PALETTE[color] for color in shapes.COLORS]) - _CANVAS
+_LENGTHS = np.linalg.norm(_RAYS, axis=1)
+_AREA = {"circle": np.pi, "square": (2 * 0.886) ** 2, "triangle": 3**1.5 * 0.675**2}  # of a shape of radius 1
+_PERIMETER = {"circle": 2 * np.pi, "square": 8 * 0.886, "triangle": 6 * 3**0.5 * 0.675}
+_PLANE = np.zeros((3, 3, 3), int)  # 4-connected within an image, not connected between images
+_PLANE[1] = ndimage.generate_binary_structure(2, 1)
+_ROW = SIZE + 2  # of the label image, which has a border of one pixel
+_NEIGHBOURS = (1, -1, _ROW, -_ROW, _ROW + 1, _ROW - 1, 1 - _ROW, -1 - _ROW)
+
+
+@dataclass
+class _Pixels:
+    """The pixels that are not canvas, as arrays over them: where they lie, ink in [0, 1], colour, blob."""
+
+    image: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    ink: np.ndarray
+    color: np.ndarray  # index into COLORS, or len(COLORS) for none
+    blob: np.ndarray | None = None
+    core: np.ndarray | None = None  # member of a connected component, not of its anti-aliased rim
+    euler: np.ndarray | None = None  # contribution to the blob's Euler number: components minus holes
+
+    def sum(self, values: np.ndarray, blobs: int) -> np.ndarray:
+        """Sums `values` over the pixels of each blob."""
+        return np.bincount(self.blob, weights=values, minlength=blobs)
+
+
+def _inked(offset: np.ndarray, square: np.ndarray) -> _Pixels:
+    """Pixels whose distance from the canvas (`offset` [image, 3, pixel], its square [image, pixel]) is ink.
+
+    A pixel of an anti-aliased rim is canvas + a (colour - canvas): it lies on the ray of its colour, although another
+    colour of the palette may be nearer. So a pixel's colour is the one whose segment from the canvas is nearest.
+    """
+    image, pixel = np.nonzero(square > (FAINT * _LENGTHS.min()) ** 2)
+    square = square[image, pixel]
+    along = offset[image, :, pixel] @ (_RAYS / _LENGTHS[:, None] ** 2).T
+    a = np.clip(along, 0, 1)
+    distance = square[:, None] + _LENGTHS**2 * a * (a - 2 * along)
+    color = distance.argmin(1)
+    ink = np.minimum(np.sqrt(square) / _LENGTHS[color], 1)
+    color[distance.min(1) > OFF_PALETTE**2] = len(_RAYS)
+    y, x = np.divmod(pixel, SIZE)
+    return _Pixels(image, y, x, ink, color)
+
+
+def _connect(pixels: _Pixels, images: int) -> int:
+    """Finds the blobs: solid ink, and faint ink that is no object's rim. Fills in their pixels; returns how many."""
+    place = (pixels.image * _ROW + pixels.y + 1) * _ROW + pixels.x + 1
+    mask = np.zeros((images, _ROW, _ROW), bool)
+    solid = pixels.ink > SOLID
+    mask.reshape(-1)[place[solid]] = True
+    near = mask.copy()
+    near[:, 1:] |= mask[:, :-1]
+    near[:, :-1] |= mask[:, 1:]
+    rows = near.copy()
+    near[:, :, 1:] |= rows[:, :, :-1]
+    near[:, :, :-1] |= rows[:, :, 1:]
+    pixels.core = solid | ~near.reshape(-1)[place]
+    mask.reshape(-1)[place[pixels.core]] = True
+    labels, blobs = ndimage.label(mask, structure=_PLANE)
+    labels = labels.reshape(-1)
+    pixels.blob = labels[place]
+    rim = np.flatnonzero(~pixels.core)  # adopts the blob of a neighbour
+    for step in _NEIGHBOURS:
+        pixels.blob[rim] = np.where(pixels.blob[rim] == 0, labels[place[rim] + step], pixels.blob[rim])
+    pixels.blob -= 1
+    right, below, diagonal = (labels[place + step] > 0 for step in (1, _ROW, _ROW + 1))
+    pixels.euler = np.where(pixels.core, 1.0 - right - below + (right & below & diagonal), 0.0)
+    return blobs
+
+
+def _fit(pixels: _Pixels, blobs: int, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Best shape of each blob, and whether its outline and size are those of that shape.
+
+    A shape of the same area at the same centroid is compared with the ink by soft intersection over union. Its edge is
+    given the width that the ink's own edge has: sum a (1 - a) over a linear ramp of width w along a perimeter P is
+    w P / 6. A blurred image then still matches, while a melted outline does not.
+    """
+    x, y, ink = pixels.x + 0.5, pixels.y + 0.5, pixels.ink
+    dx = x - (pixels.sum(x * ink, blobs) / mass)[pixels.blob]
+    dy = y - (pixels.sum(y * ink, blobs) / mass)[pixels.blob]
+    ramp = 6 * pixels.sum(ink * (1 - ink), blobs)
+    overlap, radii = np.empty((2, len(shapes.SHAPES), blobs))
+    for i, shape in enumerate(shapes.SHAPES):
+        radii[i] = np.sqrt(mass / _AREA[shape])
+        sharpness = 1 / np.clip(ramp / (_PERIMETER[shape] * radii[i]), 0.8, 3.5)
+        scale = sharpness[pixels.blob]
+        template = shapes.coverage(shape, scale * dx, scale * dy, (sharpness * radii[i])[pixels.blob])
+        common = pixels.sum(np.minimum(template, ink), blobs)
+        whole = np.maximum(pixels.sum(template, blobs), 0.97 * mass)  # some of it may lie outside of the blob
+        overlap[i] = common / (mass + whole - common)
+    best = overlap.argmax(0)
+    radius = radii[best, np.arange(blobs)]
+    second, first = np.sort(overlap, axis=0)[-2:]
+    deviation = (1 - first) * radius / 2  # of a disc: two discs of overlap 1 - e differ by a strip of width e r / 2
+    fits = (deviation < OUTLINE) & (first - second > MARGIN) & (radius > RADII[0]) & (radius < RADII[1])
+    return best, fits
+
+
+def _parse(images: np.ndarray) -> np.ndarray:
+    """Counts of a chunk: [image, 3, pixel] to [image, 13]."""
+    offset = np.clip(images, 0, 1) - _CANVAS[:, None]
+    square = np.einsum("icp,icp->ip", offset, offset)
+    broken = np.isnan(square).any(axis=1)
+    square[broken] = 0
+    pixels = _inked(offset, square)
+    blobs = _connect(pixels, len(images))
+    counts = np.zeros((len(images), COLUMNS), int)
+    counts[broken, -1] = round(SIZE * SIZE / LARGEST)
+    if not blobs:
+        return counts
+    image = np.zeros(blobs, int)
+    image[pixels.blob] = pixels.image
+    core = pixels.core.astype(float)
+    mass, area = pixels.sum(pixels.ink, blobs), pixels.sum(core, blobs)
+    colors = np.stack([pixels.sum(core * (pixels.color == i), blobs) for i in range(len(shapes.COLORS))])
+    shape, fits = _fit(pixels, blobs, mass)
+    known = fits & (colors.max(0) >= PURITY * area) & (pixels.sum(core * pixels.ink, blobs) >= PALE * area)
+    known &= pixels.sum(pixels.euler, blobs) == 1
+    speck = mass < SPECK
+    mess = np.flatnonzero(~known & ~speck)
+    np.add.at(counts, (image[known], colors.argmax(0)[known] * len(shapes.SHAPES) + shape[known]), 1)
+    np.add.at(counts[:, -1], image[mess], np.maximum(1, np.rint(area[mess] / LARGEST)).astype(int))
+    counts[:, -1] += (np.bincount(image[speck], weights=mass[speck], minlength=len(images)) / LITTER).astype(int)
+    return counts
+
+
+def parse(images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 13"]:
+    """Reads the objects of images back.
+
+    Args:
+        images: [image, 3, 64, 64], nominally in [0, 1] (clamped); any floating dtype and device.
+
+    Returns:
+        On the CPU, objects of each class in the order of `shapes.CLASSES`; the 13th column counts what is unrecognised.
+        Mess larger than an object counts once for each that it could hide; an image with a NaN is nothing but mess.
+
+    Raises:
+        RequestError: the images are not 64 x 64.
+    """
+    if tuple(images.shape[-2:]) != (SIZE, SIZE):
+        raise RequestError(
+            f"the count reward reads images of {SIZE} x {SIZE} pixels, but these are {images.shape[-1]} x "
+            f"{images.shape[-2]}: it judges the built-in model 'shapes' only; choose another reward for other models"
+        )
+    array = images.detach().to("cpu", torch.float32).reshape(-1, 3, SIZE * SIZE).numpy()
+    counts = [_parse(array[i : i + CHUNK]) for i in range(0, len(array), CHUNK)]
+    return torch.from_numpy(np.concatenate(counts) if counts else np.zeros((0, COLUMNS), int))
+
+
+@lru_cache(maxsize=4096)
+def _target(prompt: str) -> tuple[int, ...]:
+    return (*shapes.target_counts(prompt).tolist(), 0)
+
+
+def _targets(prompts: Sequence[str]) -> Int[Tensor, "row 13"]:
+    return torch.tensor([_target(prompt) for prompt in prompts], dtype=torch.int64).reshape(-1, COLUMNS)
+
+
+class CountReward:
+    """Minus the residual sum of squares between the objects that a prompt asks for and those in the image.
+
+    The counting reward of Kim et al. 2025 (arXiv 2503.19385, section 6), with the parser in the place of a detector.
+    0 is best: every object is there and nothing else. Its held-out score is the classifier, which no search sees.
+    """
+
+    name = "count"
+
+    @cached_property
+    def held_out(self) -> rewards.Reward:
+        """The independent judge, `rollflow.rewards.classifier.CountClassifier`."""
+        return rewards.make("classifier")
+
+    def check(self, prompt: str) -> None:
+        """Raises `RequestError` if the prompt asks for no group of the world's shapes."""
+        _target(prompt)
+
+    def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
+        """Scores of 64 x 64 images in [0, 1], at most 0; raises `RequestError` for other sizes or prompts."""
+        return -(parse(images) - _targets(prompts)).square().sum(1).float()
+
+    def exact(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Bool[Tensor, " row"]:
+        """Whether an image shows exactly what its prompt asks for, and nothing else."""
+        return (parse(images) == _targets(prompts)).all(1)

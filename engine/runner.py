@@ -1,0 +1,146 @@
+"""Runs a packed batch: propose, forward, finish, decode, reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rollflow import kernels
+from rollflow.models import FlowModel, Geometry
+from rollflow.particle import Particle
+from rollflow.profile import Ledger
+from rollflow.request import Plan
+from rollflow.scheduler import Row, bucket_of
+
+PADDING = -1
+
+
+class Runner:
+    """Executes batches of rows on a model.
+
+    Args:
+        model: the flow model.
+        buckets: the batch sizes of a forward, ascending; a batch is padded up to the next.
+        ledger: where rows and times are written.
+    """
+
+    def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger):
+        self.model, self.buckets, self.ledger = model, buckets, ledger
+
+    @torch.inference_mode()
+    def run(self, rows: list[Row]) -> list[float | None]:
+        """See `rollflow.scheduler.Runner`."""
+        geometry, pool = rows[0].search.geometry, rows[0].search.pool
+        bucket = bucket_of(len(rows), self.buckets)
+        self.ledger.rows(rows, bucket)
+        with self.ledger.span("propose"):
+            parent, child = self._slots(rows, bucket)
+            coefficients = self._table([(r.step.a, r.step.b, r.step.k, 1 / r.step.scale) for r in rows], bucket)
+            seed = self._integers([r.search.plan.request.seed for r in rows], bucket)
+            key = self._integers([r.noise_key for r in rows], bucket)
+            x = kernels.propose(pool.x, pool.u, parent, child, coefficients, seed, key, self.model.dtype)
+        with self.ledger.span("forward", self.model.device):
+            tau = self._table([(r.step.tau,) for r in rows], bucket, fill=1.0)[:, 0]
+            guidance = self._table([(r.search.plan.request.guidance,) for r in rows], bucket)[:, 0]
+            conditioning = [r.search.conditioning for r in rows]
+            conditioning += [conditioning[0]] * (bucket - len(rows))
+            u = self.model.velocity(x, tau, conditioning, guidance, geometry)
+        with self.ledger.span("finish"):
+            posterior = self._table([(r.step.p, r.step.q) for r in rows], bucket)
+            latents = self._finish(u, pool, child, posterior, geometry)
+        return self._score(rows, latents)
+
+    def _slots(self, rows: list[Row], bucket: int) -> tuple[Tensor, Tensor]:
+        """Parent and child slots; a sample of given latents is written to its slot, which is then its own parent."""
+        parents, children = [], []
+        for row in rows:
+            slot = row.particle.slot.index
+            given = row.search.plan.request.latents
+            if given is not None and row.prior is not None and row.prior < len(given):
+                row.search.pool.x[slot].copy_(given[row.prior])
+                parents.append(slot)
+                row.step = _IDENTITY(row.step)
+            else:
+                parents.append(PADDING if row.parent is None else row.parent.slot.index)
+            children.append(slot)
+        return self._integers(parents, bucket, PADDING), self._integers(children, bucket, PADDING)
+
+    def _score(self, rows: list[Row], latents: Float[Tensor, "bucket channel height width"]) -> list[float | None]:
+        """Decodes and judges the rows that are scored, each by its request's reward."""
+        judged = [i for i, row in enumerate(rows) if row.scored]
+        scores: list[float | None] = [None] * len(rows)
+        if not judged:
+            return scores
+        images = self._decode(latents if len(judged) == len(rows) else latents[judged], len(judged))
+        with self.ledger.span("reward", self.model.device):
+            for reward, group in _by_reward([rows[i].search.plan for i in judged]):
+                values = reward(images[group], [rows[judged[j]].search.plan.request.prompt for j in group])
+                for j, value in zip(group, values.tolist(), strict=True):
+                    scores[judged[j]] = value
+        return scores
+
+    def _decode(self, latents: Tensor, count: int) -> Float[Tensor, "row 3 height width"]:
+        """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
+        bucket = bucket_of(count, self.buckets)
+        latents = latents[:bucket]
+        if len(latents) < bucket:
+            latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])
+        with self.ledger.span("decode", self.model.device):
+            return self.model.decode(latents)[:count]
+
+    def images(self, particles: Sequence[Particle], plans: Sequence[Plan], pool, geometry: Geometry) -> Tensor:
+        """The posterior means of evaluated particles of one geometry, decoded: [particle, 3, height, width]."""
+        parts = []
+        for start in range(0, len(particles), self.buckets[-1]):
+            group = particles[start : start + self.buckets[-1]]
+            bucket = bucket_of(len(group), self.buckets)
+            slots = self._integers([p.slot.index for p in group], bucket, PADDING)
+            u = pool.u[slots.clamp(min=0)]
+            steps = [_step_of(plan, p) for plan, p in zip(plans[start:], group, strict=False)]
+            posterior = self._table([(s.p, s.q) for s in steps], bucket)
+            parts.append(self._decode(self._finish(u, pool, slots, posterior, geometry), len(group)))
+        return torch.cat(parts)
+
+    def _finish(self, u: Tensor, pool, slots: Tensor, posterior: Tensor, geometry: Geometry) -> Tensor:
+        return kernels.finish(
+            u,
+            pool.x,
+            pool.u,
+            slots,
+            posterior,
+            geometry.latent_height,
+            geometry.latent_width,
+            self.model.scaling,
+            self.model.shift,
+            self.model.dtype,
+        )
+
+    def _integers(self, values: list[int], bucket: int, fill: int = 0) -> Tensor:
+        values = values + [fill] * (bucket - len(values))
+        return torch.tensor(values, dtype=torch.int64).to(self.model.device, non_blocking=True)
+
+    def _table(self, rows: list[tuple[float, ...]], bucket: int, fill: float = 0.0) -> Float[Tensor, "bucket column"]:
+        rows = rows + [(fill,) * len(rows[0])] * (bucket - len(rows))
+        return torch.tensor(rows, dtype=torch.float32).to(self.model.device, non_blocking=True)
+
+
+def _IDENTITY(step):
+    from dataclasses import replace
+
+    return replace(step, a=1.0, b=0.0, k=0.0)
+
+
+def _step_of(plan: Plan, particle: Particle):
+    """The step at which a particle was evaluated."""
+    return (plan.steps + plan.finish)[particle.step]
+
+
+def _by_reward(plans: list[Plan]):
+    """Rows grouped by reward, so that each reward is called once a batch: (reward, row indices)."""
+    groups: dict[int, tuple] = {}
+    for i, plan in enumerate(plans):
+        groups.setdefault(id(plan.reward), (plan.reward, []))[1].append(i)
+    return groups.values()
