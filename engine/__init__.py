@@ -1,3 +1,35 @@
-"""rollflow: a sampler engine for inference-time scaling of flow models."""
+"""rollflow: a sampler engine for inference-time scaling of flow models.
+
+    from rollflow import Engine
+
+    result = Engine.from_pretrained("shapes").generate("two red circles", nfe=100)
+    result.image.save("two-red-circles.png")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rollflow.errors import ModelError, RequestError, RollflowError
+
+if TYPE_CHECKING:
+    from rollflow.engine import Engine as Engine
+    from rollflow.request import Record as Record
+    from rollflow.request import Request as Request
+    from rollflow.request import Result as Result
 
 __version__ = "0.1.0"
+__all__ = ["Engine", "ModelError", "Record", "Request", "RequestError", "Result", "RollflowError"]
+
+_LAZY = {"Engine": "engine", "Record": "request", "Request": "request", "Result": "request"}
+_MODULES = {"engine", "interpolant", "kernels", "methods", "models", "particle", "rewards", "sde", "shapes"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torch and diffusers when it is first used: the mathematics alone loads in an instant."""
+    if name in _LAZY:
+        return getattr(import_module(f"rollflow.{_LAZY[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"rollflow.{name}")
+    raise AttributeError(f"module 'rollflow' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ class Result:
 
     Attributes:
         image: the chosen image; `reward` and `held_out` are its scores, as an 8-bit image.
+        pixels: the same before rounding to 8 bits, float32 [3, height, width] in [0, 1], on the CPU.
         reward: the reward's score.
         held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
         committed_nfe: function evaluations that the algorithm was charged for, never more than asked.
@@ -100,6 +101,7 @@ class Result:
     """
 
     image: Image.Image
+    pixels: torch.Tensor
     reward: float
     held_out: float | None
     committed_nfe: int
@@ -131,7 +133,8 @@ class Plan:
     reward: rewards.Reward
     path: interpolants.Interpolant
     steps: tuple[Step, ...]
-    finish: tuple[Step, ...] = ()
+    finish: tuple[Step, ...]
+    latents: torch.Tensor | None
 
 
 def _grid(request: Request) -> tuple[float, ...]:
@@ -170,6 +173,16 @@ def finish_times(path: interpolants.Interpolant, start: float, count: int) -> li
     return times
 
 
+def _latents(request: Request) -> torch.Tensor | None:
+    """Given initial noise as float32 [n, token, channel]; its sizes are checked against the model's later."""
+    latents = request.latents
+    if latents is None:
+        return None
+    if not isinstance(latents, torch.Tensor) or latents.ndim not in (2, 3) or not latents.isfinite().all():
+        raise RequestError("latents: they must be a finite tensor of shape [token, channel] or [n, token, channel]")
+    return latents.detach().float().reshape(-1, *latents.shape[-2:])
+
+
 def plan(request: Request) -> Plan:
     """Checks a request and computes every coefficient it will need.
 
@@ -195,4 +208,4 @@ def plan(request: Request) -> Plan:
     finish: tuple[Step, ...] = ()
     if request.finish:
         finish = tuple(_steps(path, finish_times(path, times[-2], request.finish), sde.Zero(), "cps")[1:])
-    return Plan(request, reward, path, tuple(steps), finish)
+    return Plan(request, reward, path, tuple(steps), finish, _latents(request))

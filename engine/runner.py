@@ -38,7 +38,7 @@ class Runner:
         self.ledger.rows(rows, bucket)
         with self.ledger.span("propose"):
             parent, child = self._slots(rows, bucket)
-            coefficients = self._table([(r.step.a, r.step.b, r.step.k, 1 / r.step.scale) for r in rows], bucket)
+            coefficients = self._table([_coefficients(row) for row in rows], bucket)
             seed = self._integers([r.search.plan.request.seed for r in rows], bucket)
             key = self._integers([r.noise_key for r in rows], bucket)
             x = kernels.propose(pool.x, pool.u, parent, child, coefficients, seed, key, self.model.dtype)
@@ -54,18 +54,16 @@ class Runner:
         return self._score(rows, latents)
 
     def _slots(self, rows: list[Row], bucket: int) -> tuple[Tensor, Tensor]:
-        """Parent and child slots; a sample of given latents is written to its slot, which is then its own parent."""
-        parents, children = [], []
+        """Parent and child slots; given latents are written to the child's slot, which is then its own parent."""
+        parents = []
         for row in rows:
-            slot = row.particle.slot.index
-            given = row.search.plan.request.latents
-            if given is not None and row.prior is not None and row.prior < len(given):
-                row.search.pool.x[slot].copy_(given[row.prior])
+            slot, latents = row.particle.slot.index, _given(row)
+            if latents is not None:
+                row.search.pool.x[slot].copy_(latents)
                 parents.append(slot)
-                row.step = _IDENTITY(row.step)
             else:
                 parents.append(PADDING if row.parent is None else row.parent.slot.index)
-            children.append(slot)
+        children = [row.particle.slot.index for row in rows]
         return self._integers(parents, bucket, PADDING), self._integers(children, bucket, PADDING)
 
     def _score(self, rows: list[Row], latents: Float[Tensor, "bucket channel height width"]) -> list[float | None]:
@@ -127,10 +125,17 @@ class Runner:
         return torch.tensor(rows, dtype=torch.float32).to(self.model.device, non_blocking=True)
 
 
-def _IDENTITY(step):
-    from dataclasses import replace
+def _given(row: Row) -> Tensor | None:
+    """The latents that the request gives for this row, if it is one of the first samples of the prior."""
+    latents = row.search.plan.latents
+    return latents[row.prior] if latents is not None and row.prior is not None and row.prior < len(latents) else None
 
-    return replace(step, a=1.0, b=0.0, k=0.0)
+
+def _coefficients(row: Row) -> tuple[float, float, float, float]:
+    """(a, b, k, 1 / scale) of propose; given latents are taken as they are."""
+    step = row.step
+    a, b, k = (1.0, 0.0, 0.0) if _given(row) is not None else (step.a, step.b, step.k)
+    return a, b, k, 1 / step.scale
 
 
 def _step_of(plan: Plan, particle: Particle):

@@ -7,11 +7,12 @@ prompts at different times.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rollflow import methods
 from rollflow.models import Geometry
@@ -40,17 +41,22 @@ class Search:
     """One live request: its generator, the draws it waits for, its history and its counts."""
 
     def __init__(self, plan: Plan, geometry: Geometry, conditioning: Any, pool: ParticlePool):
-        request = plan.request
         self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
-        self.method = methods.make(request.method, request.nfe, len(plan.steps), request.finish, **request.options)
+        self.method = self.check(plan)
         self.history: list[Record] = []
-        self.best_reward: float | None = None
+        self.best_reward = -math.inf
         self.committed = self.executed = self.turn = self.priors = 0
         self.start = time.perf_counter()
         self.chosen: Particle | None = None
         self.finished_steps = 0
         self._in_flight = 0
         self._begin(next(self.method))
+
+    @staticmethod
+    def check(plan: Plan) -> methods.Search:
+        """The plan's method, not yet started; raises `RequestError` for an unknown one, its options or its budget."""
+        request = plan.request
+        return methods.make(request.method, request.nfe, len(plan.steps), request.finish, **request.options)
 
     def _begin(self, draws: list[Draw]) -> None:
         self.draws, self.children = draws, [[] for _ in draws]
@@ -78,7 +84,7 @@ class Search:
                 yield self._row(step, level, self.chosen, 0, None, last, "finish", 0)
             return
         for i, draw in enumerate(self.draws):
-            sequential = draw.until != float("inf")
+            sequential = draw.until != math.inf
             while self._open(i) and not (sequential and self.issued[i] > len(self.children[i])):
                 level = 0 if draw.parent is None else draw.parent.step + 1
                 key = (self.turn * _DRAWS + i) * _CHILDREN + self.issued[i]
@@ -100,7 +106,7 @@ class Search:
         self._in_flight -= 1
         self.committed += 1
         self.history.append(Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind))
-        if row.scored and (self.best_reward is None or reward > self.best_reward):
+        if reward is not None and reward > self.best_reward:
             self.best_reward = reward
         if row.kind == "finish":
             self.chosen, self.finished_steps = particle, self.finished_steps + 1
@@ -122,6 +128,7 @@ class Search:
         self.chosen, self.draws, self.children = None, [], []
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What the scheduler needs of a runner: the rewards of a batch of rows of one geometry."""
 
@@ -180,5 +187,3 @@ def bucket_of(rows: int, buckets: tuple[int, ...]) -> int:
     """The smallest bucket that holds `rows`."""
     return next(bucket for bucket in buckets if bucket >= rows)
 
-
-Progress = Callable[[Scheduler, list[Search]], None]

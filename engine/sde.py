@@ -238,7 +238,7 @@ def step_coefficients(
     if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(k)):
         raise RequestError(
             f"the step from t = {t!r} to {t_next!r} of {interpolant} with {diffusion} and solver {solver!r} is "
-            f"singular: (a, b, k) = {(a, b, k)}; start elsewhere, take a diffusion that is finite there, or solver 'cps'"
+            f"singular: (a, b, k) = {(a, b, k)}; start elsewhere, take a diffusion that is finite there or solver 'cps'"
         )
     return a, b, k
 

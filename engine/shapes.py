@@ -153,14 +153,14 @@ _GRID = np.arange(SIZE, dtype=np.float32) + 0.5
 
 def render(scene: Scene) -> np.ndarray:
     """The image of a scene: float32 [64, 64, 3] in [0, 1]."""
-    image = np.broadcast_to(np.float32(CANVAS), (SIZE, SIZE, 3)).copy()
+    image = np.broadcast_to(np.array(CANVAS, np.float32), (SIZE, SIZE, 3)).copy()
     for kind, x, y, radius in zip(scene.kind, scene.x, scene.y, scene.radius, strict=True):
         color, shape = CLASSES[kind]
         reach = radius * EXTENT[shape] + 1
         rows = slice(max(0, int(y - reach)), int(y + reach) + 2)
         columns = slice(max(0, int(x - reach)), int(x + reach) + 2)
         ink = coverage(shape, _GRID[None, columns] - x, _GRID[rows, None] - y, radius)[..., None]
-        image[rows, columns] = (1 - ink) * image[rows, columns] + ink * np.float32(PALETTE[color])
+        image[rows, columns] = (1 - ink) * image[rows, columns] + ink * np.array(PALETTE[color], np.float32)
     return image
 
 

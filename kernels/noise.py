@@ -11,7 +11,7 @@ from torch import Tensor
 from .operators import noise_operator
 from .philox import OPTIONS, normal_block
 
-BLOCK = 1024
+BLOCK = 2048
 
 
 @triton.jit

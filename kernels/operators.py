@@ -156,7 +156,7 @@ def finish(
     token, channel = x_pool.shape[1:]
     if channel % 4:
         raise ValueError(f"{channel} channels; a token is a 2x2 patch, so a multiple of 4 is expected")
-    if height % 2 or width % 2 or height * width != 4 * token:
+    if height < 2 or height % 2 or width < 2 or width % 2 or height * width != 4 * token:
         raise ValueError(
             f"height {height} and width {width} with {token} tokens; expected even sizes and height * width / 4 tokens"
         )

@@ -1,4 +1,4 @@
-"""The kernels' contract in plain torch: what tests compare the Triton kernels with, and what runs on a CPU.
+"""The kernels' contract in plain torch (and numpy): what tests compare the Triton kernels with, and what runs on a CPU.
 
 The noise stream. `z = f(seed, key, element)`: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as
 easy as 1, 2, 3", SC 2011) with the 64-bit `seed` as Philox key (low word, high word) and the counter
@@ -9,37 +9,47 @@ normals by two Box-Muller pairs, words (0, 1) and words (2, 3): with `v = (word_
 
 import math
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, UInt64
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+
+Words = UInt64[np.ndarray, "*#words"]
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on 32-bit words held in int64 tensors, which broadcast.
+def philox4x32(counter: tuple[Words, ...], key: tuple[Words, ...]) -> tuple[Words, ...]:
+    """Ten rounds of Philox4x32: four counter words and two key words, each 32 bits in a uint64, to four words.
 
-    An int64 product wraps modulo 2^64, so its low word is right as it stands and its high word after a shift and a mask.
+    The arrays broadcast. In numpy, because torch has no unsigned shift and three times its cost a call: most batches
+    of a CPU are small.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    shape = np.broadcast_shapes(*(word.shape for word in (*counter, *key)))
+    c0, c2 = np.broadcast_to(c0, shape).copy(), np.broadcast_to(c2, shape).copy()
     for _ in range(10):
         product_0, product_1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        # The low words keep their upper halves: the mask after the next exclusive-or clears them.
-        c0, c1 = _mixed(product_1, c1, k0), product_1
-        c2, c3 = _mixed(product_0, c3, k1), product_0
+        # c0, c2 = high words ^ c1, c3 ^ key. The low words keep their upper halves, which the next round's mask clears.
+        for high, product, word, subkey in ((c0, product_1, c1, k0), (c2, product_0, c3, k1)):
+            np.right_shift(product, SHIFT, out=high)
+            high ^= word
+            high ^= subkey
+            high &= WORD
+        c1, c3 = product_1, product_0
         k0, k1 = k0 + WEYL[0], k1 + WEYL[1]
     return c0, c1 & WORD, c2, c3 & WORD
 
 
-def _mixed(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
-    """`high(product) ^ word ^ key`, in place as soon as the operands have grown to their common shape."""
-    high = product >> 32
-    high = high.bitwise_xor_(word) if high.shape == torch.broadcast_shapes(high.shape, word.shape) else high ^ word
-    high = high.bitwise_xor_(key) if high.shape == torch.broadcast_shapes(high.shape, key.shape) else high ^ key
-    return high.bitwise_and_(WORD)
+def box_muller(radius_word: Words, angle_word: Words) -> tuple[Float32[Tensor, "*words"], Float32[Tensor, "*words"]]:
+    """Two independent normals from two words."""
+    radius_bits, angle_bits = (torch.from_numpy(word.view(np.int64)) for word in (radius_word, angle_word))
+    radius = radius_bits.to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+    angle = angle_bits.to(torch.int32).to(torch.float32).mul_(math.pi * 2.0**-31)
+    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
 
 
 def noise(
@@ -47,17 +57,13 @@ def noise(
 ) -> Float32[Tensor, "row token channel"]:
     """Standard normal numbers of the stream above."""
     elements = token * channel
-    quads = -(-elements // 4)
-    quad = torch.arange(quads, device=seed.device)
-    seed, key = seed[:, None], key[:, None]
-    zero = quad.new_zeros(())
-    words = philox4x32((quad, key & WORD, (key >> 32) & WORD, zero), (seed & WORD, (seed >> 32) & WORD))
-    z = torch.empty(len(seed), quads, 4, dtype=torch.float32, device=seed.device)
+    quad = np.arange(-(-elements // 4), dtype=np.uint64)
+    seeds, keys = (value.numpy().astype(np.uint64)[:, None] for value in (seed, key))
+    counter = (quad, keys & WORD, keys >> SHIFT, np.zeros((1,), np.uint64))
+    words = philox4x32(counter, (seeds & WORD, seeds >> SHIFT))
+    z = torch.empty(len(seed), len(quad), 4, dtype=torch.float32, device=seed.device)
     for lane in (0, 2):
-        radius = words[lane].to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
-        angle = words[lane + 1].to(torch.int32).to(torch.float32).mul_(math.pi * 2.0**-31)
-        torch.mul(radius, angle.cos(), out=z[:, :, lane])
-        torch.mul(radius, angle.sin_(), out=z[:, :, lane + 1])
+        z[:, :, lane], z[:, :, lane + 1] = box_muller(words[lane], words[lane + 1])
     return z.view(len(seed), -1)[:, :elements].contiguous().view(-1, token, channel)
 
 

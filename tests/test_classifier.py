@@ -23,7 +23,7 @@ def judge() -> CountClassifier:
 def fresh() -> tuple[Tensor, Tensor]:
     """Scenes of a seed that no training used, and their true counts [scene, 13]."""
     rng = np.random.default_rng(987_654)
-    scenes = [train_classifier.random_scene(rng) for _ in range(400)]
+    scenes = [train_classifier.random_scene(rng) for _ in range(250)]
     return shapes.render_batch(scenes), torch.tensor(np.array([[*scene.counts(), 0] for scene in scenes]))
 
 
@@ -43,7 +43,7 @@ def test_fakes_do_not_pass_as_objects(judge: CountClassifier):
     y, x = np.mgrid[: shapes.SIZE, : shapes.SIZE].astype(np.float32) + 0.5
     images = []
     for distractor in train_classifier.DISTRACTORS:
-        for _ in range(20):
+        for _ in range(15):
             ink, color = distractor(rng, x - rng.uniform(16, 48), y - rng.uniform(16, 48), rng.uniform(5.5, 9))
             images.append((1 - ink[..., None]) * np.float32(shapes.CANVAS) + ink[..., None] * color)
     counts = judge.counts(torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2))
@@ -82,6 +82,6 @@ def test_a_heat_map_sums_to_the_counts():
 
 
 def test_the_recipe_trains_a_little_and_repeats_itself(tmp_path):
-    recipe = train_classifier.Recipe(out=tmp_path / "weights.safetensors", steps=2, batch=4, device="cpu")
+    recipe = train_classifier.Recipe(out=tmp_path / "weights.safetensors", steps=2, batch=2, device="cpu")
     first, second = (train_classifier.train(recipe).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

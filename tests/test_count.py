@@ -272,6 +272,8 @@ def test_make():
     assert rewards.held_out(count).name == "classifier"
     with pytest.raises(RequestError, match=r"beauty.*count, classifier"):
         rewards.make("beauty")
+    with pytest.raises(RequestError, match="an instance"):
+        rewards.make(CountReward)
 
 
 def test_a_function_is_a_reward():

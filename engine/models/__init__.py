@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ class Geometry:
     channel: int
 
 
+@runtime_checkable
 class FlowModel(Protocol):
     """A flow-matching model on the linear path, as the engine drives it."""
 
@@ -44,8 +45,12 @@ class FlowModel(Protocol):
         """The geometry of an image size (`None`: the model's own); raises `RequestError` if it cannot do it."""
         ...
 
+    def check_prompt(self, prompt: str) -> None:
+        """Raises `RequestError` for a prompt that the model cannot read: unknown words, or too many."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> list[Any]:
-        """One conditioning a prompt; raises `RequestError` for a prompt that it cannot read."""
+        """One conditioning a prompt."""
         ...
 
     def velocity(

@@ -32,7 +32,7 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> FluxPipe
     """
     path = folder(str(name)) if str(name) in BUILT_IN else name
     try:
-        pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtype)
+        pipeline = FluxPipeline.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -65,7 +65,7 @@ class FluxModel:
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer.eval(), pipeline.vae.eval()
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
-        self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
         # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
@@ -88,15 +88,14 @@ class FluxModel:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """See `FlowModel.encode`; raises `RequestError` for words outside a word-level vocabulary and for long prompts."""
-        for prompt in prompts:
-            self._check_words(prompt)
+        """See `FlowModel.encode`."""
         sequence, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, device=self.device, max_sequence_length=self.text_tokens
         )
         return [Conditioning(p.to(self.dtype), s.to(self.dtype)) for p, s in zip(pooled, sequence, strict=True)]
 
-    def _check_words(self, prompt: str) -> None:
+    def check_prompt(self, prompt: str) -> None:
+        """See `FlowModel.check_prompt`."""
         tokenizer = self.pipeline.tokenizer_2
         ids = tokenizer(prompt).input_ids
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:

@@ -41,12 +41,12 @@ class Reward(Protocol):
         ...
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A plain function `f(images, prompts) -> scores` as a reward that accepts every prompt."""
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None):
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
 
     def check(self, prompt: str) -> None:
         """Accepts every prompt."""
@@ -81,13 +81,12 @@ def make(reward: str | Reward | Callable[..., Tensor]) -> Reward:
             )
         module, name = _BUILT_IN[reward]
         return getattr(importlib.import_module(module), name)()
-    if isinstance(reward, Reward):
-        return reward
-    if callable(reward):
-        return FunctionReward(reward)
-    raise RequestError(
-        f"a reward is a name ({', '.join(names())}) or a function f(images, prompts), not {type(reward).__name__}"
-    )
+    if isinstance(reward, type) or not callable(reward):
+        raise RequestError(
+            f"a reward is a name ({', '.join(names())}), an instance with the methods of rollflow.rewards.Reward, or a "
+            f"function f(images, prompts), not {reward!r}"
+        )
+    return reward if isinstance(reward, Reward) else FunctionReward(reward)
 
 
 def held_out(reward: Reward) -> Reward | None:

@@ -47,6 +47,8 @@ class CountNet(nn.Module):
     An object's centre is shared among the four nearest cells by bilinear weights, so that a map's sum is a count.
     """
 
+    canvas: Tensor
+
     def __init__(self, narrow: int = 16, wide: int = 48, blocks: int = 3):
         super().__init__()
         self.register_buffer("canvas", torch.tensor(shapes.CANVAS).view(3, 1, 1), persistent=False)
@@ -61,7 +63,7 @@ class CountNet(nn.Module):
             *(_Block(wide) for _ in range(blocks)),
         )
         self.head = nn.Conv2d(wide, CHANNELS, 1)
-        nn.init.constant_(self.head.bias, -5.0)  # most cells are empty
+        nn.init.constant_(self.head.get_parameter("bias"), -5.0)  # most cells are empty
 
     def forward(self, images: Float[Tensor, "image 3 64 64"]) -> Float[Tensor, "image 13 16 16"]:
         return self.head(self.layers(images - self.canvas))
@@ -105,7 +107,7 @@ class CountClassifier:
                 f"{images.shape[-1]} x {images.shape[-2]}: it judges the built-in model 'shapes' only"
             )
         images = images.detach().to("cpu", torch.float32).nan_to_num(0.0).clamp(0, 1)
-        with torch.inference_mode():
+        with torch.no_grad():
             heat = [_trained()(part).sigmoid().sum((2, 3)) for part in images.split(64)]
         return torch.cat(heat).round().long()
 

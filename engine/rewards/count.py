@@ -8,7 +8,7 @@ two objects grown together, a ghost) is counted as *unrecognised*, so that a sea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -34,8 +34,8 @@ MARGIN = 0.015  # lead of the best shape's overlap over the second best's
 SPECK, LITTER = 3.0, 16.0  # pixels of ink that are no scrap yet; pixels of ink in specks that make one
 LARGEST = 280.0  # pixels of the largest object: mess counts once for each object that it could hide
 
-_CANVAS = np.float32(shapes.CANVAS)
-_RAYS = np.float32([shapes.PALETTE[color] for color in shapes.COLORS]) - _CANVAS
+_CANVAS = np.array(shapes.CANVAS, np.float32)
+_RAYS = np.array([shapes.PALETTE[color] for color in shapes.COLORS], np.float32) - _CANVAS
 _LENGTHS = np.linalg.norm(_RAYS, axis=1)
 _AREA = {"circle": np.pi, "square": (2 * 0.886) ** 2, "triangle": 3**1.5 * 0.675**2}  # of a shape of radius 1
 _PERIMETER = {"circle": 2 * np.pi, "square": 8 * 0.886, "triangle": 6 * 3**0.5 * 0.675}
@@ -54,9 +54,9 @@ class _Pixels:
     x: np.ndarray
     ink: np.ndarray
     color: np.ndarray  # index into COLORS, or len(COLORS) for none
-    blob: np.ndarray | None = None
-    core: np.ndarray | None = None  # member of a connected component, not of its anti-aliased rim
-    euler: np.ndarray | None = None  # contribution to the blob's Euler number: components minus holes
+    blob: np.ndarray = field(init=False)
+    core: np.ndarray = field(init=False)  # member of a connected component, not of its anti-aliased rim
+    euler: np.ndarray = field(init=False)  # contribution to the blob's Euler number: components minus holes
 
     def sum(self, values: np.ndarray, blobs: int) -> np.ndarray:
         """Sums `values` over the pixels of each blob."""

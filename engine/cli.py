@@ -1,0 +1,329 @@
+"""The command line: `rollflow generate | demo`.
+
+Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
+`rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+import rollflow
+from rollflow.errors import RequestError, RollflowError
+
+if TYPE_CHECKING:
+    from rollflow.engine import Engine
+    from rollflow.present import Bar
+    from rollflow.request import Request, Result
+
+DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of evaluations (NFE).
+
+`rollflow COMMAND --help` explains a command; `rollflow --version` prints the version."""
+DEMO_PROMPTS = (  # what the model's plain samples often get wrong
+    "four red circles and two blue squares",
+    "three green triangles and three yellow circles",
+    "two red squares, two blue circles and one green triangle",
+    "six blue triangles",
+)
+BASE_STEPS = 10
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _one_of(module: str, attribute: str, what: str = "one of", metavar: str = "NAME") -> object:
+    """A help text that ends with the names that the code knows, looked up when it is printed."""
+
+    def hint(default: str) -> str:
+        names = getattr(import_module(module), attribute)
+        return f"({what}: {', '.join(names() if callable(names) else names)}; default: {default})"
+
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+def _by_default(what: str, **options: Any) -> object:
+    """A help text that ends with what None stands for."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {what})", **options)
+
+
+Reward = Annotated[str, _one_of("rollflow.rewards", "names")]
+Method = Annotated[str, _one_of("rollflow.methods", "names")]
+Interpolant = Annotated[str, _one_of("rollflow.interpolant", "_NAMED")]
+Grid = Annotated[str, _one_of("rollflow.sde", "GRIDS")]
+Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
+Own = Annotated[int | None, _by_default("the method's own choice")]
+Size = Annotated[int | None, _by_default("the model's own")]
+Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
+Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
+Dtype = Annotated[str | None, _by_default("bfloat16 on cuda, float32 elsewhere", metavar="|".join(DTYPES))]
+Prompts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search: the fields of `rollflow.Request`, with its defaults."""
+
+    reward: Reward = "count"
+    """What an image is judged by."""
+    method: Method = "rbf"
+    """The search."""
+    nfe: int = 100
+    """Budget: function evaluations for each prompt, finish included."""
+    steps: int = 10
+    """Points of the time grid that are evaluated."""
+    interpolant: Interpolant = "vp"
+    """The path that the particles follow."""
+    seed: int = 0
+    """Seed of all noise."""
+    grid: Grid = "paper"
+    """Kind of time grid."""
+    shift: float = 3.0
+    """Shift of the grid "shifted"."""
+    diffusion: float = 3.0
+    """Scale s of the noise g(t) = s t^2; 0 is the ODE, for which only bon works."""
+    solver: Solver = "euler"
+    """How a step is taken."""
+    finish: int = 0
+    """Deterministic steps from the chosen particle towards the image, paid out of the budget."""
+    initial: Own = None
+    """rbf: samples of the prior, of which the best starts."""
+    children: Own = None
+    """svdd: candidates at each step."""
+    guidance: float = 3.5
+    """Embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it."""
+    height: Size = None
+    """Image height in pixels."""
+    width: Size = None
+    """Image width in pixels."""
+
+    def request(self, prompt: str) -> Request:
+        """The request for one prompt."""
+        from rollflow.request import Request
+
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {name: given.pop(name) for name in ("initial", "children")}
+        return Request(prompt, **given, options={name: value for name, value in own.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to run it on."""
+
+    model: Model = "shapes"
+    """A built-in model, a folder that FluxPipeline.save_pretrained wrote, or a hub id."""
+    device: Device = None
+    """Where to run: cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = None
+    """Precision of the networks; particles are float32 always."""
+
+    def load(self) -> Engine:
+        """An engine on this model; raises `RollflowError` where there is no such model, device or dtype."""
+        import torch
+
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise RequestError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        try:
+            device = None if self.device is None else torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise RequestError(f"the device {self.device!r} cannot be used ({str(error).splitlines()[0]})") from error
+        _silence()
+        return rollflow.Engine.from_pretrained(
+            self.model, device, None if self.dtype is None else getattr(torch, self.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Search for the best image of each prompt; write it and its history.
+
+    Writes PROMPT-seedN.png and PROMPT-seedN.json for every prompt and overwrites files of these names. Prompts share
+    the forwards of the model.
+    """
+
+    prompts: tyro.conf.Positional[Prompts]
+    """What the images should show, each prompt in quotes: "two red circles"."""
+    out: Path = Path("out")
+    """Folder for the images; made if it is not there."""
+    search: SearchOptions = field(default_factory=SearchOptions)
+    runtime: ModelOptions = field(default_factory=ModelOptions)
+
+    def __call__(self) -> None:
+        """Runs the command."""
+        if not self.prompts:
+            raise RequestError('give at least one prompt, in quotes: rollflow generate "two red circles"')
+        results = _run([self.search.request(prompt) for prompt in self.prompts], self.runtime, self.out)
+        for name, result in zip(_names(results), results, strict=True):
+            image, record = self.out / f"{name}.png", self.out / f"{name}.json"
+            result.image.save(image)
+            record.write_text(json.dumps(_record(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            print(f"{result.request.prompt}\n  {_summary(result)}\n  {image}\n  {record}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Compare a plain sample with RBF on a few prompts; write a picture of both.
+
+    The plain sample is one path of the ODE. Writes demo.png.
+    """
+
+    prompts: Prompts = DEMO_PROMPTS
+    """What the images should show."""
+    nfe: int = 100
+    """Budget of RBF for each prompt."""
+    seed: int = 0
+    """Seed of all noise."""
+    out: Path = Path("out")
+    """Folder for demo.png; made if it is not there."""
+    runtime: ModelOptions = field(default_factory=ModelOptions)
+
+    def __call__(self) -> None:
+        """Runs the command."""
+        if not self.prompts:
+            raise RequestError('give at least one prompt, in quotes: rollflow demo --prompts "two red circles"')
+        plain = SearchOptions(
+            method="bon", nfe=BASE_STEPS, steps=BASE_STEPS, interpolant="linear", diffusion=0.0, grid="uniform",
+            seed=self.seed,
+        )  # fmt: skip
+        search = SearchOptions(nfe=self.nfe, seed=self.seed)
+        requests = [options.request(prompt) for prompt in self.prompts for options in (plain, search)]
+        results = _run(requests, self.runtime, self.out)
+
+        from rollflow import present
+
+        pairs = list(zip(results[::2], results[1::2], strict=True))
+        present.print_table(pairs)
+        path = self.out / "demo.png"
+        present.grid(pairs).save(path)
+        print(path)
+
+
+COMMANDS = {"generate": Generate, "demo": Demo}
+
+
+def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Result]:
+    """Checks all that can be wrong before the model is loaded, then searches under a progress bar."""
+    from rollflow.present import progress_bar
+    from rollflow.request import plan
+    from rollflow.scheduler import Search
+
+    for request in requests:
+        Search.check(plan(request))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"the folder {str(out)!r} cannot be made ({error.strerror}): choose another --out") from error
+    with progress_bar() as bar:
+        return _search(requests, runtime.load(), bar)
+
+
+def _search(requests: list[Request], engine: Engine, bar: Bar) -> list[Result]:
+    bar.start(sum(request.nfe for request in requests))
+    results = engine.generate(requests, on_progress=bar.update)
+    return results if isinstance(results, list) else [results]
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    """A file name for each result, made of its prompt and seed; distinct within this call."""
+    names: list[str] = []
+    for result in results:
+        slug = re.sub(r"[\W_]+", "-", result.request.prompt.lower()).strip("-")[:48].rstrip("-") or "image"
+        name, copy = f"{slug}-seed{result.request.seed}", 2
+        while name in names:
+            name, copy = f"{slug}-seed{result.request.seed}-{copy}", copy + 1
+        names.append(name)
+    return names
+
+
+def _summary(result: Result) -> str:
+    from rollflow.present import number
+
+    held_out = "" if result.held_out is None else f", held-out {number(result.held_out)}"
+    return f"reward {number(result.reward)}{held_out}, {result.committed_nfe} NFE, {result.seconds:.1f} s"
+
+
+def _record(result: Result) -> dict[str, Any]:
+    """A result as JSON, without its image."""
+    request = {name: value for name, value in asdict(result.request).items() if name not in ("latents", "times")}
+    return {
+        "request": request,
+        "reward": _finite(result.reward),
+        "held_out": _finite(result.held_out),
+        "committed_nfe": result.committed_nfe,
+        "executed_nfe": result.executed_nfe,
+        "seconds": round(result.seconds, 3),
+        "versions": {"rollflow": rollflow.__version__, **{name: version(name) for name in ("torch", "diffusers")}},
+        "history": [{**asdict(record), "reward": _finite(record.reward)} for record in result.history],
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity: they become null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _silence() -> None:
+    """Turns off the loading bars of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    """The command of the arguments; raises `RequestError` with tyro's reason, SystemExit after printing a help."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="rollflow",
+                description=DESCRIPTION,
+                args=list(arguments),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise RequestError(_reason(said.getvalue())) from None
+
+
+def _reason(box: str) -> str:
+    """tyro's error box as one line: its sections, rules and frame left out."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = [" ".join(part.split()).rstrip(".") for part in re.split("─{3,}", "\n".join(lines))]
+    sections = [section.removeprefix("Argument helptext: ") for section in sections]
+    return "; ".join(section[:1].lower() + section[1:] for section in sections if section)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 2 for what cannot be honoured, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if list(arguments) == ["--version"]:
+        print(f"rollflow {rollflow.__version__}")
+        return 0
+    try:
+        _parse(arguments)()
+    except SystemExit as stop:  # a help was printed
+        return int(stop.code or 0)
+    except RollflowError as error:
+        print(f"rollflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

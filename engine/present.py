@@ -1,0 +1,132 @@
+"""What the command line shows: a progress bar, the demo's table, and its grid of images."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rollflow.engine import Progress as State
+    from rollflow.request import Result
+
+IMAGE, MARGIN, LINE = 192, 16, 18  # pixels: an image's width in the grid, the space around it, a line of text
+PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+
+Pair = tuple["Result", "Result"]
+
+
+def number(value: float | None) -> str:
+    """A score with two decimals; "-" where there is none."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+
+
+class Bar:
+    """A progress bar of function evaluations on standard error; shows nothing where that is no terminal."""
+
+    def __init__(self, bar: Progress):
+        self._bar = bar
+        self._task = bar.add_task("loading the model", total=None, best="", count="")
+
+    def start(self, nfe: int) -> None:
+        """Begins to count up to `nfe` evaluations."""
+        self._bar.update(self._task, description="searching", total=nfe, count=f"0/{nfe} NFE")
+
+    def update(self, state: State) -> None:
+        """An `on_progress` callback of `Engine.generate`; of several requests it shows the mean of the best rewards."""
+        done, rewards = sum(state.committed_nfe), [r for r in state.best_reward if math.isfinite(r)]
+        label = "best reward" if len(state.best_reward) == 1 else "mean best reward"
+        best = f"{label} {number(sum(rewards) / len(rewards))}" if rewards else ""
+        total = self._bar.tasks[self._task].total or 0
+        self._bar.update(self._task, completed=done, count=f"{done}/{total:.0f} NFE", best=best)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Bar]:
+    """A `Bar` that disappears at the end of the block."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[best]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Bar(bar)
+
+
+def print_table(pairs: Sequence[Pair]) -> None:
+    """Prints the scores of (base, search) results, a line a prompt, to standard output."""
+    table = Table("prompt")
+    for name in ("base\nreward", "RBF\nreward", "base\nheld-out", "RBF\nheld-out", "RBF\nNFE", "\nseconds"):
+        table.add_column(name, justify="right")
+    for base, search in pairs:
+        scores = (base.reward, search.reward, base.held_out, search.held_out)
+        row = [*map(number, scores), str(search.committed_nfe), f"{search.seconds:.1f}"]
+        table.add_row(search.request.prompt, *row)
+    Console(file=sys.stdout).print(table)
+
+
+def grid(pairs: Sequence[Pair]) -> Image.Image:
+    """A picture of (base, search) results: a row a prompt, captioned, the scores below each image."""
+    font = ImageFont.load_default(size=13)
+    width = 2 * IMAGE + 3 * MARGIN
+    blocks = [_block(base, search, width, font) for base, search in pairs]
+    header = Image.new("RGB", (width, LINE + MARGIN), PAPER)
+    pen = ImageDraw.Draw(header)
+    for column, (title, result) in enumerate(zip(("base sample", "RBF"), pairs[0], strict=True)):
+        text = f"{title}, {result.committed_nfe} NFE"
+        pen.text((MARGIN + column * (IMAGE + MARGIN), MARGIN), text, font=font, fill=FAINT)
+    parts = [header, *blocks]
+    sheet = Image.new("RGB", (width, sum(part.height for part in parts)), PAPER)
+    y = 0
+    for part in parts:
+        sheet.paste(part, (0, y))
+        y += part.height
+    return sheet
+
+
+def _block(base: Result, search: Result, width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """One row of the grid: the caption, both images and their scores."""
+    caption = _wrap(search.request.prompt, width - 2 * MARGIN, font)
+    images = [_enlarge(result.image) for result in (base, search)]
+    top = MARGIN + LINE * len(caption)
+    below = top + max(image.height for image in images) + 4
+    block = Image.new("RGB", (width, below + LINE), PAPER)
+    pen = ImageDraw.Draw(block)
+    for i, line in enumerate(caption):
+        pen.text((MARGIN, MARGIN + i * LINE - 4), line, font=font, fill=INK)
+    for column, (image, result) in enumerate(zip(images, (base, search), strict=True)):
+        x = MARGIN + column * (IMAGE + MARGIN)
+        block.paste(image, (x, top))
+        held_out = "" if result.held_out is None else f", held-out {number(result.held_out)}"
+        pen.text((x, below), f"reward {number(result.reward)}{held_out}", font=font, fill=FAINT)
+    return block
+
+
+def _enlarge(image: Image.Image) -> Image.Image:
+    """The image at the grid's width; small ones keep their hard pixels."""
+    height = max(1, round(image.height * IMAGE / image.width))
+    kind = Image.Resampling.NEAREST if image.width < IMAGE else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize((IMAGE, height), kind)
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """`text` in lines that are at most `width` pixels wide, where its words allow it."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

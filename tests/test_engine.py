@@ -1,0 +1,249 @@
+"""The engine on a model whose flow is known in closed form: Gaussian data, exact velocity, identity decoder."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import rollflow
+from rollflow import interpolant, sde
+from rollflow.engine import Engine
+from rollflow.errors import RequestError
+from rollflow.models import Geometry
+from rollflow.request import Request, finish_times, plan
+
+MEAN, DEVIATION = 0.5, 0.2
+
+
+class Gaussian:
+    """Data N(MEAN, DEVIATION^2) in every latent element; records the times and the sizes of its forwards."""
+
+    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+
+    def __init__(self):
+        self.forwards = []
+
+    def geometry(self, height=None, width=None):
+        height, width = height or 8, width or 8
+        return Geometry(height, width, height, width, height * width // 4, 12)
+
+    def check_prompt(self, prompt):
+        if "unknown" in prompt:
+            raise RequestError("the model does not know ['unknown']")
+
+    def encode(self, prompts):
+        return [torch.zeros(1) for _ in prompts]
+
+    def velocity(self, x, tau, conditioning, guidance, geometry):
+        self.forwards.append(tau.tolist())
+        tau = tau.double()[:, None, None]
+        variance = (1 - tau) ** 2 * DEVIATION**2 + tau**2
+        centred = (x.double() - (1 - tau) * MEAN) / variance
+        x0 = MEAN + (1 - tau) * DEVIATION**2 * centred
+        return (tau * centred - x0).float()  # E[eps | x] - E[x0 | x]
+
+    def decode(self, latents):
+        return latents
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def engine(**options):
+    return Engine(Gaussian(), **options)
+
+
+def ask(prompt="a", **options):
+    return Request(prompt, **{"reward": brightness, "nfe": 30, "steps": 5, **options})
+
+
+@pytest.mark.parametrize("method", ["rbf", "svdd", "bon"])
+@pytest.mark.parametrize("finish", [0, 3])
+def test_accounting(method, finish):
+    e = engine()
+    result = e.generate(ask(method=method, nfe=33, finish=finish))
+    spent = 33 if method != "bon" else (33 - finish) // 5 * 5 + finish
+    assert result.committed_nfe == spent == len(result.history)
+    assert result.executed_nfe == sum(len(times) for times in e.model.forwards) >= spent
+    assert sum(e.ledger.executed.values()) == result.executed_nfe
+    assert e.ledger.executed["finish"] == finish == sum(r.kind == "finish" for r in result.history)
+    assert [r.index for r in result.history] == list(range(spent))
+    for record in result.history:
+        if record.parent is None:
+            assert record.level == 0
+        else:
+            assert result.history[record.parent].level == record.level - 1
+    assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
+    last = result.history[-1] if finish else max(
+        (r for r in result.history if r.level == 4), key=lambda r: r.reward
+    )
+    assert result.reward == pytest.approx(last.reward, abs=1 / 255)  # judged again after rounding to 8 bits
+
+
+@pytest.mark.parametrize("path", ["linear", "vp", "cosine", "polynomial"])
+@pytest.mark.parametrize(("solver", "diffusion"), [("euler", 0.0), ("cps", 0.0), ("euler", 1.0), ("cps", 1.0)])
+def test_marginals_through_the_whole_engine(path, solver, diffusion):
+    """Samples of the engine have the data's mean and deviation, on every path, by every solver, each row at its time."""
+    e = engine()
+    requests = [
+        ask(
+            interpolant=path, solver=solver, diffusion=diffusion, grid="uniform", method="bon", nfe=60, steps=60, seed=i
+        )
+        for i in range(64)
+    ]
+    pixels = torch.stack([r.pixels for r in e.generate(requests)]).double()
+    n = pixels.numel()  # 64 * 192 independent elements
+    # Five standard errors, plus the discretisation error of 60 steps.
+    assert abs(pixels.mean() - MEAN) < 5 * DEVIATION / math.sqrt(n) + 0.01
+    assert abs(pixels.std() / DEVIATION - 1) < 5 / math.sqrt(2 * n) + 0.04
+
+
+def test_history_has_the_times_of_the_grid_and_the_model_sees_linear_times():
+    e = engine()
+    path = interpolant.VP()
+    result = e.generate(ask(interpolant=path, nfe=20))
+    grid = sde.time_grid(5, "paper")
+    assert all(r.time == grid[r.level] for r in result.history)
+    seen = {round(t, 6) for times in e.model.forwards for t in times if t != 1.0}
+    assert seen == {round(np.float32(path.linear_time(t)).item(), 6) for t in grid[:-1]}
+
+
+def test_requests_share_forwards_at_different_times():
+    e = engine()
+    e.generate([ask(f"{i}", seed=i, steps=3 + i, nfe=40) for i in range(8)])
+    assert max(len(set(times)) for times in e.model.forwards) > 4
+
+
+def test_a_result_does_not_depend_on_company():
+    """One bucket: the same bits alone, among 32 others of every method and path, and in any order."""
+    mine = ask("mine", seed=7, nfe=37, finish=2)
+    methods, paths = ("rbf", "svdd", "bon"), ("linear", "vp", "cosine")
+    others = [
+        ask(f"other {i}", seed=i, nfe=20 + i, method=methods[i % 3], interpolant=paths[i % 2], steps=2 + i % 7)
+        for i in range(32)
+    ]
+    alone = engine(buckets=(16,)).generate(mine)
+    crowd = engine(buckets=(16,)).generate([*others[:20], mine, *others[20:]])[20]
+    assert torch.equal(alone.pixels, crowd.pixels)
+    assert alone.history == crowd.history and alone.reward == crowd.reward
+
+
+def test_seeds_and_latents():
+    e = engine()
+    first, again, other = e.generate([ask(seed=3), ask(seed=3), ask(seed=4)])
+    assert torch.equal(first.pixels, again.pixels) and not torch.equal(first.pixels, other.pixels)
+    latents = torch.randn(16, 12, generator=torch.Generator().manual_seed(0))
+    options = {"method": "bon", "nfe": 1, "steps": 1, "interpolant": "linear", "diffusion": 0}
+    given = e.generate(ask(latents=latents, **options))
+    tau = torch.ones(1)
+    u = e.model.velocity(latents[None], tau, None, None, None)
+    expected = (latents - u[0]).reshape(4, 4, 3, 2, 2).permute(2, 0, 3, 1, 4).reshape(3, 8, 8)
+    torch.testing.assert_close(given.pixels, expected)
+    many = e.generate(ask(latents=torch.stack([latents] * 2), method="bon", nfe=4, steps=1))
+    rewards = [r.reward for r in many.history]
+    assert rewards[0] == rewards[1] and len({*rewards}) == 3  # two given, two drawn
+
+
+def test_explicit_times():
+    e = engine()
+    result = e.generate(ask(times=[1.0, 0.6, 0.2], interpolant="linear", nfe=12))
+    same = e.generate(ask(times=[1.0, 0.6, 0.2, 0.0], interpolant="linear", nfe=12))
+    assert {(r.level, r.time) for r in result.history} == {(0, 1.0), (1, 0.6), (2, 0.2)}
+    assert torch.equal(result.pixels, same.pixels)
+
+
+def test_a_finish_sharpens_what_a_noisy_grid_leaves():
+    """On the paper's VP grid the posterior mean lacks variance; a finish restores it."""
+    e = engine()
+    spread = {}
+    for finish in (0, 8):
+        options = {"method": "bon", "steps": 10, "nfe": 10 + finish, "finish": finish, "solver": "cps"}
+        results = e.generate([ask(seed=i, **options) for i in range(48)])
+        spread[finish] = torch.stack([r.pixels for r in results]).std().item() / DEVIATION
+    assert spread[0] < 0.9 and abs(spread[8] - 1) < 0.05
+
+
+def test_finish_times_are_equidistant_in_linear_time():
+    path = interpolant.VP()
+    times = finish_times(path, 0.436, 3)
+    linear = [path.linear_time(t) for t in times]
+    assert np.diff(linear) == pytest.approx([-linear[0] / 4] * 3, abs=1e-9)
+
+
+def test_the_pool_bounds_memory_and_admission_waits():
+    e = engine(slots=40)
+    results = e.generate([ask(seed=i, nfe=30) for i in range(5)])
+    free = engine().generate([ask(seed=i, nfe=30) for i in range(5)])
+    assert [r.committed_nfe for r in results] == [30] * 5
+    assert all(torch.allclose(a.pixels, b.pixels, atol=1e-5) for a, b in zip(results, free, strict=True))
+    assert e._pools[e.model.geometry()].slots == 40
+    with pytest.raises(RequestError, match=r"nfe=41: the particle pool has 40 slots"):
+        e.generate(ask(nfe=41))
+
+
+def test_progress_is_told_per_request():
+    seen = []
+    engine().generate([ask(nfe=20), ask(nfe=30)], on_progress=seen.append)
+    assert seen[-1].committed_nfe == (20, 30) and all(map(math.isfinite, seen[-1].best_reward))
+    assert all(a.committed_nfe <= b.committed_nfe for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_an_error_leaves_the_engine_usable():
+    e = engine()
+
+    def broken(images, prompts):
+        raise ZeroDivisionError("the reward broke")
+
+    with pytest.raises(ZeroDivisionError):
+        e.generate([ask(), ask(reward=broken)])
+    assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
+    assert e.generate(ask()).committed_nfe == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nfe": 0}, "nfe=0: it must be a whole number of at least 1"),
+        ({"nfe": 4}, "smallest budget is 5"),
+        ({"method": "rfb"}, "unknown method 'rfb': choose one of bon, rbf, svdd"),
+        ({"interpolant": "vpp"}, "linear, vp"),
+        ({"grid": "even"}, "paper, uniform, shifted"),
+        ({"solver": "heun"}, "euler, cps"),
+        ({"reward": "nice"}, "count"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"times": [0.5, 0.7]}, "decrease"),
+        ({"times": []}, "decrease"),
+        ({"diffusion": -1.0}, "-1"),
+        ({"diffusion": 0}, "branches"),
+        ({"latents": torch.zeros(3, 3)}, r"\[16, 12\]"),
+        ({"latents": torch.full((16, 12), math.nan)}, "finite"),
+        ({"options": {"width": 3}}, "no option 'width'"),
+        ({"prompt": "unknown"}, "does not know"),
+        ({"prompt": " "}, "prompt"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(options, message):
+    e = engine()
+    with pytest.raises(RequestError, match=message):
+        e.generate([replace(ask(), **options)])
+    with pytest.raises(RequestError, match=rf"request 1: .*{message}"):
+        e.generate([ask(), replace(ask(), **options)])
+    assert not e.model.forwards
+
+
+def test_strings_take_options_and_requests_do_not():
+    e = engine()
+    result = e.generate("a", reward=brightness, nfe=20, steps=3, initial=7)
+    assert sum(r.level == 0 for r in result.history) == 7
+    with pytest.raises(RequestError, match="they go with prompts"):
+        e.generate(ask(), nfe=3)
+    assert rollflow.Request is Request and rollflow.Engine is Engine
+
+
+def test_a_plan_holds_every_coefficient():
+    made = plan(ask(interpolant="linear", diffusion=0, method="bon", grid="uniform", steps=4, nfe=4))
+    assert [(s.a, s.b, s.k) for s in made.steps[1:]] == [(1.0, pytest.approx(-0.25), 0.0)] * 3
+    assert [(s.p, s.q) for s in made.steps] == [(1.0, pytest.approx(-t)) for t in (1.0, 0.75, 0.5, 0.25)]
