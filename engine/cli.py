@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +28,8 @@ if TYPE_CHECKING:
     from rollflow.present import Bar
     from rollflow.request import Request, Result
 
-DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of evaluations (NFE).
+DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of function
+evaluations (NFE).
 
 `rollflow COMMAND --help` explains a command; `rollflow --version` prints the version."""
 DEMO_PROMPTS = (  # what the model's plain samples often get wrong
@@ -69,6 +68,7 @@ Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|
 Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
 Dtype = Annotated[str | None, _by_default("bfloat16 on cuda, float32 elsewhere", metavar="|".join(DTYPES))]
 Prompts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]
+Asked = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...", help_behavior_hint="(required)")]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class ModelOptions:
         try:
             device = None if self.device is None else torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise RequestError(f"the device {self.device!r} cannot be used ({str(error).splitlines()[0]})") from error
+            reason = str(error).splitlines()[0]
+            raise RequestError(f"device {self.device!r}: choose cpu, cuda or cuda:N; torch says: {reason}") from error
         _silence()
         return rollflow.Engine.from_pretrained(
             self.model, device, None if self.dtype is None else getattr(torch, self.dtype)
@@ -152,7 +153,7 @@ class Generate:
     the forwards of the model.
     """
 
-    prompts: tyro.conf.Positional[Prompts]
+    prompts: tyro.conf.Positional[Asked]
     """What the images should show, each prompt in quotes: "two red circles"."""
     out: Path = Path("out")
     """Folder for the images; made if it is not there."""
@@ -164,11 +165,15 @@ class Generate:
         if not self.prompts:
             raise RequestError('give at least one prompt, in quotes: rollflow generate "two red circles"')
         results = _run([self.search.request(prompt) for prompt in self.prompts], self.runtime, self.out)
-        for name, result in zip(_names(results), results, strict=True):
+
+        from rollflow import present
+
+        for name, result in zip(present.names(results), results, strict=True):
             image, record = self.out / f"{name}.png", self.out / f"{name}.json"
             result.image.save(image)
-            record.write_text(json.dumps(_record(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            print(f"{result.request.prompt}\n  {_summary(result)}\n  {image}\n  {record}")
+            content = {"model": self.runtime.model, **present.record(result)}
+            record.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            print(f"{result.request.prompt}\n  {present.summary(result)}\n  {image}\n  {record}")
 
 
 @dataclass(frozen=True)
@@ -209,11 +214,11 @@ class Demo:
         print(path)
 
 
-COMMANDS = {"generate": Generate, "demo": Demo}
+COMMANDS: dict[str, Callable[..., Any]] = {"generate": Generate, "demo": Demo}
 
 
 def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Result]:
-    """Checks all that can be wrong before the model is loaded, then searches under a progress bar."""
+    """Checks what it can before it loads the model, then searches under a progress bar."""
     from rollflow.present import progress_bar
     from rollflow.request import plan
     from rollflow.scheduler import Search
@@ -223,7 +228,10 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"the folder {str(out)!r} cannot be made ({error.strerror}): choose another --out") from error
+        reason = error.strerror or type(error).__name__
+        raise RequestError(f"the folder {str(out)!r} cannot be made ({reason}): choose another --out") from error
+    if not os.access(out, os.W_OK):
+        raise RequestError(f"the folder {str(out)!r} cannot be written to: choose another --out")
     with progress_bar() as bar:
         return _search(requests, runtime.load(), bar)
 
@@ -232,45 +240,6 @@ def _search(requests: list[Request], engine: Engine, bar: Bar) -> list[Result]:
     bar.start(sum(request.nfe for request in requests))
     results = engine.generate(requests, on_progress=bar.update)
     return results if isinstance(results, list) else [results]
-
-
-def _names(results: Sequence[Result]) -> list[str]:
-    """A file name for each result, made of its prompt and seed; distinct within this call."""
-    names: list[str] = []
-    for result in results:
-        slug = re.sub(r"[\W_]+", "-", result.request.prompt.lower()).strip("-")[:48].rstrip("-") or "image"
-        name, copy = f"{slug}-seed{result.request.seed}", 2
-        while name in names:
-            name, copy = f"{slug}-seed{result.request.seed}-{copy}", copy + 1
-        names.append(name)
-    return names
-
-
-def _summary(result: Result) -> str:
-    from rollflow.present import number
-
-    held_out = "" if result.held_out is None else f", held-out {number(result.held_out)}"
-    return f"reward {number(result.reward)}{held_out}, {result.committed_nfe} NFE, {result.seconds:.1f} s"
-
-
-def _record(result: Result) -> dict[str, Any]:
-    """A result as JSON, without its image."""
-    request = {name: value for name, value in asdict(result.request).items() if name not in ("latents", "times")}
-    return {
-        "request": request,
-        "reward": _finite(result.reward),
-        "held_out": _finite(result.held_out),
-        "committed_nfe": result.committed_nfe,
-        "executed_nfe": result.executed_nfe,
-        "seconds": round(result.seconds, 3),
-        "versions": {"rollflow": rollflow.__version__, **{name: version(name) for name in ("torch", "diffusers")}},
-        "history": [{**asdict(record), "reward": _finite(record.reward)} for record in result.history],
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity: they become null."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _silence() -> None:
@@ -304,7 +273,7 @@ def _reason(box: str) -> str:
     """tyro's error box as one line: its sections, rules and frame left out."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     sections = [" ".join(part.split()).rstrip(".") for part in re.split("─{3,}", "\n".join(lines))]
-    sections = [section.removeprefix("Argument helptext: ") for section in sections]
+    sections = [section.removeprefix("Error parsing ").removeprefix("Argument helptext: ") for section in sections]
     return "; ".join(section[:1].lower() + section[1:] for section in sections if section)
 
 

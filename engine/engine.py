@@ -169,9 +169,10 @@ class Engine:
                 for search in over:
                     results[searches.index(search)] = self._result(search)
                     self._release(search)
-        finally:
-            for search in scheduler.live:
-                self._release(search)
+        finally:  # after an error, in a reward say, give back what the searches hold
+            for search in searches:
+                if search is not None:
+                    self._release(search)
         return results
 
     def _admit(self, checked: Plan, geometry: Geometry) -> Search | None:
@@ -182,8 +183,9 @@ class Engine:
         return Search(checked, geometry, self._conditioning[checked.request.prompt], pool)
 
     def _release(self, search: Search) -> None:
-        search.close()
-        search.pool.unreserve(search.plan.request.nfe)
+        if not search.closed:
+            search.close()
+            search.pool.unreserve(search.plan.request.nfe)
 
     def _result(self, search: Search) -> Result:
         """Decodes the chosen particle and judges the 8-bit image that is returned."""

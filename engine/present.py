@@ -1,17 +1,23 @@
-"""What the command line shows: a progress bar, the demo's table, and its grid of images."""
+"""What the command line shows and writes: the progress bar, results as text and as JSON, the demo's table and grid."""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+import rollflow
 
 if TYPE_CHECKING:
     from rollflow.engine import Progress as State
@@ -21,6 +27,7 @@ IMAGE, MARGIN, LINE = 192, 16, 18  # pixels: an image's width in the grid, the s
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
 Pair = tuple["Result", "Result"]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def number(value: float | None) -> str:
@@ -28,6 +35,46 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+
+
+def names(results: Sequence[Result]) -> list[str]:
+    """A file name for each result, made of its prompt and seed; distinct among `results`."""
+    taken: list[str] = []
+    for result in results:
+        slug = re.sub(r"[\W_]+", "-", result.request.prompt.lower()).strip("-")[:48].rstrip("-") or "image"
+        name = plain = f"{slug}-seed{result.request.seed}"
+        copy = 1
+        while name in taken:
+            copy += 1
+            name = f"{plain}-{copy}"
+        taken.append(name)
+    return taken
+
+
+def summary(result: Result) -> str:
+    """The scores and the cost of a result in one line."""
+    held_out = "" if result.held_out is None else f", held-out {number(result.held_out)}"
+    return f"reward {number(result.reward)}{held_out}, {result.committed_nfe} NFE, {result.seconds:.1f} s"
+
+
+def record(result: Result) -> dict[str, Any]:
+    """A result, but for its image and given latents, as JSON can hold it."""
+    request = {name: value for name, value in vars(result.request).items() if name != "latents"}
+    return {
+        "request": {**request, "options": dict(result.request.options)},
+        "reward": _finite(result.reward),
+        "held_out": _finite(result.held_out),
+        "committed_nfe": result.committed_nfe,
+        "executed_nfe": result.executed_nfe,
+        "seconds": round(result.seconds, 3),
+        "versions": {"rollflow": rollflow.__version__, "torch": version("torch"), "diffusers": version("diffusers")},
+        "history": [{**asdict(row), "reward": _finite(row.reward)} for row in result.history],
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity: they become null."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Bar:
@@ -67,9 +114,10 @@ def progress_bar() -> Iterator[Bar]:
 
 def print_table(pairs: Sequence[Pair]) -> None:
     """Prints the scores of (base, search) results, a line a prompt, to standard output."""
-    table = Table("prompt")
-    for name in ("base\nreward", "RBF\nreward", "base\nheld-out", "RBF\nheld-out", "RBF\nNFE", "\nseconds"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, caption="seconds from start to end of each search; all share the forwards")
+    table.add_column("\nprompt")
+    for name in ("base\nreward", "RBF\nreward", "base\nheld-out", "RBF\nheld-out", "RBF\nNFE", "RBF\nseconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for base, search in pairs:
         scores = (base.reward, search.reward, base.held_out, search.held_out)
         row = [*map(number, scores), str(search.committed_nfe), f"{search.seconds:.1f}"]
@@ -96,7 +144,7 @@ def grid(pairs: Sequence[Pair]) -> Image.Image:
     return sheet
 
 
-def _block(base: Result, search: Result, width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+def _block(base: Result, search: Result, width: int, font: Font) -> Image.Image:
     """One row of the grid: the caption, both images and their scores."""
     caption = _wrap(search.request.prompt, width - 2 * MARGIN, font)
     images = [_enlarge(result.image) for result in (base, search)]
@@ -121,7 +169,7 @@ def _enlarge(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((IMAGE, height), kind)
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrap(text: str, width: int, font: Font) -> list[str]:
     """`text` in lines that are at most `width` pixels wide, where its words allow it."""
     lines: list[str] = []
     for word in text.split():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class Request:
     seed: int = 0
     grid: str = "paper"
     shift: float = 3.0
-    times: Sequence[float] | None = None
+    times: Iterable[float] | None = None
     diffusion: Any = PAPER_SCALE
     solver: str = "euler"
     finish: int = 0
@@ -140,12 +140,12 @@ class Plan:
 def _grid(request: Request) -> tuple[float, ...]:
     if request.times is None:
         return tuple(sde.time_grid(whole("steps", request.steps, 1), request.grid, request.shift))
-    times = [float(t) for t in request.times]
+    given = times = [float(t) for t in request.times]
     if times and times[-1] != 0.0:
-        times.append(0.0)
+        times = [*times, 0.0]
     pairs = list(zip(times, times[1:], strict=False))
     if not pairs or not all(0.0 <= after < before <= 1.0 for before, after in pairs):
-        raise RequestError(f"times={list(request.times)}: they must decrease strictly, within (0, 1], to an optional 0")
+        raise RequestError(f"times={given}: they must decrease strictly, within (0, 1], to an optional 0")
     return tuple(times)
 
 

@@ -48,6 +48,7 @@ class Search:
         self.committed = self.executed = self.turn = self.priors = 0
         self.start = time.perf_counter()
         self.chosen: Particle | None = None
+        self.closed = False
         self.finished_steps = 0
         self._in_flight = 0
         self._begin(next(self.method))
@@ -125,6 +126,7 @@ class Search:
     def close(self) -> None:
         """Drops every particle, so that their slots are free."""
         self.method.close()
+        self.closed = True
         self.chosen, self.draws, self.children = None, [], []
 
 

@@ -32,14 +32,16 @@ _PROPOSE = {
 }  # fmt: skip
 _FINISH = {
     "u": "*bf16", "x_pool": "*fp32", "u_pool": "*fp32", "slot": "*i64", "coefficients": "*fp32", "latents": "*bf16",
-    "channels": "i32", "rows": "i32", "columns": "i32", "inverse_scaling": "fp32", "shift": "fp32",
+    "elements": "i32", "channels": "i32", "rows": "i32", "columns": "i32", "inverse_scaling": "fp32",
+    "shift": "fp32",
 }  # fmt: skip
+_TILE = {"CHANNELS": 64, "COLUMNS": COLUMNS}
 KERNELS = (
     ("noise", noise_kernel, _NOISE, {"BLOCK": BLOCK}),
     ("propose (bf16)", propose_kernel, _PROPOSE, {"BLOCK": BLOCK}),
     ("propose (fp32)", propose_kernel, _PROPOSE | {"model_input": "*fp32"}, {"BLOCK": BLOCK}),
-    ("finish (bf16)", finish_kernel, _FINISH, {"CHANNELS": 64, "COLUMNS": COLUMNS}),
-    ("finish (fp32)", finish_kernel, _FINISH | {"u": "*fp32", "latents": "*fp32"}, {"CHANNELS": 64, "COLUMNS": COLUMNS}),
+    ("finish (bf16)", finish_kernel, _FINISH, _TILE),
+    ("finish (fp32)", finish_kernel, _FINISH | {"u": "*fp32", "latents": "*fp32"}, _TILE),
 )
 _UNALIGNED = ("blocks",)
 

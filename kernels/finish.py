@@ -18,7 +18,7 @@ COLUMNS = 32  # tokens of one token row that a program turns into 64 contiguous 
 @no_type_check
 def finish_kernel(
     u, x_pool, u_pool, slot, coefficients, latents,
-    channels, rows, columns, inverse_scaling, shift,
+    elements, channels, rows, columns, inverse_scaling, shift,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Program = (batch row, token row, tile of token columns, tile of channels). `rows` and `columns` count tokens.
@@ -35,14 +35,13 @@ def finish_kernel(
     p = tl.load(coefficients + 2 * row, mask=live, other=0.0)
     q = tl.load(coefficients + 2 * row + 1, mask=live, other=0.0)
     # Scalars may arrive as float64 under a compiler: cast, so that no arithmetic below is promoted.
-    factor = inverse_scaling.to(tl.float32)
-    offset = tl.where(live, shift.to(tl.float32), 0.0)
+    factor = tl.full((), inverse_scaling, tl.float32)
+    offset = tl.where(live, tl.full((), shift, tl.float32), 0.0)
 
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     channel = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
     packed = (token_row * columns + column)[:, None] * channels + channel[None, :]
-    inside = (column < columns)[:, None] & (channel < channels)[None, :] & live
-    elements = rows.to(tl.int64) * columns * channels
+    inside = (column < tl.where(live, columns, 0))[:, None] & (channel < channels)[None, :]
     velocity = tl.load(u + row * elements + packed, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_pool + source * elements + packed, mask=inside, other=0.0)
     tl.store(u_pool + source * elements + packed, velocity, mask=inside)
@@ -70,7 +69,7 @@ def launch_finish(
     latents: Float[Tensor, "row latent height width"],
     columns_per_program: int = COLUMNS,
 ) -> None:
-    """Fill `latents` and the rows `slot` of `u_pool`; a one-dimensional grid has room for 2^31 programs."""
+    """Fill `latents` and the rows `slot` of `u_pool`. The one-dimensional grid has room for 2^31 programs."""
     channels = u.shape[2]
     rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
     channel_block = min(64, triton.next_power_of_2(channels))
@@ -78,7 +77,7 @@ def launch_finish(
     with torch.cuda.device_of(u):
         finish_kernel[(grid,)](
             u, x_pool, u_pool, slot, coefficients, latents,
-            channels, rows, columns, 1.0 / scaling, shift,
+            x_pool[0].numel(), channels, rows, columns, 1.0 / scaling, shift,
             CHANNELS=channel_block, COLUMNS=columns_per_program, **OPTIONS,
         )  # fmt: skip
 

@@ -24,9 +24,13 @@ def noise_kernel(seed, key, out, elements, blocks, BLOCK: tl.constexpr):
     tl.store(out + row * elements + offset, z, mask=offset < elements)
 
 
-def launch_noise(seed: Int64[Tensor, " row"], key: Int64[Tensor, " row"], out: Float32[Tensor, "row token channel"],
-                 block: int = BLOCK) -> None:
-    """Fill `out`; a one-dimensional grid (row-major) has room for 2^31 programs."""
+def launch_noise(
+    seed: Int64[Tensor, " row"],
+    key: Int64[Tensor, " row"],
+    out: Float32[Tensor, "row token channel"],
+    block: int = BLOCK,
+) -> None:
+    """Fill `out`. The one-dimensional grid has room for 2^31 programs."""
     elements = out[0].numel()
     blocks = triton.cdiv(elements, block)
     with torch.cuda.device_of(out):

@@ -85,7 +85,7 @@ def propose(
         x_pool[child] = a x_pool[parent] + b u_pool[parent] + k z
         returned      = x_pool[child] inverse_scale, rounded to `dtype`
 
-    which is one step of any solver on any interpolant (arXiv 2503.19385, section 4; `rollflow.sde` has the coefficients).
+    which is one step of any solver on any interpolant (arXiv 2503.19385; `rollflow.sde` has the coefficients).
     A term whose coefficient is 0 is absent: its memory is not read, so a slot that holds no velocity yet may hold
     anything in `u_pool`, and a deterministic row draws no noise.
 
@@ -130,7 +130,7 @@ def finish(
     With `(p, q)` the row's coefficients, in float32:
 
         u_pool[slot] = u
-        x0_hat       = p x_pool[slot] + q u        (Tweedie; arXiv 2503.19385, equation 4)
+        x0_hat       = p x_pool[slot] + q u        (Tweedie; arXiv 2503.19385)
         returned     = x0_hat / scaling + shift, rounded to `dtype`
 
     A token is a 2x2 patch of `channel / 4` latent channels, as `FluxPipeline._pack_latents` of diffusers lays them out;
@@ -166,9 +166,7 @@ def finish(
     _check("u", u, x_pool, HALF_OR_SINGLE, (rows, token, channel))
     _check("slot", slot, x_pool, (torch.int64,), (rows,))
     _check("coefficients", coefficients, x_pool, (torch.float32,), (rows, 2))
-    return torch.ops.rollflow.finish(
-        u, x_pool, u_pool, slot, coefficients, height, width, scaling, shift, dtype
-    )
+    return torch.ops.rollflow.finish(u, x_pool, u_pool, slot, coefficients, height, width, scaling, shift, dtype)
 
 
 noise_operator = torch.library.custom_op(

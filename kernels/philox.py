@@ -58,7 +58,7 @@ def box_muller(radius_bits, angle_bits):
     y = remainder.to(tl.float32) * RADIANS  # in [-pi/4, pi/4]
     y2 = y * y
     sine = y + y * y2 * (-1.6666654611e-1 + y2 * (8.3321608736e-3 - y2 * 1.9515295891e-4))
-    cosine = 1.0 - 0.5 * y2 + y2 * y2 * (4.166664568298827e-2 + y2 * (-1.388731625493765e-3 + y2 * 2.443315711809948e-5))
+    cosine = 1.0 - 0.5 * y2 + y2 * y2 * (4.1666645683e-2 + y2 * (-1.3887316255e-3 + y2 * 2.4433157118e-5))
     odd = (quadrant & 1) != 0
     x = tl.where(odd, sine, cosine)
     y = tl.where(odd, cosine, sine)

@@ -22,7 +22,6 @@ def propose_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     offset = block * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < elements
 
     source = tl.load(parent + row)
     target = tl.load(child + row)
@@ -33,15 +32,16 @@ def propose_kernel(
     inverse_scale = tl.load(coefficients + 4 * row + 3, mask=live, other=0.0)
 
     # A term with coefficient 0 is absent: its memory is not read (it may be uninitialised), its noise not drawn.
-    x = tl.load(x_pool + source * elements + offset, mask=inside & (a != 0.0), other=0.0)
-    u = tl.load(u_pool + source * elements + offset, mask=inside & (b != 0.0), other=0.0)
+    # An absent row or term is one that ends at element 0; the interpreter cannot broadcast a scalar truth value.
+    x = tl.load(x_pool + source * elements + offset, mask=offset < tl.where(a != 0.0, elements, 0), other=0.0)
+    u = tl.load(u_pool + source * elements + offset, mask=offset < tl.where(b != 0.0, elements, 0), other=0.0)
     state = a * x + b * u
     if k != 0.0:
         state += k * normal_block(tl.load(seed + row), tl.load(key + row), block, BLOCK)
 
-    tl.store(x_pool + target * elements + offset, state, mask=inside & live)
+    tl.store(x_pool + target * elements + offset, state, mask=offset < tl.where(live, elements, 0))
     scaled = (state * inverse_scale).to(model_input.dtype.element_ty)
-    tl.store(model_input + row * elements + offset, scaled, mask=inside)
+    tl.store(model_input + row * elements + offset, scaled, mask=offset < elements)
 
 
 def launch_propose(
@@ -55,7 +55,7 @@ def launch_propose(
     model_input: Float[Tensor, "row token channel"],
     block: int = BLOCK,
 ) -> None:
-    """Write the children into `x_pool` and `model_input`; a one-dimensional grid (row-major) has room for 2^31 programs."""
+    """Write the children into `x_pool` and `model_input`. The one-dimensional grid has room for 2^31 programs."""
     elements = x_pool[0].numel()
     blocks = triton.cdiv(elements, block)
     with torch.cuda.device_of(x_pool):

@@ -2,9 +2,10 @@
 
 The noise stream. `z = f(seed, key, element)`: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as
 easy as 1, 2, 3", SC 2011) with the 64-bit `seed` as Philox key (low word, high word) and the counter
-`(quad, key low, key high, 0)`. Element `e` of a row is lane `e % 4` of quad `e // 4`. The four words of a quad give four
-normals by two Box-Muller pairs, words (0, 1) and words (2, 3): with `v = (word_0 + 1/2) / 2^32` in (0, 1] and
-`w = int32(word_1) / 2^31`, the pair is `sqrt(-2 ln v) (cos(pi w), sin(pi w))`; so |z| < 6.8 and never a logarithm of 0.
+`(quad, key low, key high, 0)`. Element `e` of a row is lane `e % 4` of quad `e // 4`. The four words of a quad give
+four normals by two Box-Muller pairs, words (0, 1) and words (2, 3): with `v = float32(word_0) 2^-32 + 2^-33` (rounded
+to float32, so in (0, 1]) and `w = int32(word_1) 2^-31`, the pair is `sqrt(-2 ln v) (cos(pi w), sin(pi w))`. So
+|z| < 6.8, and there is never a logarithm of 0.
 """
 
 import math
@@ -64,7 +65,7 @@ def noise(
     z = torch.empty(len(seed), len(quad), 4, dtype=torch.float32, device=seed.device)
     for lane in (0, 2):
         z[:, :, lane], z[:, :, lane + 1] = box_muller(words[lane], words[lane + 1])
-    return z.view(len(seed), -1)[:, :elements].contiguous().view(-1, token, channel)
+    return z.view(len(seed), 4 * len(quad))[:, :elements].contiguous().view(len(seed), token, channel)
 
 
 def propose(

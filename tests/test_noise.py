@@ -59,15 +59,20 @@ def rows(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+def uniform(word: np.ndarray) -> np.ndarray:
+    """The stream's uniform in (0, 1]: rounded to float32 by definition, exact from there on."""
+    return (word.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)).astype(np.float64)
+
+
 def exact(seed: int, key: int, elements: int) -> np.ndarray:
-    """The stream's definition in float64, written once more and element by element of nothing but its definition."""
+    """A row of the stream in float64, written once more from its definition."""
     words = [np.array([w], np.uint64) for w in (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF, 0)]
     quad = np.arange(-(-elements // 4), dtype=np.uint64)
     keys = tuple(np.array([w], np.uint64) for w in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     bits = philox4x32((quad, *words), keys)
     z = np.empty((len(quad), 4))
     for lane in (0, 2):
-        radius = np.sqrt(-2 * np.log((bits[lane] + 0.5) / 2**32))
+        radius = np.sqrt(-2 * np.log(uniform(bits[lane])))
         angle = 2 * math.pi * bits[lane + 1] / 2**32
         z[:, lane], z[:, lane + 1] = radius * np.cos(angle), radius * np.sin(angle)
     return z.reshape(-1)[:elements]
@@ -95,12 +100,12 @@ def test_errors_against_float64() -> None:
 
 
 def test_extreme_words() -> None:
-    """The largest radius word rounds to 1 (z = 0), the smallest gives the largest |z|; angles at the quadrants' edges."""
+    """The largest radius words round to 1 (z = 0), the smallest gives the largest |z|; angles at quadrants' edges."""
     radius = [0, 1, 2**31, 2**32 - 129, 2**32 - 1]
     angle = [quarter * 2**30 + step for quarter in range(4) for step in (0, 1, 2**29 - 1, 2**29, 2**29 + 1, 2**30 - 1)]
     words = [np.array(list(pair), np.uint64) for pair in zip(*itertools.product(radius, angle), strict=True)]
     half_turns = words[1].astype(np.float64) / 2**31
-    length = np.sqrt(-2 * np.log((words[0] + 0.5) / 2**32))
+    length = np.sqrt(-2 * np.log(uniform(words[0])))
     truth = np.stack([length * np.cos(math.pi * half_turns), length * np.sin(math.pi * half_turns)])
 
     out = torch.full((2, 128), math.nan, device=DEVICE)
@@ -108,7 +113,7 @@ def test_extreme_words() -> None:
     box_muller_kernel[(1,)](*padded, out)
     for z in (torch.stack(box_muller(*words)), out[:, : len(words[0])].cpu()):
         assert z.isfinite().all() and 6.7 < z.abs().max() < 6.8
-        assert np.abs(z.numpy() - truth).max() < 2e-6
+        assert np.abs(z.numpy() - truth).max() < 4e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 3), (3, 5), (7, 37), (1, 1024), (5, 205), (16, 32)])
@@ -116,7 +121,7 @@ def test_every_element_is_written_and_equals_the_reference(shape: tuple[int, int
     seed, key = rows(3, 3, 2**40), rows(5, 6, 5)
     out = torch.full((3, *shape), math.nan, device=DEVICE)
     launch_noise(seed.to(DEVICE), key.to(DEVICE), out)
-    torch.testing.assert_close(out.cpu(), kernels.noise(seed, key, *shape), rtol=0, atol=2e-6)
+    torch.testing.assert_close(out.cpu(), kernels.noise(seed, key, *shape), rtol=0, atol=4e-6)
 
 
 def test_bits_depend_on_seed_key_and_element_alone() -> None:

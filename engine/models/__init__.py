@@ -76,6 +76,8 @@ def folder(name: str) -> Path:
         ModelError: there is no built-in checkpoint of this name.
     """
     path = Path(__file__).parent / name
-    if name not in BUILT_IN or not path.is_dir():
+    if name not in BUILT_IN:
         raise ModelError(f"no built-in model {name!r}: choose one of {', '.join(BUILT_IN)}")
+    if not path.is_dir():
+        raise ModelError(f"the built-in model {name!r} is not at {path}: install the package again, with its data")
     return path

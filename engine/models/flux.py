@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ class FluxModel:
         """See `FlowModel.geometry`; sizes are multiples of two latent pixels."""
         factor = self.pipeline.vae_scale_factor
         own = self.vae.config.sample_size
-        height, width = height or own, width or own
+        height, width = own if height is None else height, own if width is None else width
         unit = 2 * factor
         if height % unit or width % unit or height < unit or width < unit:
             raise RequestError(f"size {height}x{width}: height and width must be multiples of {unit} pixels")
@@ -100,8 +101,8 @@ class FluxModel:
         ids = tokenizer(prompt).input_ids
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
             known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
-            strange = [word for word in tokenizer.tokenize(prompt) if tokenizer.convert_tokens_to_ids(word) == tokenizer.unk_token_id]
-            raise RequestError(f"the model does not know {strange} in {prompt!r}: its words are {' '.join(known)}")
+            strange = [word for word in re.findall(r"\w+|[^\w\s]", prompt.lower()) if word not in known]
+            raise RequestError(f"the model does not know {', '.join(strange)} in {prompt!r}: its words are {' '.join(known)}")
         if len(ids) > self.text_tokens:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, the model reads {self.text_tokens}: shorten {prompt[:60]!r}..."

@@ -1,0 +1,213 @@
+"""The command line: what it writes, what it prints, and one line for everything that a user can get wrong."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress as RichProgress
+from rich.progress import TextColumn
+
+import rollflow
+from rollflow import cli, interpolant, methods, models, present, rewards, sde
+from rollflow.bench import shapes_networks as networks
+from rollflow.engine import Progress
+
+PROMPT = "two red circles"
+SMALL = ("--nfe", "12", "--steps", "3")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Such small forwards gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A pipeline of the built-in model's architecture with random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "random"
+    clip, t5 = networks.text_encoders()
+    networks.pipeline(networks.autoencoder(), networks.transformer(), clip, t5).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(model, capsys):
+    """Runs the command line on the random pipeline; returns its exit code, standard output and standard error."""
+
+    def call(*arguments, model=model):
+        code = cli.main([*map(str, arguments), *(("--model", model) if model else ())])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_generate_writes_an_image_and_its_record(run, tmp_path):
+    out = tmp_path / "new" / "folder"
+    code, printed, complaint = run("generate", PROMPT, *SMALL, "--seed", "3", "--initial", "2", "--out", out)
+    assert (code, complaint) == (0, "")
+    assert Image.open(out / "two-red-circles-seed3.png").size == (64, 64)
+    record = json.loads((out / "two-red-circles-seed3.json").read_text())
+    assert record["request"] == {
+        **record["request"], "prompt": PROMPT, "method": "rbf", "nfe": 12, "seed": 3, "options": {"initial": 2}
+    }  # fmt: skip
+    assert record["committed_nfe"] == len(record["history"]) == 12 <= record["executed_nfe"]
+    assert [row["parent"] for row in record["history"][:2]] == [None, None]
+    assert set(record["versions"]) == {"rollflow", "torch", "diffusers"}
+    for shown in ("two-red-circles-seed3.png", "12 NFE", present.number(record["reward"])):
+        assert shown in printed
+
+
+def test_generate_is_what_the_engine_does(run, model, tmp_path):
+    options = {"method": "svdd", "nfe": 9, "steps": 3, "seed": 5, "interpolant": "linear", "finish": 1, "children": 2}
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    assert run("generate", PROMPT, *flags, "--out", tmp_path)[0] == 0
+    expected = rollflow.Engine.from_pretrained(model, device="cpu").generate(PROMPT, **options)
+    assert Image.open(tmp_path / "two-red-circles-seed5.png").tobytes() == expected.image.tobytes()
+
+
+def test_several_prompts_and_names_that_would_collide(run, tmp_path):
+    code, printed, _ = run("generate", PROMPT, "one red circle", "Two red circles,", *SMALL, "--out", tmp_path)
+    assert code == 0
+    stems = {path.stem for path in tmp_path.glob("*.png")}
+    assert stems == {"two-red-circles-seed0", "one-red-circle-seed0", "two-red-circles-seed0-2"}
+    assert stems == {path.stem for path in tmp_path.glob("*.json")}
+    assert printed.count("reward") == 3
+
+
+def test_demo(run, tmp_path):
+    code, printed, complaint = run("demo", "--prompts", PROMPT, "six blue triangles", "--nfe", 12, "--out", tmp_path)
+    assert (code, complaint) == (0, "")
+    picture = Image.open(tmp_path / "demo.png")
+    assert picture.width > 2 * present.IMAGE and picture.height > 2 * present.IMAGE
+    assert str(tmp_path / "demo.png") in printed and "six blue triangles" in printed
+
+
+def test_demo_prompts_fit_the_built_in_model():
+    tokenizer = networks.tokenizer()
+    for prompt in cli.DEMO_PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        assert len(ids) <= networks.TEXT_TOKENS and tokenizer.unk_token_id not in ids
+        rewards.make("count").check(prompt)
+
+
+WRONG = {
+    "no command": ([], ["generate", "demo"]),
+    "unknown command": (["paint"], ["paint", "generate", "demo"]),
+    "no prompt": (["generate"], ["prompt"]),
+    "empty prompt": (["generate", ""], ["prompt"]),
+    "unknown flag": (["generate", PROMPT, "--hight", "64"], ["--hight", "--height"]),
+    "no number": (["generate", PROMPT, "--nfe", "many"], ["--nfe", "many"]),
+    "no value": (["generate", PROMPT, "--nfe"], ["--nfe"]),
+    "method": (["generate", PROMPT, "--method", "x"], ["'x'", *methods.names()]),
+    "reward": (["generate", PROMPT, "--reward", "x"], ["'x'", *rewards.names()]),
+    "interpolant": (["generate", PROMPT, "--interpolant", "x"], ["'x'", "linear", "vp"]),
+    "grid": (["generate", PROMPT, "--grid", "x"], ["'x'", *sde.GRIDS]),
+    "solver": (["generate", PROMPT, "--solver", "x"], ["'x'", *sde.SOLVERS]),
+    "budget of 0": (["generate", PROMPT, "--nfe", "0"], ["nfe=0"]),
+    "budget too small": (["generate", PROMPT, "--nfe", "5"], ["nfe=5", "10"]),
+    "demo's budget": (["demo", "--nfe", "5"], ["nfe=5", "10"]),
+    "another method's option": (["generate", PROMPT, "--children", "2"], ["children", "initial"]),
+    "no shapes": (["generate", "a red herring"], ["red herring", "circle"]),
+    "dtype": (["generate", PROMPT, "--dtype", "int8"], ["int8", *cli.DTYPES]),
+    "device": (["generate", PROMPT, "--device", "abacus"], ["abacus", "cpu"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WRONG.values(), ids=WRONG)
+def test_wrong_options_are_one_line(run, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    _one_line(run(*arguments, model=None), expected)
+
+
+def test_what_the_model_cannot_do_is_one_line(run, tmp_path):
+    base = ("generate", "--out", tmp_path)
+    _one_line(run(*base, PROMPT, "--height", 65), ["65x64", "16"])
+    _one_line(run(*base, "two red circles and one purple square"), ["does not know", "yellow"])
+    (tmp_path / "empty").mkdir()
+    _one_line(run(*base, PROMPT, model=str(tmp_path / "empty")), ["FluxPipeline", *models.BUILT_IN])
+    _one_line(run(*base, PROMPT, model=str(tmp_path / "nothing")), ["FluxPipeline", *models.BUILT_IN])
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        _one_line(run("generate", PROMPT, "--out", out), [str(out), "--out"])
+
+
+def _one_line(outcome, expected):
+    code, printed, complaint = outcome
+    assert (code, printed) == (2, "")
+    assert complaint.startswith("rollflow: error: ") and complaint.count("\n") == 1 and complaint.endswith("\n")
+    for part in expected:
+        assert part in complaint
+
+
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_help_is_complete(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    groups = [cli.COMMANDS[command], cli.ModelOptions, *([cli.SearchOptions] if command == "generate" else [])]
+    for option in (f for group in groups for f in fields(group)):
+        if option.name not in ("prompts", "search", "runtime"):
+            assert f"--{option.name} " in text
+    named = [*models.BUILT_IN, *cli.DTYPES]
+    if command == "generate":
+        named += [*rewards.names(), *methods.names(), *interpolant._NAMED, *sde.GRIDS, *sde.SOLVERS]
+    for name in named:
+        assert name in text
+
+
+def test_defaults_are_those_of_a_request():
+    assert cli.SearchOptions().request(PROMPT) == rollflow.Request(PROMPT)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rollflow {rollflow.__version__}\n"
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert cli.main(["generate", PROMPT]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_progress_counts_evaluations_and_shows_the_best_reward():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    with RichProgress(TextColumn("{task.fields[count]} {task.fields[best]}"), console=console) as shown:
+        bar = present.Bar(shown)
+        bar.start(40)
+        bar.update(Progress((5, 0), (-2.0, float("-inf"))))
+        bar.update(Progress((20, 17), (-1.0, 0.0)))
+    assert "37/40 NFE mean best reward -0.50" in screen.getvalue()
+
+
+def test_scores_are_printed_plainly():
+    shown = [present.number(x) for x in (-0.0, -0.001, 12.55, None, float("nan"))]
+    assert shown == ["0.00", "0.00", "12.55", "-", "-"]
+
+
+def test_as_a_process_it_is_quiet_and_starts_without_torch(model, tmp_path):
+    light = "import sys, rollflow.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "generate" in done.stdout
+    command = [sys.executable, "-m", "rollflow", "generate", PROMPT, *SMALL, "--model", model, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "two-red-circles-seed0.png").is_file()

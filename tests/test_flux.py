@@ -1,0 +1,115 @@
+"""The adapter of FluxPipeline: the engine makes the image that diffusers makes, rows keep to themselves."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from rollflow.bench import shapes_networks as networks
+from rollflow.engine import Engine
+from rollflow.errors import ModelError, RequestError
+from rollflow.models import BUILT_IN, folder
+from rollflow.models.flux import FluxModel
+from rollflow.request import Request
+
+PROMPT = "two red circles and three blue squares"
+
+
+@pytest.fixture(scope="module", params=["random", *BUILT_IN])
+def pipeline(request):
+    if request.param != "random":
+        return FluxPipeline.from_pretrained(folder(request.param), dtype=torch.float32)
+    torch.manual_seed(0)
+    pipeline = networks.pipeline(networks.autoencoder(), networks.transformer(), *networks.text_encoders())
+    pipeline.vae.register_to_config(scaling_factor=0.9, shift_factor=-0.1)
+    return pipeline
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_the_ode_gives_the_image_of_diffusers(pipeline, steps):
+    latents = torch.randn(16, 32, generator=torch.Generator().manual_seed(5))
+    sigmas = np.linspace(1, 1 / steps, steps)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPT,
+        height=64,
+        width=64,
+        sigmas=sigmas,
+        num_inference_steps=steps,
+        latents=latents[None],
+        max_sequence_length=networks.TEXT_TOKENS,
+        output_type="np",
+    ).images[0]
+    options = {"method": "bon", "nfe": steps, "interpolant": "linear", "diffusion": 0}
+    ours = Engine(pipeline).generate(
+        PROMPT, reward=brightness, times=pipeline.scheduler.sigmas.tolist(), latents=latents, **options
+    )
+    assert ours.committed_nfe == steps
+    np.testing.assert_allclose(ours.pixels.permute(1, 2, 0).numpy(), theirs, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(ours.image) / 255, theirs, atol=0.51 / 255)
+
+
+def test_each_row_has_its_own_time_and_prompt(pipeline):
+    model = FluxModel(pipeline)
+    geometry = model.geometry()
+    prompts = [PROMPT, "a blue triangle", "draw nine green squares"]
+    conditioning = model.encode(prompts)
+    x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(1))
+    tau, guidance = torch.tensor([1.0, 0.61234, 0.07]), torch.zeros(3)
+    together = model.velocity(x, tau, conditioning, guidance, geometry)
+    for i in range(3):
+        alone = model.velocity(x[i : i + 1], tau[i : i + 1], conditioning[i : i + 1], guidance[:1], geometry)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-5, rtol=1e-4)
+    swapped = model.velocity(x, tau, conditioning[::-1], guidance, geometry)
+    assert (swapped[0] - together[0]).abs().max() > 1e-4  # the text does matter
+
+
+def test_alone_and_among_32_others(pipeline):
+    """One bucket: bit for bit the same on a CPU."""
+    mine = Request(PROMPT, reward=brightness, nfe=14, steps=4, seed=11)
+    others = [
+        Request(("a blue triangle", "draw nine green squares")[i % 2], brightness, nfe=4 + i % 5, steps=1 + i % 4, seed=i)
+        for i in range(32)
+    ]
+    engine = Engine(pipeline, buckets=(24,))
+    alone = engine.generate(mine)
+    crowd = engine.generate([*others[:9], mine, *others[9:]])[9]
+    assert torch.equal(alone.pixels, crowd.pixels) and alone.history == crowd.history
+
+
+def test_words_and_sizes_that_the_model_cannot_do():
+    torch.manual_seed(0)
+    pipeline = networks.pipeline(networks.autoencoder(), networks.transformer(), *networks.text_encoders())
+    engine = Engine(pipeline)
+    with pytest.raises(RequestError, match=r"does not know pink, stars in .* its words are .*circle circles"):
+        engine.generate("two pink stars", reward=brightness)
+    with pytest.raises(RequestError, match="17 tokens"):
+        engine.generate("red " * 16, reward=brightness)
+    with pytest.raises(RequestError, match="multiples of 16"):
+        engine.generate(PROMPT, reward=brightness, height=60)
+    with pytest.raises(RequestError, match="64 x 64"):
+        engine.generate(PROMPT, height=128, width=128)
+    assert engine.generate("red", reward=brightness, nfe=4, steps=2, height=32, width=96).image.size == (96, 32)
+
+
+def test_what_is_no_pipeline(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    for name in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match="no FluxPipeline that can be loaded"):
+            Engine.from_pretrained(name)
+    with pytest.raises(ModelError, match="choose one of shapes, shapes-base"):
+        folder("shape")
+
+
+@pytest.mark.gpu
+def test_the_engine_on_a_gpu_agrees_with_the_cpu(pipeline):
+    """The same noise and the same decisions up to rounding: float32, one sample of the SDE."""
+    request = Request(PROMPT, reward=brightness, method="bon", nfe=6, steps=6, diffusion=1.0, seed=3)
+    on_cpu = Engine(pipeline.to("cpu")).generate(request).pixels
+    on_gpu = Engine(pipeline.to("cuda")).generate(request).pixels
+    pipeline.to("cpu")
+    torch.testing.assert_close(on_gpu, on_cpu, atol=2e-2, rtol=0)

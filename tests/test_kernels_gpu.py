@@ -1,0 +1,117 @@
+"""What only a CUDA device can show: half precision, graph capture, offsets beyond 2^31, and equality with the CPU."""
+
+import math
+
+import pytest
+import torch
+
+from rollflow import kernels
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def arguments(rows: int, token: int, channel: int) -> dict[str, torch.Tensor]:
+    """A stochastic, a deterministic, a prior and a padding row in turn, on the CPU."""
+    generator = torch.Generator().manual_seed(rows * token)
+    pools = torch.randn(2, 2 * rows, token, channel, generator=generator)
+    row = torch.arange(rows)
+    coefficients = torch.tensor([0.9, -0.2, 0.4, 1.1]).repeat(rows, 1)
+    coefficients[1::4, 2] = 0
+    return {
+        "x_pool": pools[0].contiguous(),
+        "u_pool": pools[1].contiguous(),
+        "parent": torch.where(row % 4 == 2, -1, row),
+        "child": torch.where(row % 4 == 3, -1, row + rows),
+        "coefficients": coefficients,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
+        "key": torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("token", "channel"), [(4096, 64), (16, 32), (7, 147), (1, 1)])
+def test_propose_equals_cpu(token: int, channel: int, dtype: torch.dtype) -> None:
+    on_cpu = arguments(8, token, channel)
+    on_gpu = {name: value.cuda() for name, value in on_cpu.items()}
+    expected = kernels.propose(**on_cpu, dtype=dtype)
+    actual = kernels.propose(**on_gpu, dtype=dtype)
+    assert actual.dtype == dtype
+    rounding = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.cpu().float(), expected.float(), rtol=rounding, atol=max(rounding / 8, 4e-6))
+    torch.testing.assert_close(on_gpu["x_pool"].cpu(), on_cpu["x_pool"], rtol=2e-6, atol=4e-6)
+    # The cast is the only difference that dtype makes, and it rounds to nearest even as torch does.
+    single = kernels.propose(**{name: value.cuda() for name, value in arguments(8, token, channel).items()},
+                             dtype=torch.float32)  # fmt: skip
+    assert torch.equal(actual, single.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channel", "height", "width"), [(64, 128, 128), (64, 90, 160), (32, 8, 8), (12, 2, 6)])
+def test_finish_equals_cpu(channel: int, height: int, width: int, dtype: torch.dtype) -> None:
+    rows, token = 4, height * width // 4
+    generator = torch.Generator().manual_seed(token)
+    x_pool = torch.randn(6, token, channel, generator=generator)
+    u = torch.randn(rows, token, channel, generator=generator).to(dtype)
+    slot = torch.tensor([5, -1, 0, 2])
+    coefficients = torch.rand(rows, 2, generator=generator)
+    pools = [torch.full_like(x_pool, math.nan) for _ in range(2)]
+    geometry = {"height": height, "width": width, "scaling": 0.3611, "shift": 0.1159, "dtype": dtype}
+    expected = kernels.finish(u, x_pool, pools[0], slot, coefficients, **geometry)
+    u_pool = pools[1].cuda()
+    actual = kernels.finish(u.cuda(), x_pool.cuda(), u_pool, slot.cuda(), coefficients.cuda(), **geometry).cpu()
+    rounding = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=rounding, atol=max(rounding / 8, 4e-6))
+    torch.testing.assert_close(u_pool.cpu(), pools[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_noise_equals_cpu() -> None:
+    seed, key = torch.tensor([0, -1, 2**62]), torch.tensor([7, -(2**63), 2**33])
+    for shape in ((4096, 64), (5, 205), (1, 3)):
+        actual = kernels.noise(seed.cuda(), key.cuda(), *shape).cpu()
+        torch.testing.assert_close(actual, kernels.noise(seed, key, *shape), rtol=0, atol=4e-6)
+
+
+def test_propose_in_a_cuda_graph() -> None:
+    """A replay reads the present contents of its arguments: new seeds, new coefficients, new slots."""
+    static = {name: value.cuda() for name, value in arguments(8, 16, 32).items()}
+    kernels.propose(**static, dtype=torch.bfloat16)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model_input = kernels.propose(**static, dtype=torch.bfloat16)
+    for shift in (0, 1000):
+        fresh = {name: value.cuda() for name, value in arguments(8, 16, 32).items()}
+        fresh["seed"] += shift
+        fresh["coefficients"] *= 1 + shift
+        if shift:
+            fresh["child"] = torch.tensor([-1, 12, 8, 15, 9, -1, 10, 11], device="cuda")
+        for name, value in fresh.items():
+            static[name].copy_(value)
+        model_input.zero_()
+        graph.replay()
+        assert torch.equal(model_input, kernels.propose(**fresh, dtype=torch.bfloat16))
+        assert torch.equal(static["x_pool"], fresh["x_pool"])
+
+
+def test_offsets_beyond_31_bits() -> None:
+    """Slots whose first element lies beyond 2^31 elements (a pool of 9 GB in each of two tensors)."""
+    token, channel, slots = 4096, 64, 2**31 // (4096 * 64) + 8
+    if torch.cuda.mem_get_info()[0] < 2 * slots * token * channel * 4 + 2**30:
+        pytest.skip("needs 18 GB of free device memory")
+    x_pool = torch.zeros(slots, token, channel, device="cuda")
+    u_pool = torch.zeros_like(x_pool)
+    small = arguments(1, token, channel)
+    x_pool[-1], u_pool[-1] = small["x_pool"][0].cuda(), small["u_pool"][0].cuda()
+    far = {name: value.cuda() for name, value in small.items()}
+    far |= {"x_pool": x_pool, "u_pool": u_pool}
+    far["parent"], far["child"] = torch.tensor([slots - 1], device="cuda"), torch.tensor([slots - 2], device="cuda")
+    actual = kernels.propose(**far, dtype=torch.float32)
+    expected = kernels.propose(**small, dtype=torch.float32)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=2e-6, atol=4e-6)
+    assert torch.equal(x_pool[-2] * far["coefficients"][0, 3], actual[0])
+    assert not x_pool[: slots - 2].any()
+    one = torch.ones(1, 2, device="cuda")
+    kernels.finish(actual, x_pool, u_pool, far["child"], one, 128, 128, 1.0, 0.0, torch.float32)
+    assert torch.equal(u_pool[-2], actual[0]) and not u_pool[: slots - 2].any()
