@@ -19,14 +19,17 @@ WORD, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
+UNIT, HALF_UNIT, RADIANS = np.float32(2.0**-32), np.float32(2.0**-33), np.float32(math.pi * 2.0**-31)
+
 Words = UInt64[np.ndarray, "*#words"]
+Normals = Float32[np.ndarray, "*#words"]
 
 
 def philox4x32(counter: tuple[Words, ...], key: tuple[Words, ...]) -> tuple[Words, ...]:
     """Ten rounds of Philox4x32: four counter words and two key words, each 32 bits in a uint64, to four words.
 
-    The arrays broadcast. In numpy, because torch has no unsigned shift and three times its cost a call: most batches
-    of a CPU are small.
+    The arrays broadcast. In numpy, because torch has no unsigned shift, costs three times as much a call, and makes
+    batches this small wait for its second thread where the cores are busy.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -45,12 +48,12 @@ def philox4x32(counter: tuple[Words, ...], key: tuple[Words, ...]) -> tuple[Word
     return c0, c1 & WORD, c2, c3 & WORD
 
 
-def box_muller(radius_word: Words, angle_word: Words) -> tuple[Float32[Tensor, "*words"], Float32[Tensor, "*words"]]:
+def box_muller(radius_word: Words, angle_word: Words) -> tuple[Normals, Normals]:
     """Two independent normals from two words."""
-    radius_bits, angle_bits = (torch.from_numpy(word.view(np.int64)) for word in (radius_word, angle_word))
-    radius = radius_bits.to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
-    angle = angle_bits.to(torch.int32).to(torch.float32).mul_(math.pi * 2.0**-31)
-    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
+    radius = np.log(radius_word.astype(np.float32) * UNIT + HALF_UNIT)
+    np.sqrt(np.multiply(radius, np.float32(-2.0), out=radius), out=radius)
+    angle = angle_word.astype(np.uint32).view(np.int32).astype(np.float32) * RADIANS
+    return radius * np.cos(angle), radius * np.sin(angle)
 
 
 def noise(
@@ -62,10 +65,11 @@ def noise(
     seeds, keys = (value.numpy().astype(np.uint64)[:, None] for value in (seed, key))
     counter = (quad, keys & WORD, keys >> SHIFT, np.zeros((1,), np.uint64))
     words = philox4x32(counter, (seeds & WORD, seeds >> SHIFT))
-    z = torch.empty(len(seed), len(quad), 4, dtype=torch.float32, device=seed.device)
+    z = np.empty((len(seeds), len(quad), 4), np.float32)
     for lane in (0, 2):
         z[:, :, lane], z[:, :, lane + 1] = box_muller(words[lane], words[lane + 1])
-    return z.view(len(seed), 4 * len(quad))[:, :elements].contiguous().view(len(seed), token, channel)
+    rows = z.reshape(len(seeds), 4 * len(quad))[:, :elements]
+    return torch.from_numpy(np.ascontiguousarray(rows).reshape(len(seeds), token, channel))
 
 
 def propose(
