@@ -5,10 +5,10 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import tyro  # noqa: E402
+import tyro
 
-from rollflow.bench.study import Study  # noqa: E402
-from rollflow.bench.throughput import Throughput  # noqa: E402
+from rollflow.bench.study import Study
+from rollflow.bench.throughput import Throughput
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from rollflow.shapes import SIZE, words
@@ -115,6 +116,53 @@ def pipeline(vae: AutoencoderKL, flow: FluxTransformer2DModel, clip: CLIPTextMod
     )
 
 
-def embed(clip: CLIPTextModel, t5: T5EncoderModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(clip: CLIPTextModel, t5: T5EncoderModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids [row, text] to (pooled [row, width], sequence [row, text, width]), exactly as FluxPipeline does it."""
     return clip(ids).pooler_output, t5(ids).last_hidden_state
+
+
+class Flow(nn.Module):
+    """The transformer and its text encoders: velocity(x, t, token ids)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = transformer()
+        self.clip, self.t5 = text_encoders()
+        side = LATENT_SIZE // 2
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+        self.register_buffer("image_ids", ids, persistent=False)
+        self.register_buffer("text_ids", torch.zeros(TEXT_TOKENS, 3), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """[row, 16, 32], [row], [row, text] to the velocity [row, 16, 32]."""
+        pooled, sequence = embed(self.clip, self.t5, ids)
+        return self.transformer(
+            hidden_states=x,
+            timestep=t,
+            pooled_projections=pooled,
+            encoder_hidden_states=sequence,
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def solve(self, x: Tensor, ids: Tensor, steps: int, guidance: float = 1.0) -> Tensor:
+        """Euler steps of the ODE on a uniform grid from t = 1 to t = 0, with classifier-free guidance if not 1."""
+        empty = token_ids([""]).expand(len(ids), -1).to(ids.device)
+        for i in range(steps):
+            t = torch.full((len(x),), 1 - i / steps, device=x.device)
+            velocity = self(x, t, ids)
+            if guidance != 1.0:
+                without = self(x, t, empty)
+                velocity = without + guidance * (velocity - without)
+            x = x - velocity / steps
+        return x
+
+
+def token_ids(prompts: list[str]) -> Tensor:
+    """Prompts to token ids, padded to [row, text]."""
+    return tokenizer()(
+        prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -87,7 +87,8 @@ class Study:
                     progress.advance(task)
         console.print(table(records, self))
         if self.json:
-            self.json.write_text(json.dumps({"environment": environment(), "study": _plain(self), "rows": records}, indent=1))
+            report = {"environment": environment(), "study": _plain(self), "rows": records}
+            self.json.write_text(json.dumps(report, indent=1))
 
 
 def _plain(study: Study) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _paired(differences: np.ndarray) -> list[float]:
 
 def table(records: list[dict[str, Any]], study: Study) -> Table:
     """The records for the screen: a row a contender, accuracies in percent."""
-    made = Table(title=f"exact-count accuracy in % [95 % interval] and held-out accuracy, {study.model}, {study.nfe} NFE")
+    made = Table(title=f"exact-count accuracy in % [95 % interval] / held-out, {study.model}, {study.nfe} NFE")
     for column in ("method", "path", *study.sets, "ms/NFE"):
         made.add_column(column, justify="left" if column in ("method", "path") else "right")
     for method, path in study.rows():

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ from torch import Tensor, nn
 
 from rollflow import shapes
 from rollflow.bench import shapes_networks as networks
-from rollflow.rewards.count import CountReward
+from rollflow.bench.training import Run
+from rollflow.rewards.count import CountReward, parse
 
 STAGES = ("data", "autoencoder", "flow", "rectify", "save")
 # How often a training scene has 1, 2, ... 9 objects: all are learned, the large ones remain hard.
@@ -53,94 +53,13 @@ class Recipe:
     scenes: int = 98_304
     autoencoder_steps: int = 2_600
     flow_steps: int = 12_000
-    pairs: int = 49_152
+    pairs: int = 32_768
     pair_steps: int = 12
+    pair_guidance: float = 1.75
+    """Classifier-free guidance of the flow that makes the pairs: it draws cleaner scenes with it."""
     rectify_steps: int = 5_000
     batch: int = 96
     """Rows of a flow or rectify step, over all ranks."""
-
-
-class Run:
-    """One stage's bookkeeping: ranks, log, checkpoint, optimisation step."""
-
-    def __init__(self, recipe: Recipe, stage: str):
-        self.recipe, self.stage = recipe, stage
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.rng = torch.Generator().manual_seed(recipe.seed * 1000 + 100 * STAGES.index(stage) + self.rank)
-        self.path = recipe.work / f"{stage}.pt"
-        self.checkpoint = recipe.work / f"{stage}.rank{self.rank}.checkpoint.pt"
-        self.start = time.time()
-
-    def log(self, **record) -> None:
-        if self.rank == 0:
-            record = {"stage": self.stage, "seconds": round(time.time() - self.start, 1), **record}
-            print(json.dumps(record), flush=True)
-            with open(self.recipe.work / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def average(self, parameters: list[nn.Parameter]) -> None:
-        """Averages gradients over the ranks."""
-        if self.ranks > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
-            torch.distributed.all_reduce(flat)
-            for p, g in zip(parameters, flat.div_(self.ranks).split([p.numel() for p in parameters]), strict=True):
-                p.grad.copy_(g.view_as(p))
-
-    def train(
-        self,
-        model: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        steps: int,
-        loss: Callable[[], Tensor],
-        evaluate: Callable[[nn.Module], dict] | None = None,
-        every: int = 1000,
-        decay: float = 0.999,
-    ) -> nn.Module:
-        """Minimises `loss` with warm-up and linear decay; returns the exponential moving average of the weights."""
-        average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
-        )
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 200, (steps - i) / (0.5 * steps)))
-            for o in optimizers
-        ]
-        state = {"model": model, "average": average}
-        state |= {f"optimizer{i}": o for i, o in enumerate(optimizers)} | {f"schedule{i}": s for i, s in enumerate(schedules)}
-        done = self._resume(state)
-        recent: list[Tensor] = []
-        for step in range(done, steps):
-            value = loss()
-            value.backward()
-            self.average(parameters)
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if step > 200:
-                average.update_parameters(model)
-            elif step == 200:
-                average.module.load_state_dict(model.state_dict())
-            recent.append(value.detach())
-            if (step + 1) % 100 == 0:
-                self.log(step=step + 1, loss=round(torch.stack(recent).mean().item(), 5))
-                recent.clear()
-            if (step + 1) % every == 0 or step + 1 == steps:
-                torch.save({"step": step + 1, "rng": self.rng.get_state()} | {k: v.state_dict() for k, v in state.items()}, self.checkpoint)
-                if evaluate and self.rank == 0:
-                    self.log(step=step + 1, **evaluate(average.module))
-        return average.module
-
-    def _resume(self, state: dict) -> int:
-        if not self.checkpoint.exists():
-            return 0
-        saved = torch.load(self.checkpoint, weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        self.rng.set_state(saved["rng"])
-        self.log(resumed=saved["step"])
-        return saved["step"]
 
 
 def random_request(rng: np.random.Generator) -> tuple[list[shapes.Group], str]:
@@ -152,7 +71,7 @@ def random_request(rng: np.random.Generator) -> tuple[list[shapes.Group], str]:
 
 def data(recipe: Recipe) -> None:
     """Renders the scenes: images.npy (uint8 [scene, 3, 64, 64]) and prompts.json."""
-    run, rng = Run(recipe, "data"), np.random.default_rng(recipe.seed)
+    run, rng = Run(recipe.work, "data", recipe.seed), np.random.default_rng(recipe.seed)
     images = np.lib.format.open_memmap(
         recipe.work / "images.npy", "w+", dtype=np.uint8, shape=(recipe.scenes, 3, shapes.SIZE, shapes.SIZE)
     )
@@ -175,7 +94,7 @@ def batches(recipe: Recipe, rng: torch.Generator, size: int) -> Iterator[Tensor]
 
 def autoencoder(recipe: Recipe) -> None:
     """Trains the autoencoder and records the latents' mean and deviation as shift and scaling factor."""
-    run = Run(recipe, "autoencoder")
+    run = Run(recipe.work, "autoencoder", recipe.seed)
     torch.manual_seed(recipe.seed)
     vae = networks.autoencoder().to(recipe.device)
     source = batches(recipe, run.rng, 32)
@@ -203,49 +122,8 @@ def autoencoder(recipe: Recipe) -> None:
     run.log(scaling_factor=vae.config.scaling_factor, shift_factor=vae.config.shift_factor)
     deviations = latents.std((0, 2, 3)) * vae.config.scaling_factor
     run.log(channel_deviations=[round(d, 3) for d in deviations.tolist()])
-    torch.save({"weights": vae.state_dict(), "scaling": vae.config.scaling_factor, "shift": vae.config.shift_factor}, run.path)
-
-
-class Flow(nn.Module):
-    """The transformer and its text encoders: velocity(x, t, token ids)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = networks.transformer()
-        self.clip, self.t5 = networks.text_encoders()
-        side = networks.LATENT_SIZE // 2
-        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
-        self.register_buffer("image_ids", ids, persistent=False)
-        self.register_buffer("text_ids", torch.zeros(networks.TEXT_TOKENS, 3), persistent=False)
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """[row, 16, 32], [row], [row, text] to the velocity [row, 16, 32]."""
-        pooled, sequence = networks.embed(self.clip, self.t5, ids)
-        return self.transformer(
-            hidden_states=x,
-            timestep=t,
-            pooled_projections=pooled,
-            encoder_hidden_states=sequence,
-            txt_ids=self.text_ids,
-            img_ids=self.image_ids,
-            return_dict=False,
-        )[0]
-
-    @torch.no_grad()
-    def solve(self, x: Tensor, ids: Tensor, steps: int) -> Tensor:
-        """Euler steps of the ODE on a uniform grid from t = 1 to t = 0."""
-        for i in range(steps):
-            t = torch.full((len(x),), 1 - i / steps, device=x.device)
-            x = x - self(x, t, ids) / steps
-        return x
-
-
-def token_ids(prompts: list[str]) -> Tensor:
-    """Prompts to token ids, padded to [row, text]."""
-    return networks.tokenizer()(
-        prompts, padding="max_length", max_length=networks.TEXT_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    affine = {"scaling": vae.config.scaling_factor, "shift": vae.config.shift_factor}
+    torch.save({"weights": vae.state_dict(), **affine}, run.path)
 
 
 def load_autoencoder(recipe: Recipe) -> AutoencoderKL:
@@ -285,7 +163,7 @@ def encode_scenes(recipe: Recipe, vae: AutoencoderKL) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
-def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[Flow], dict]:
+def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[networks.Flow], dict]:
     """Exact-count accuracy of 1, 4 and 10 Euler steps by number of objects, on prompts of its own."""
     rng = np.random.default_rng(recipe.seed + 77)
     totals = [1 + i % shapes.MAX_OBJECTS for i in range(rows)]
@@ -294,9 +172,9 @@ def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[Flow], dict]:
         for i, n in enumerate(totals)
     ]
     noise = torch.randn(rows, 16, 32, generator=torch.Generator().manual_seed(recipe.seed + 77)).to(recipe.device)
-    ids, vae = token_ids(prompts).to(recipe.device), load_autoencoder(recipe)
+    ids, vae = networks.token_ids(prompts).to(recipe.device), load_autoencoder(recipe)
 
-    def evaluate(flow: Flow) -> dict:
+    def evaluate(flow: networks.Flow) -> dict:
         record = {}
         for steps in (1, 4, 10):
             exact = CountReward().exact(decode(vae, flow.solve(noise, ids, steps)), prompts).float()
@@ -321,12 +199,12 @@ def optimizers(parts: list[nn.Module], scale: float = 1.0) -> list[torch.optim.O
 
 def flow(recipe: Recipe) -> None:
     """Flow matching from scratch; one prompt in ten is empty, so that guidance is possible."""
-    run = Run(recipe, "flow")
+    run = Run(recipe.work, "flow", recipe.seed)
     latents = encode_scenes(recipe, load_autoencoder(recipe))
     prompts = json.loads((recipe.work / "prompts.json").read_text())
-    ids, empty = token_ids(prompts), token_ids([""])
+    ids, empty = networks.token_ids(prompts), networks.token_ids([""])
     torch.manual_seed(recipe.seed)
-    model = Flow().to(recipe.device)
+    model = networks.Flow().to(recipe.device)
     rows = recipe.batch // run.ranks
 
     def loss() -> Tensor:
@@ -344,33 +222,49 @@ def flow(recipe: Recipe) -> None:
         torch.save(model.state_dict(), run.path)
 
 
-@torch.no_grad()
-def make_pairs(recipe: Recipe, run: Run, teacher: Flow) -> dict[str, Tensor]:
-    """Noise, latents and token ids of the flow's own samples, only those that show exactly what their prompt asks for.
+def relabel(prompt: str, counts: np.ndarray, rng: np.random.Generator) -> str | None:
+    """The prompt that a generated image truly shows, from its parsed counts [13]: `prompt` itself if it is right, one
+    made for it if it is a clean scene of the world, None if it is not."""
+    if counts[-1] == 0 and (counts[:-1] == shapes.target_counts(prompt)).all():
+        return prompt
+    present = np.flatnonzero(counts[:-1])
+    if counts[-1] or not 1 <= len(present) <= 3 or counts.sum() > shapes.MAX_OBJECTS:
+        return None
+    groups = [(int(counts[k]), *shapes.CLASSES[k]) for k in rng.permutation(present)]
+    return shapes.prompt(groups, int(rng.integers(len(shapes.WORDINGS))))
 
-    Each rank makes its share. Wrong samples would teach the student the teacher's miscounts.
+
+@torch.no_grad()
+def make_pairs(recipe: Recipe, run: Run, teacher: networks.Flow) -> dict[str, Tensor]:
+    """Noise, latents and token ids of the flow's own samples, with the prompt that each sample truly shows.
+
+    Each rank makes its share. Melted scenes are left out and miscounted ones relabelled, or the student would learn
+    the teacher's mistakes.
     """
     path = recipe.work / f"pairs.rank{run.rank}of{run.ranks}.pt"
     if not path.exists():
         rng = np.random.default_rng([recipe.seed, 5, run.rank])
-        vae, kept = load_autoencoder(recipe), []
-        for _ in range(recipe.pairs // run.ranks // 256):
-            prompts = [random_request(rng)[1] for _ in range(256)]
-            ids = token_ids(prompts)
-            noise = torch.randn(256, 16, 32, generator=run.rng)
-            x0 = teacher.solve(noise.to(recipe.device), ids.to(recipe.device), recipe.pair_steps)
-            exact = CountReward().exact(decode(vae, x0), prompts)
-            kept.append((noise[exact], x0.cpu()[exact], ids[exact]))
+        vae, kept, right = load_autoencoder(recipe), [], 0
+        for _ in range(recipe.pairs // run.ranks // 128):
+            prompts = [random_request(rng)[1] for _ in range(128)]
+            noise = torch.randn(128, 16, 32, generator=run.rng)
+            ids = networks.token_ids(prompts).to(recipe.device)
+            x0 = teacher.solve(noise.to(recipe.device), ids, recipe.pair_steps, recipe.pair_guidance)
+            counts = parse(decode(vae, x0)).cpu().numpy()
+            true = [relabel(p, c, rng) for p, c in zip(prompts, counts, strict=True)]
+            right += sum(a == b for a, b in zip(prompts, true, strict=True))
+            clean = [i for i, prompt in enumerate(true) if prompt is not None]
+            kept.append((noise[clean], x0.cpu()[clean], networks.token_ids([true[i] for i in clean])))
         noise, x0, ids = (torch.cat(column) for column in zip(*kept, strict=True))
-        run.log(pairs=recipe.pairs // run.ranks, kept=len(ids))
+        run.log(pairs=recipe.pairs // run.ranks, right=right, clean=len(ids))
         torch.save({"noise": noise, "x0": x0, "ids": ids}, path)
     return torch.load(path, weights_only=True)
 
 
 def rectify(recipe: Recipe) -> None:
     """Reflow: the student learns straight lines between the flow's own noise and samples; text encoders stay."""
-    run = Run(recipe, "rectify")
-    model = Flow().to(recipe.device)
+    run = Run(recipe.work, "rectify", recipe.seed)
+    model = networks.Flow().to(recipe.device)
     model.load_state_dict(torch.load(recipe.work / "flow.pt", weights_only=True, map_location=recipe.device))
     pairs = make_pairs(recipe, run, model)
     model.clip.requires_grad_(False)
@@ -395,9 +289,9 @@ def rectify(recipe: Recipe) -> None:
 
 def save(recipe: Recipe) -> None:
     """Writes both pipeline folders: networks in float16, the small text encoders in float32."""
-    run, vae = Run(recipe, "save"), load_autoencoder(recipe)
+    run, vae = Run(recipe.work, "save", recipe.seed), load_autoencoder(recipe)
     for name, stage in (("shapes", "rectify"), ("shapes-base", "flow")):
-        model = Flow()
+        model = networks.Flow()
         model.load_state_dict(torch.load(recipe.work / f"{stage}.pt", weights_only=True, map_location="cpu"))
         folder = recipe.out / name
         networks.pipeline(vae.half(), model.transformer.half(), model.clip, model.t5).save_pretrained(folder)

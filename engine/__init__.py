@@ -1,9 +1,10 @@
 """rollflow: a sampler engine for inference-time scaling of flow models.
 
-    from rollflow import Engine
-
-    result = Engine.from_pretrained("shapes").generate("two red circles", nfe=100)
-    result.image.save("two-red-circles.png")
+```python
+engine = rollflow.Engine.from_pretrained("shapes")
+result = engine.generate("two red circles", nfe=100)
+result.image.save("two-red-circles.png")
+```
 """
 
 from __future__ import annotations

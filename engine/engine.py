@@ -144,7 +144,7 @@ class Engine:
         Search.check(checked)
         pool = self._pool(geometry)
         if request.nfe > pool.slots:
-            raise RequestError(f"nfe={request.nfe}: the particle pool has {pool.slots} slots; make Engine(slots=...) larger")
+            raise RequestError(f"nfe={request.nfe}: the particle pool has {pool.slots} slots; raise Engine(slots=...)")
         return checked, geometry
 
     def _pool(self, geometry: Geometry) -> ParticlePool:

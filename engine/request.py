@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def _grid(request: Request) -> tuple[float, ...]:
     given = times = [float(t) for t in request.times]
     if times and times[-1] != 0.0:
         times = [*times, 0.0]
-    pairs = list(zip(times, times[1:], strict=False))
+    pairs = list(itertools.pairwise(times))
     if not pairs or not all(0.0 <= after < before <= 1.0 for before, after in pairs):
         raise RequestError(f"times={given}: they must decrease strictly, within (0, 1], to an optional 0")
     return tuple(times)

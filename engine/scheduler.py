@@ -188,4 +188,3 @@ class Scheduler:
 def bucket_of(rows: int, buckets: tuple[int, ...]) -> int:
     """The smallest bucket that holds `rows`."""
     return next(bucket for bucket in buckets if bucket >= rows)
-

@@ -1,5 +1,6 @@
 """The engine on a model whose flow is known in closed form: Gaussian data, exact velocity, identity decoder."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -77,16 +78,14 @@ def test_accounting(method, finish):
         else:
             assert result.history[record.parent].level == record.level - 1
     assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
-    last = result.history[-1] if finish else max(
-        (r for r in result.history if r.level == 4), key=lambda r: r.reward
-    )
+    last = result.history[-1] if finish else max((r for r in result.history if r.level == 4), key=lambda r: r.reward)
     assert result.reward == pytest.approx(last.reward, abs=1 / 255)  # judged again after rounding to 8 bits
 
 
 @pytest.mark.parametrize("path", ["linear", "vp", "cosine", "polynomial"])
 @pytest.mark.parametrize(("solver", "diffusion"), [("euler", 0.0), ("cps", 0.0), ("euler", 1.0), ("cps", 1.0)])
 def test_marginals_through_the_whole_engine(path, solver, diffusion):
-    """Samples of the engine have the data's mean and deviation, on every path, by every solver, each row at its time."""
+    """Samples have the mean and deviation of the data, on every path, by every solver, each row at its time."""
     e = engine()
     requests = [
         ask(
@@ -199,7 +198,7 @@ def test_progress_is_told_per_request():
     seen = []
     engine().generate([ask(nfe=20), ask(nfe=30)], on_progress=seen.append)
     assert seen[-1].committed_nfe == (20, 30) and all(map(math.isfinite, seen[-1].best_reward))
-    assert all(a.committed_nfe <= b.committed_nfe for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.committed_nfe <= b.committed_nfe for a, b in itertools.pairwise(seen))
 
 
 def test_an_error_leaves_the_engine_usable():

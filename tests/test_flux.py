@@ -72,7 +72,9 @@ def test_alone_and_among_32_others(pipeline):
     """One bucket: bit for bit the same on a CPU."""
     mine = Request(PROMPT, reward=brightness, nfe=14, steps=4, seed=11)
     others = [
-        Request(("a blue triangle", "draw nine green squares")[i % 2], brightness, nfe=4 + i % 5, steps=1 + i % 4, seed=i)
+        Request(
+            ("a blue triangle", "draw nine green squares")[i % 2], brightness, nfe=4 + i % 5, steps=1 + i % 4, seed=i
+        )
         for i in range(32)
     ]
     engine = Engine(pipeline, buckets=(24,))

@@ -1,5 +1,6 @@
 """Search methods, driven with made-up rewards: no model, no tensors."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def test_rbf_with_scripted_rewards(reward, drawn_per_level):
 def test_rbf_recovers_from_a_nan_bar_and_first_wins_ties():
     log = []
     chosen, _ = drive(methods.rbf(40, 3, initial=4), lambda step, n: math.nan if step == 0 else 1.0, log)
-    (draw,), (children,) = log[1]
+    _, (children,) = log[1]
     assert len(children) == 1 and children[0].reward == 1.0  # any number beats a bar that is none
     assert chosen is log[2][1][0][0]
 
@@ -113,7 +114,7 @@ def test_svdd_keeps_the_best_child_at_each_level():
     log = []
     chosen, _ = drive(methods.svdd(23, 4, children=5), hashed, log)
     assert [d[0].count for d, _ in log] == [5, 5, 5, 8]
-    for (before, after) in zip(log, log[1:], strict=False):
+    for before, after in itertools.pairwise(log):
         assert after[0][0].parent is max(before[1][0], key=lambda p: p.reward)
     assert chosen is max(log[-1][1][0], key=lambda p: p.reward)
 

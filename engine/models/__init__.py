@@ -56,9 +56,9 @@ class FlowModel(Protocol):
     def velocity(
         self,
         x: Float[Tensor, "row token channel"],
-        tau: Float[Tensor, "row"],
+        tau: Float[Tensor, " row"],
         conditioning: Sequence[Any],
-        guidance: Float[Tensor, "row"],
+        guidance: Float[Tensor, " row"],
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """`E[eps - x0 | x]` on the linear path, each row at its own linear time `tau` in (0, 1]."""

@@ -21,7 +21,7 @@ _WORD_LEVEL = 1000  # vocabularies smaller than this are lists of words, and an 
 class Conditioning(NamedTuple):
     """What the transformer needs of one prompt."""
 
-    pooled: Float[Tensor, "pooled"]
+    pooled: Float[Tensor, " pooled"]
     sequence: Float[Tensor, "text width"]
 
 
@@ -102,7 +102,7 @@ class FluxModel:
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
             known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
             strange = [word for word in re.findall(r"\w+|[^\w\s]", prompt.lower()) if word not in known]
-            raise RequestError(f"the model does not know {', '.join(strange)} in {prompt!r}: its words are {' '.join(known)}")
+            raise RequestError()
         if len(ids) > self.text_tokens:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, the model reads {self.text_tokens}: shorten {prompt[:60]!r}..."
@@ -119,9 +119,9 @@ class FluxModel:
     def velocity(
         self,
         x: Float[Tensor, "row token channel"],
-        tau: Float[Tensor, "row"],
+        tau: Float[Tensor, " row"],
         conditioning: Sequence[Conditioning],
-        guidance: Float[Tensor, "row"],
+        guidance: Float[Tensor, " row"],
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """See `FlowModel.velocity`; `guidance` is FLUX.1-dev's embedded guidance and is not used by other models."""
