@@ -102,7 +102,9 @@ class FluxModel:
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
             known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
             strange = [word for word in re.findall(r"\w+|[^\w\s]", prompt.lower()) if word not in known]
-            raise RequestError()
+            raise RequestError(
+                f"the model does not know {', '.join(strange)} in {prompt!r}: its words are {' '.join(known)}"
+            )
         if len(ids) > self.text_tokens:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, the model reads {self.text_tokens}: shorten {prompt[:60]!r}..."
