@@ -16,14 +16,33 @@ from rollflow.errors import ModelError, RequestError, RollflowError
 
 if TYPE_CHECKING:
     from rollflow.engine import Engine as Engine
+    from rollflow.particle import Draw as Draw
+    from rollflow.particle import Particle as Particle
     from rollflow.request import Record as Record
     from rollflow.request import Request as Request
     from rollflow.request import Result as Result
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "ModelError", "Record", "Request", "RequestError", "Result", "RollflowError"]
+__all__ = [
+    "Draw",
+    "Engine",
+    "ModelError",
+    "Particle",
+    "Record",
+    "Request",
+    "RequestError",
+    "Result",
+    "RollflowError",
+]
 
-_LAZY = {"Engine": "engine", "Record": "request", "Request": "request", "Result": "request"}
+_LAZY = {
+    "Draw": "particle",
+    "Engine": "engine",
+    "Particle": "particle",
+    "Record": "request",
+    "Request": "request",
+    "Result": "request",
+}
 _MODULES = {"engine", "interpolant", "kernels", "methods", "models", "particle", "rewards", "sde", "shapes"}
 
 

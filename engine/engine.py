@@ -127,6 +127,9 @@ class Engine:
 
     def _check(self, request: Request) -> tuple[Plan, Geometry]:
         checked = plan(request)
+        if request.prompt not in self._conditioning:
+            self.model.check_prompt(request.prompt)
+        checked.reward.check(request.prompt)
         geometry = self.model.geometry(request.height, request.width)
         size = getattr(checked.reward, "size", None)
         if size is not None and (geometry.height, geometry.width) != tuple(size):
@@ -139,8 +142,6 @@ class Engine:
                 f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
                 f"[{geometry.token}, {geometry.channel}]"
             )
-        if request.prompt not in self._conditioning:
-            self.model.check_prompt(request.prompt)
         Search.check(checked)
         pool = self._pool(geometry)
         if request.nfe > pool.slots:

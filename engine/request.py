@@ -185,7 +185,7 @@ def _latents(request: Request) -> torch.Tensor | None:
 
 
 def plan(request: Request) -> Plan:
-    """Checks a request and computes every coefficient it will need.
+    """Checks a request, but for what depends on the model, and computes every coefficient it will need.
 
     Raises:
         RequestError: what was given, what is allowed, what to do.
@@ -198,7 +198,6 @@ def plan(request: Request) -> Plan:
     if not math.isfinite(request.guidance):
         raise RequestError(f"guidance={request.guidance!r}: it must be a finite number")
     reward = rewards.make(request.reward)
-    reward.check(request.prompt)
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)
     if request.method != "bon" and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):

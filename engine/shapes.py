@@ -84,16 +84,25 @@ _GROUP = re.compile(rf"\b({'|'.join((*NUMBERS, 'a'))})\s+({'|'.join(COLORS)})\s+
 
 
 def parse_prompt(text: str) -> list[Group]:
-    """The groups that a prompt asks for; raises `RequestError` if it asks for none or for too many objects."""
+    """The groups that a prompt asks for.
+
+    Raises:
+        RequestError: it asks for no group, mentions a colour or a shape outside of one, or asks for too many objects.
+    """
     groups = [
         (1 if number == "a" else NUMBERS.index(number) + 1, color, shape)
         for number, color, shape in _GROUP.findall(text.lower())
     ]
-    if not groups:
+    mentioned = [len(re.findall(rf"\b(?:{'|'.join(names)})s?\b", text.lower())) for names in (COLORS, SHAPES)]
+    if not groups or max(mentioned) > len(groups):
         raise RequestError(
-            f"the prompt {text!r} asks for no group of shapes: write for example 'two red circles and one blue square' "
-            f"(numbers one to nine; colours {', '.join(COLORS)}; shapes {', '.join(SHAPES)})"
+            f"the prompt {text!r} cannot be read as groups of shapes: write each as number, colour, shape, as in 'two "
+            f"red circles and one blue square' (numbers one to nine; colours {', '.join(COLORS)}; shapes "
+            f"{', '.join(SHAPES)})"
         )
+    total = sum(count for count, _, _ in groups)
+    if total > MAX_OBJECTS:
+        raise RequestError(f"the prompt {text!r} asks for {total} objects: a scene has at most {MAX_OBJECTS}")
     return groups
 
 
