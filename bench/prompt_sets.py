@@ -1,8 +1,8 @@
 """Makes the three prompt sets that studies use: `python -m rollflow.bench.prompt_sets --work DIR`.
 
 Each is 100 sentences that the training set does not contain, fixed and committed. What makes a set hard is how many
-objects a prompt asks for; the ranges below are set so that the built-in model's ten-step accuracy falls into 60-90 %,
-20-50 % and 1-12 %.
+objects a prompt asks for. There are few ways to ask for one or two objects, and training has seen them all: the easy
+set asks in wordings of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ import tyro
 
 from rollflow import shapes
 
-SETS = {"easy": (3, 3), "medium": (4, 6), "hard": (7, 9)}  # objects, from and to
+SETS = {"easy": (1, 2), "medium": (4, 6), "hard": (7, 9)}  # objects, from and to
+NEW_WORDINGS = (
+    "a picture with {groups}",
+    "an image of {groups}",
+    "draw a picture of {groups}",
+    "draw an image with {groups}",
+    "show a picture of {groups}",
+    "show {groups} on a light canvas",
+)
 SIZE = 100
 
 
@@ -33,8 +41,9 @@ def make(seen: set[str], seed: int) -> dict[str, list[str]]:
         chosen: dict[str, None] = {}
         while len(chosen) < SIZE:
             total = int(rng.integers(least, most + 1))
-            groups = shapes.random_groups(rng, total, int(rng.integers(1, 4)))
-            prompt = shapes.prompt(groups, int(rng.integers(len(shapes.WORDINGS))))
+            groups = shapes.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1)))
+            wording = (NEW_WORDINGS if name == "easy" else shapes.WORDINGS)[int(rng.integers(len(shapes.WORDINGS)))]
+            prompt = wording.format(groups=shapes.prompt(groups))
             if prompt not in seen:
                 chosen[prompt] = None
         sets[name] = list(chosen)

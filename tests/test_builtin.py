@@ -1,0 +1,45 @@
+"""The built-in model as a user meets it: a small, genuine FluxPipeline that searches can improve on."""
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from rollflow import models
+from rollflow.bench import prompt_sets
+from rollflow.engine import Engine
+from rollflow.request import Request
+
+ODE = {"method": "bon", "interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("shapes")
+
+
+def accuracy(engine, prompts, **options):
+    results = engine.generate([Request(prompt, seed=i, **options) for i, prompt in enumerate(prompts)])
+    return sum(result.reward == 0 for result in results) / len(prompts)
+
+
+@pytest.mark.parametrize("name", models.BUILT_IN)
+def test_the_folder_is_small_and_loads_without_us(name):
+    path = models.folder(name)
+    assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) <= 12 * 2**20
+    pipeline = FluxPipeline.from_pretrained(path)
+    assert {p.dtype for p in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)} == {torch.float32}
+    image = pipeline("two red circles", num_inference_steps=4, height=64, width=64, max_sequence_length=16).images[0]
+    assert image.size == (64, 64)
+
+
+def test_it_is_a_few_step_model_and_sets_differ_in_difficulty(engine):
+    ten = {name: accuracy(engine, prompt_sets.load(name), nfe=10, **ODE) for name in prompt_sets.SETS}
+    assert ten["easy"] > ten["medium"] > ten["hard"], ten
+    one = accuracy(engine, prompt_sets.load("easy"), nfe=1, steps=1, **ODE)
+    assert one >= ten["easy"] / 2, (one, ten)
+
+
+def test_a_search_mends_what_the_base_model_gets_wrong(engine):
+    prompts = prompt_sets.load("medium")[:24]
+    base, found = accuracy(engine, prompts, nfe=10, **ODE), accuracy(engine, prompts)
+    assert found >= base + 0.2, (base, found)
