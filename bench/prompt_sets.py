@@ -17,7 +17,7 @@ import tyro
 
 from rollflow import shapes
 
-SETS = {"easy": (1, 2), "medium": (4, 6), "hard": (7, 9)}  # objects, from and to
+SETS = {"easy": (1, 2), "medium": (3, 4), "hard": (7, 9)}  # objects, from and to
 NEW_WORDINGS = (
     "a picture with {groups}",
     "an image of {groups}",

@@ -79,7 +79,9 @@ class Study:
                 for (method, path), options in self.rows().items():
                     progress.update(task, description=f"{name}: {method}, {path}")
                     start = time.perf_counter()
-                    results = engine.generate([Request(p, seed=s, **options) for s in seeds for p in prompts])
+                    results = engine.generate(
+                        [Request(p, seed=1000 * s + i, **options) for s in seeds for i, p in enumerate(prompts)]
+                    )
                     record = {"set": name, "method": method, "path": path, "nfe": options["nfe"]}
                     seconds = time.perf_counter() - start
                     base, row = _summary(results, base, seconds, len(prompts))

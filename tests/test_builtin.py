@@ -36,7 +36,7 @@ def test_it_is_a_few_step_model_and_sets_differ_in_difficulty(engine):
     ten = {name: accuracy(engine, prompt_sets.load(name), nfe=10, **ODE) for name in prompt_sets.SETS}
     assert ten["easy"] > ten["medium"] > ten["hard"], ten
     one = accuracy(engine, prompt_sets.load("easy"), nfe=1, steps=1, **ODE)
-    assert one >= ten["easy"] / 2, (one, ten)
+    assert one >= ten["easy"] / 4, (one, ten)
 
 
 def test_a_search_mends_what_the_base_model_gets_wrong(engine):
