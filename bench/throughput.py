@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Throughput:
         engine, console = Engine.from_pretrained(self.model), Console()
         prompts = prompt_sets.load("medium")[: self.prompts]
         requests = [Request(p, nfe=self.nfe, method=self.method, seed=i) for i, p in enumerate(prompts)]
-        contenders = {
+        contenders: dict[str, Callable[[], list[Result]]] = {
             "packed": lambda: engine.generate(requests),
             "one by one": lambda: [engine.generate(request) for request in requests],
         }

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -175,7 +175,7 @@ def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[networks.Flow], dict
     ids, vae = networks.token_ids(prompts).to(recipe.device), load_autoencoder(recipe)
 
     def evaluate(flow: networks.Flow) -> dict:
-        record = {}
+        record: dict[str, Any] = {}
         for steps in (1, 4, 10):
             exact = CountReward().exact(decode(vae, flow.solve(noise, ids, steps)), prompts).float()
             record[f"accuracy_{steps}"] = round(exact.mean().item(), 3)
@@ -254,7 +254,8 @@ def make_pairs(recipe: Recipe, run: Run, teacher: networks.Flow) -> dict[str, Te
             true = [relabel(p, c, rng) for p, c in zip(prompts, counts, strict=True)]
             right += sum(a == b for a, b in zip(prompts, true, strict=True))
             clean = [i for i, prompt in enumerate(true) if prompt is not None]
-            kept.append((noise[clean], x0.cpu()[clean], networks.token_ids([true[i] for i in clean])))
+            shown = [prompt for prompt in true if prompt is not None]
+            kept.append((noise[clean], x0.cpu()[clean], networks.token_ids(shown)))
         noise, x0, ids = (torch.cat(column) for column in zip(*kept, strict=True))
         run.log(pairs=recipe.pairs // run.ranks, right=right, clean=len(ids))
         torch.save({"noise": noise, "x0": x0, "ids": ids}, path)

@@ -7,9 +7,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Run:
@@ -23,7 +26,7 @@ class Run:
         self.checkpoint = work / f"{stage}.rank{self.rank}.checkpoint.pt"
         self.start = time.time()
 
-    def log(self, **record) -> None:
+    def log(self, **record: Any) -> None:
         if self.rank == 0:
             record = {"stage": self.stage, "seconds": round(time.time() - self.start, 1), **record}
             print(json.dumps(record), flush=True)
@@ -33,21 +36,22 @@ class Run:
     def average(self, parameters: list[nn.Parameter]) -> None:
         """Averages gradients over the ranks."""
         if self.ranks > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
+            grads = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads])
             torch.distributed.all_reduce(flat)
-            for p, g in zip(parameters, flat.div_(self.ranks).split([p.numel() for p in parameters]), strict=True):
-                p.grad.copy_(g.view_as(p))
+            for grad, mean in zip(grads, flat.div_(self.ranks).split([g.numel() for g in grads]), strict=True):
+                grad.copy_(mean.view_as(grad))
 
     def train(
         self,
-        model: nn.Module,
+        model: Model,
         optimizers: list[torch.optim.Optimizer],
         steps: int,
         loss: Callable[[], Tensor],
-        evaluate: Callable[[nn.Module], dict] | None = None,
+        evaluate: Callable[[Model], dict] | None = None,
         every: int = 1000,
         decay: float = 0.999,
-    ) -> nn.Module:
+    ) -> Model:
         """Minimises `loss` with warm-up and linear decay; returns the exponential moving average of the weights."""
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True
@@ -57,7 +61,7 @@ class Run:
             torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 200, (steps - i) / (0.5 * steps)))
             for o in optimizers
         ]
-        state = {"model": model, "average": average}
+        state: dict[str, Any] = {"model": model, "average": average}
         state |= {f"optimizer{i}": o for i, o in enumerate(optimizers)}
         state |= {f"schedule{i}": s for i, s in enumerate(schedules)}
         done = self._resume(state)
@@ -83,8 +87,8 @@ class Run:
                 saved = {"step": step + 1, "rng": self.rng.get_state()} | {k: v.state_dict() for k, v in state.items()}
                 torch.save(saved, self.checkpoint)
                 if evaluate and self.rank == 0:
-                    self.log(step=step + 1, **evaluate(average.module))
-        return average.module
+                    self.log(step=step + 1, **evaluate(cast(Model, average.module)))
+        return cast(Model, average.module)
 
     def _resume(self, state: dict) -> int:
         if not self.checkpoint.exists():

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from diffusers import FluxPipeline
@@ -89,6 +89,20 @@ class Engine:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         return cls(load(name_or_path, device, dtype), **options)
 
+    @overload
+    def generate(
+        self, requests: str | Request, *, on_progress: Callable[[Progress], None] | None = None, **options: Any
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self,
+        requests: Sequence[str | Request],
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> list[Result]: ...
+
     def generate(
         self,
         requests: str | Request | Sequence[str | Request],
@@ -106,11 +120,9 @@ class Engine:
         Raises:
             RequestError: a request that cannot be honoured, before anything runs; of several, it says which.
         """
-        single = isinstance(requests, str | Request)
-        asked = [_request(r, options) for r in ([requests] if single else requests)]
-        prepared = self._prepare(asked)
-        results = self._run(prepared, on_progress)
-        return results[0] if single else results
+        if isinstance(requests, str | Request):
+            return self.generate([requests], on_progress=on_progress, **options)[0]
+        return self._run(self._prepare([_request(r, options) for r in requests]), on_progress)
 
     def _prepare(self, requests: list[Request]) -> list[tuple[Plan, Geometry]]:
         """Checks every request, and encodes the prompts that are new."""
@@ -158,7 +170,7 @@ class Engine:
     def _run(self, prepared: list[tuple[Plan, Geometry]], on_progress: Callable | None) -> list[Result]:
         scheduler, waiting = Scheduler(self._runner), deque(range(len(prepared)))
         searches: list[Search | None] = [None] * len(prepared)
-        results: list[Result | None] = [None] * len(prepared)
+        results: dict[int, Result] = {}
         try:
             while waiting or scheduler.live:
                 while waiting and (search := self._admit(*prepared[waiting[0]])) is not None:
@@ -174,7 +186,7 @@ class Engine:
             for search in searches:
                 if search is not None:
                     self._release(search)
-        return results
+        return [results[i] for i in range(len(prepared))]
 
     def _admit(self, checked: Plan, geometry: Geometry) -> Search | None:
         """A live search, or None while the pool has promised its slots to others."""
@@ -191,6 +203,7 @@ class Engine:
     def _result(self, search: Search) -> Result:
         """Decodes the chosen particle and judges the 8-bit image that is returned."""
         plan, request = search.plan, search.plan.request
+        assert search.chosen is not None, "only a search that is over has a result"
         pixels = self._runner.images([search.chosen], [plan], search.pool, search.geometry)
         rounded = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
         judged = rounded.float() / 255

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rollflow import kernels
 from rollflow.models import FlowModel, Geometry
-from rollflow.particle import Particle
+from rollflow.particle import Particle, ParticlePool
 from rollflow.profile import Ledger
-from rollflow.request import Plan
+from rollflow.request import Plan, Step
+from rollflow.rewards import Reward
 from rollflow.scheduler import Row, bucket_of
 
 PADDING = -1
@@ -89,7 +90,9 @@ class Runner:
         with self.ledger.span("decode", self.model.device):
             return self.model.decode(latents)[:count]
 
-    def images(self, particles: Sequence[Particle], plans: Sequence[Plan], pool, geometry: Geometry) -> Tensor:
+    def images(
+        self, particles: Sequence[Particle], plans: Sequence[Plan], pool: ParticlePool, geometry: Geometry
+    ) -> Tensor:
         """The posterior means of evaluated particles of one geometry, decoded: [particle, 3, height, width]."""
         parts = []
         for start in range(0, len(particles), self.buckets[-1]):
@@ -102,7 +105,7 @@ class Runner:
             parts.append(self._decode(self._finish(u, pool, slots, posterior, geometry), len(group)))
         return torch.cat(parts)
 
-    def _finish(self, u: Tensor, pool, slots: Tensor, posterior: Tensor, geometry: Geometry) -> Tensor:
+    def _finish(self, u: Tensor, pool: ParticlePool, slots: Tensor, posterior: Tensor, geometry: Geometry) -> Tensor:
         return kernels.finish(
             u,
             pool.x,
@@ -138,14 +141,14 @@ def _coefficients(row: Row) -> tuple[float, float, float, float]:
     return a, b, k, 1 / step.scale
 
 
-def _step_of(plan: Plan, particle: Particle):
+def _step_of(plan: Plan, particle: Particle) -> Step:
     """The step at which a particle was evaluated."""
     return (plan.steps + plan.finish)[particle.step]
 
 
-def _by_reward(plans: list[Plan]):
+def _by_reward(plans: list[Plan]) -> Iterable[tuple[Reward, list[int]]]:
     """Rows grouped by reward, so that each reward is called once a batch: (reward, row indices)."""
-    groups: dict[int, tuple] = {}
+    groups: dict[int, tuple[Reward, list[int]]] = {}
     for i, plan in enumerate(plans):
         groups.setdefault(id(plan.reward), (plan.reward, []))[1].append(i)
     return groups.values()

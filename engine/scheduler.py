@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from rollflow import methods
 from rollflow.models import Geometry
@@ -60,7 +60,8 @@ class Search:
         return methods.make(request.method, request.nfe, len(plan.steps), request.finish, **request.options)
 
     def _begin(self, draws: list[Draw]) -> None:
-        self.draws, self.children = draws, [[] for _ in draws]
+        self.draws = draws
+        self.children: list[list[Particle]] = [[] for _ in draws]
         self.issued = [0] * len(draws)
         self.turn += 1
 
@@ -72,8 +73,8 @@ class Search:
     def _open(self, i: int) -> bool:
         """Whether draw `i` may still need children: its count is not reached and no child has beaten `until`."""
         draw, children = self.draws[i], self.children[i]
-        beaten = children and draw.scored and children[-1].reward > draw.until
-        return self.issued[i] < draw.count and not beaten
+        reward = children[-1].reward if children else None
+        return self.issued[i] < draw.count and not (reward is not None and reward > draw.until)
 
     def ready(self) -> Iterator[Row]:
         """The rows that can run now, in draw order; taking one issues it."""
@@ -93,9 +94,20 @@ class Search:
                 if draw.parent is None:
                     prior, self.priors = self.priors, self.priors + 1
                 self.issued[i] += 1
-                yield self._row(self.plan.steps[level], level, draw.parent, key, prior, draw.scored, "committed", i)
+                parent = cast("Particle | None", draw.parent)  # one that this scheduler handed to the method
+                yield self._row(self.plan.steps[level], level, parent, key, prior, draw.scored, "committed", i)
 
-    def _row(self, step, level, parent, key, prior, scored, kind, draw) -> Row:
+    def _row(
+        self,
+        step: Step,
+        level: int,
+        parent: Particle | None,
+        key: int,
+        prior: int | None,
+        scored: bool,
+        kind: Kind,
+        draw: int,
+    ) -> Row:
         particle = Particle(level, step.time, self.pool.take(), -1, None if parent is None else parent.index)
         self._in_flight += 1
         return Row(self, step, particle, parent, key, prior, scored, kind, draw)

@@ -6,16 +6,14 @@ Driving one takes no model: send it lists of objects with a `reward` and a `step
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from rollflow.errors import RequestError
 from rollflow.methods.bon import bon
+from rollflow.methods.budget import Search
 from rollflow.methods.rbf import rbf
 from rollflow.methods.svdd import svdd
-from rollflow.particle import Draw, Evaluated
-
-Search = Generator[list[Draw], list[list[Evaluated]], Evaluated]
 
 _METHODS: dict[str, Callable[..., Search]] = {"bon": bon, "rbf": rbf, "svdd": svdd}
 

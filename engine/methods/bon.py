@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rollflow.methods.budget import best, require, whole
+from rollflow.methods.budget import Search, best, require, whole
 from rollflow.particle import Draw
 
 
-def bon(nfe: int, steps: int, finish: int = 0):
+def bon(nfe: int, steps: int, finish: int = 0) -> Search:
     """Best-of-N sampling: N = nfe // steps samples of the whole path; only their last evaluation is judged.
 
     Args:
@@ -22,7 +22,7 @@ def bon(nfe: int, steps: int, finish: int = 0):
     return _search((nfe - finish) // steps, steps)
 
 
-def _search(samples: int, steps: int):
+def _search(samples: int, steps: int) -> Search:
     (particles,) = yield [Draw(None, samples, scored=steps == 1)]
     for level in range(1, steps):
         drawn = yield [Draw(particle, scored=level == steps - 1) for particle in particles]

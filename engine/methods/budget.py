@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from rollflow.errors import RequestError
-from rollflow.particle import Evaluated
+from rollflow.particle import Draw, Evaluated
+
+Search = Generator[list[Draw], Sequence[Sequence[Evaluated]], Evaluated]
 
 
 def require(method: str, nfe: int, smallest: int, why: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rollflow.methods.budget import best, require, whole, worth
+from rollflow.methods.budget import Search, best, require, whole, worth
 from rollflow.particle import Draw
 
 
-def rbf(nfe: int, steps: int, initial: int | None = None, finish: int = 0):
+def rbf(nfe: int, steps: int, initial: int | None = None, finish: int = 0) -> Search:
     """Rollover budget forcing (Kim et al. 2025, arXiv 2503.19385, algorithm 1).
 
     Draws children of the current particle one at a time. The first that beats the bar becomes current at once, and
@@ -35,7 +35,7 @@ def rbf(nfe: int, steps: int, initial: int | None = None, finish: int = 0):
     return _search(budget - initial, steps, initial)
 
 
-def _search(left: int, steps: int, initial: int):
+def _search(left: int, steps: int, initial: int) -> Search:
     (particles,) = yield [Draw(None, initial)]
     current = best(particles)
     bar = worth(current)

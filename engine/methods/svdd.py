@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rollflow.methods.budget import best, require, whole
-from rollflow.particle import Draw
+from rollflow.methods.budget import Search, best, require, whole
+from rollflow.particle import Draw, Evaluated
 
 
-def svdd(nfe: int, steps: int, children: int | None = None, finish: int = 0):
+def svdd(nfe: int, steps: int, children: int | None = None, finish: int = 0) -> Search:
     """At each of the `steps` levels draws `children` candidates from the survivor and keeps the best (Li et al. 2024,
     arXiv 2408.08252, with temperature 0; Kim et al. 2025, arXiv 2503.19385, table 2).
 
@@ -25,10 +25,11 @@ def svdd(nfe: int, steps: int, children: int | None = None, finish: int = 0):
     return _search(nfe - finish, steps, children or (nfe - finish) // steps)
 
 
-def _search(left: int, steps: int, children: int):
-    survivor = None
-    for level in range(steps):
-        (drawn,) = yield [Draw(survivor, left if level == steps - 1 else children)]
+def _search(left: int, steps: int, children: int) -> Search:
+    survivor: Evaluated | None = None
+    for _ in range(steps - 1):
+        (drawn,) = yield [Draw(survivor, children)]
         survivor = best(drawn)
         left -= len(drawn)
-    return survivor
+    (drawn,) = yield [Draw(survivor, left)]
+    return best(drawn)
