@@ -13,7 +13,7 @@ from rollflow.models import FlowModel, Geometry
 from rollflow.particle import Particle, ParticlePool
 from rollflow.profile import Ledger
 from rollflow.request import Plan, Step
-from rollflow.rewards import Reward
+from rollflow.rewards import FunctionReward, Reward
 from rollflow.scheduler import Row, bucket_of
 
 PADDING = -1
@@ -150,5 +150,6 @@ def _by_reward(plans: list[Plan]) -> Iterable[tuple[Reward, list[int]]]:
     """Rows grouped by reward, so that each reward is called once a batch: (reward, row indices)."""
     groups: dict[int, tuple[Reward, list[int]]] = {}
     for i, plan in enumerate(plans):
-        groups.setdefault(id(plan.reward), (plan.reward, []))[1].append(i)
+        judge = plan.reward.function if isinstance(plan.reward, FunctionReward) else plan.reward
+        groups.setdefault(id(judge), (plan.reward, []))[1].append(i)
     return groups.values()

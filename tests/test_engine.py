@@ -124,6 +124,26 @@ def test_requests_share_forwards_at_different_times():
     assert max(len(set(times)) for times in e.model.forwards) > 4
 
 
+@pytest.mark.parametrize("reward", ["function", "name"])
+def test_a_reward_judges_all_requests_of_a_batch_in_one_call(reward, monkeypatch):
+    judged = []
+
+    def judge(images, prompts):
+        judged.append(len(prompts))
+        return brightness(images, prompts)
+
+    if reward == "name":
+        monkeypatch.setattr("rollflow.rewards.count.CountReward.__call__", lambda self, i, p: judge(i, p))
+    reward = judge if reward == "function" else "count"
+    engine(slots=64).generate(
+        [
+            ask("two red circles", seed=i, method="bon", nfe=2, steps=2, reward=reward, height=64, width=64)
+            for i in (1, 2, 3)
+        ]
+    )
+    assert judged == [3, 1, 1, 1]  # the last level of all three, then each returned image
+
+
 def test_a_result_does_not_depend_on_company():
     """One bucket: the same bits alone, among 32 others of every method and path, and in any order."""
     mine = ask("mine", seed=7, nfe=37, finish=2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -79,14 +80,20 @@ def make(reward: str | Reward | Callable[..., Tensor]) -> Reward:
                 f"there is no reward {reward!r}: choose one of {', '.join(names())}, "
                 "or give a function f(images, prompts) that returns one score an image"
             )
-        module, name = _BUILT_IN[reward]
-        return getattr(importlib.import_module(module), name)()
+        return _built_in(reward)
     if isinstance(reward, type) or not callable(reward):
         raise RequestError(
             f"a reward is a name ({', '.join(names())}), an instance with the methods of rollflow.rewards.Reward, or a "
             f"function f(images, prompts), not {reward!r}"
         )
     return reward if isinstance(reward, Reward) else FunctionReward(reward)
+
+
+@lru_cache
+def _built_in(name: str) -> Reward:
+    """One object a name, so that all requests that ask for it are judged in one call a batch."""
+    module, attribute = _BUILT_IN[name]
+    return getattr(importlib.import_module(module), attribute)()
 
 
 def held_out(reward: Reward) -> Reward | None:
