@@ -1,6 +1,7 @@
 """`python -m rollflow.bench study | throughput`."""
 
 import os
+import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -9,12 +10,21 @@ import tyro
 
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
+from rollflow.errors import RollflowError
 
 
-def main() -> None:
-    """Runs the benchmark that the command line names."""
-    tyro.extras.subcommand_cli_from_dict({"study": Study, "throughput": Throughput}).run()
+def main() -> int:
+    """Runs the benchmark that the command line names; returns the exit code, 2 for what cannot be honoured."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"study": Study, "throughput": Throughput}, prog="python -m rollflow.bench"
+    )
+    try:
+        command.run()
+    except RollflowError as error:
+        print(f"rollflow.bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

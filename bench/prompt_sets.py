@@ -1,8 +1,8 @@
 """Makes the three prompt sets that studies use: `python -m rollflow.bench.prompt_sets --work DIR`.
 
 Each is 100 sentences that the training set does not contain, fixed and committed. What makes a set hard is how many
-objects a prompt asks for. There are few ways to ask for one or two objects, and training has seen them all: the easy
-set asks in wordings of its own.
+objects and groups a prompt asks for. There are few ways to ask for few objects in one or two groups, and training has
+seen them all: the easy and the medium set ask in wordings of their own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 import tyro
 
 from rollflow import shapes
+from rollflow.errors import RequestError
 
-SETS = {"easy": (1, 2), "medium": (3, 4), "hard": (7, 9)}  # objects, from and to
+SETS = {"easy": (1, 2), "medium": (4, 6), "hard": (7, 9)}  # objects, from and to
+GROUPS = {"easy": 2, "medium": 2, "hard": 3}  # at most
 NEW_WORDINGS = (
     "a picture with {groups}",
     "an image of {groups}",
@@ -29,9 +31,13 @@ NEW_WORDINGS = (
 SIZE = 100
 
 
-def load(name: str) -> list[str]:
-    """The prompts of a committed set: "easy", "medium" or "hard"."""
-    return json.loads((resources.files("rollflow.bench") / "prompts" / f"{name}.json").read_text())
+def load(name: str, count: int = SIZE) -> list[str]:
+    """The first `count` prompts of a committed set: "easy", "medium" or "hard"; others are a `RequestError`."""
+    if name not in SETS:
+        raise RequestError(f"there is no prompt set {name!r}: choose {', '.join(SETS)}")
+    if not 1 <= count <= SIZE:
+        raise RequestError(f"{count} prompts: a set has {SIZE}, and at least 1 is needed")
+    return json.loads((resources.files("rollflow.bench") / "prompts" / f"{name}.json").read_text())[:count]
 
 
 def make(seen: set[str], seed: int) -> dict[str, list[str]]:
@@ -41,8 +47,9 @@ def make(seen: set[str], seed: int) -> dict[str, list[str]]:
         chosen: dict[str, None] = {}
         while len(chosen) < SIZE:
             total = int(rng.integers(least, most + 1))
-            groups = shapes.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1)))
-            wording = (NEW_WORDINGS if name == "easy" else shapes.WORDINGS)[int(rng.integers(len(shapes.WORDINGS)))]
+            groups = shapes.random_groups(rng, total, int(rng.integers(1, min(GROUPS[name], total) + 1)))
+            wordings = shapes.WORDINGS if name == "hard" else NEW_WORDINGS
+            wording = wordings[int(rng.integers(len(wordings)))]
             prompt = wording.format(groups=shapes.prompt(groups))
             if prompt not in seen:
                 chosen[prompt] = None

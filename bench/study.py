@@ -42,7 +42,7 @@ class Study:
         nfe: budget of a search.
         prompts: how many prompts of each set.
         sets: which sets.
-        finish: deterministic finishing steps of SVDD and RBF, paid out of their budget.
+        finish: finishing steps of SVDD and RBF, paid out of their budget; by default those of a `Request`.
         json: a file for the numbers.
     """
 
@@ -51,7 +51,7 @@ class Study:
     nfe: int = 100
     prompts: int = prompt_sets.SIZE
     sets: tuple[str, ...] = tuple(prompt_sets.SETS)
-    finish: int = 0
+    finish: int | None = None
     json: Path | None = None
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
@@ -69,13 +69,14 @@ class Study:
 
     def run(self) -> None:
         """Runs everything, prints the table, writes the file."""
+        sets = {name: prompt_sets.load(name, self.prompts) for name in self.sets}
         engine, console = Engine.from_pretrained(self.model), Console()
         seeds = (0,) if self.quick else (0, 1, 2)
         records: list[dict[str, Any]] = []
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("study", total=len(self.sets) * len(self.rows()))
-            for name in self.sets:
-                prompts, base = prompt_sets.load(name)[: self.prompts], None
+            for name, prompts in sets.items():
+                base = None
                 for (method, path), options in self.rows().items():
                     progress.update(task, description=f"{name}: {method}, {path}")
                     start = time.perf_counter()

@@ -44,8 +44,8 @@ class Throughput:
 
     def run(self) -> None:
         """Runs both contenders in turns, prints the table, writes the file."""
+        prompts = prompt_sets.load("medium", self.prompts)
         engine, console = Engine.from_pretrained(self.model), Console()
-        prompts = prompt_sets.load("medium")[: self.prompts]
         requests = [Request(p, nfe=self.nfe, method=self.method, seed=i) for i, p in enumerate(prompts)]
         contenders: dict[str, Callable[[], list[Result]]] = {
             "packed": lambda: engine.generate(requests),

@@ -5,7 +5,8 @@ Stages, each resumable and skipped when its result exists:
 - `data`: scenes of the procedural world, rendered, with their prompts;
 - `autoencoder`: AutoencoderKL on the images, then latents scaled to unit variance;
 - `flow`: FluxTransformer2DModel with its text encoders on the latents, plain flow matching;
-- `rectify`: reflow (Liu et al. 2023, arXiv 2209.03003) on noise-image pairs of the flow, which makes a few-step model;
+- `rectify`: reflow (Liu et al. 2023, arXiv 2209.03003) on noise-image pairs, which makes a few-step model; a first time
+  on pairs of the flow, with guidance, then on those of the model that comes out, which are cheaper and straighter;
 - `save`: the two FluxPipeline folders, `shapes` (rectified) and `shapes-base`.
 
 Flow and rectify also run as two single-threaded ranks (`torchrun --nproc-per-node 2 -m rollflow.bench.train_shapes`),
@@ -58,6 +59,10 @@ class Recipe:
     pair_guidance: float = 1.75
     """Classifier-free guidance of the flow that makes the pairs: it draws cleaner scenes with it."""
     rectify_steps: int = 5_000
+    again_pairs: int = 65_536
+    again_pair_steps: int = 4
+    again_steps: int = 3_000
+    """The second rectification, on pairs of the first one's model without guidance."""
     batch: int = 96
     """Rows of a flow or rectify step, over all ranks."""
 
@@ -218,8 +223,7 @@ def flow(recipe: Recipe) -> None:
         return F.mse_loss(velocity, (noise - x0).to(recipe.device))
 
     model = run.train(model, optimizers([model]), recipe.flow_steps, loss, evaluator(recipe), every=1000)
-    if run.rank == 0:
-        torch.save(model.state_dict(), run.path)
+    run.save(model)
 
 
 def relabel(prompt: str, counts: np.ndarray, rng: np.random.Generator) -> str | None:
@@ -235,21 +239,24 @@ def relabel(prompt: str, counts: np.ndarray, rng: np.random.Generator) -> str | 
 
 
 @torch.no_grad()
-def make_pairs(recipe: Recipe, run: Run, teacher: networks.Flow) -> dict[str, Tensor]:
-    """Noise, latents and token ids of the flow's own samples, with the prompt that each sample truly shows.
+def make_pairs(
+    recipe: Recipe, run: Run, teacher: networks.Flow, pairs: int, steps: int, guidance: float
+) -> dict[str, Tensor]:
+    """Noise, latents and token ids of the teacher's own samples, with the prompt that each sample truly shows.
 
     Each rank makes its share. Melted scenes are left out and miscounted ones relabelled, or the student would learn
     the teacher's mistakes.
     """
-    path = recipe.work / f"pairs.rank{run.rank}of{run.ranks}.pt"
+    path = recipe.work / f"{run.stage}.pairs.rank{run.rank}of{run.ranks}.pt"
     if not path.exists():
-        rng = np.random.default_rng([recipe.seed, 5, run.rank])
+        rng = np.random.default_rng([recipe.seed, pairs, run.rank])
+        draw = torch.Generator().manual_seed(1000 * pairs + run.rank)
         vae, kept, right = load_autoencoder(recipe), [], 0
-        for _ in range(recipe.pairs // run.ranks // 128):
+        for _ in range(pairs // run.ranks // 128):
             prompts = [random_request(rng)[1] for _ in range(128)]
-            noise = torch.randn(128, 16, 32, generator=run.rng)
+            noise = torch.randn(128, 16, 32, generator=draw)
             ids = networks.token_ids(prompts).to(recipe.device)
-            x0 = teacher.solve(noise.to(recipe.device), ids, recipe.pair_steps, recipe.pair_guidance)
+            x0 = teacher.solve(noise.to(recipe.device), ids, steps, guidance)
             counts = parse(decode(vae, x0)).cpu().numpy()
             true = [relabel(p, c, rng) for p, c in zip(prompts, counts, strict=True)]
             right += sum(a == b for a, b in zip(prompts, true, strict=True))
@@ -257,17 +264,24 @@ def make_pairs(recipe: Recipe, run: Run, teacher: networks.Flow) -> dict[str, Te
             shown = [prompt for prompt in true if prompt is not None]
             kept.append((noise[clean], x0.cpu()[clean], networks.token_ids(shown)))
         noise, x0, ids = (torch.cat(column) for column in zip(*kept, strict=True))
-        run.log(pairs=recipe.pairs // run.ranks, right=right, clean=len(ids))
+        run.log(pairs=pairs // run.ranks, right=right, clean=len(ids))
         torch.save({"noise": noise, "x0": x0, "ids": ids}, path)
     return torch.load(path, weights_only=True)
 
 
 def rectify(recipe: Recipe) -> None:
-    """Reflow: the student learns straight lines between the flow's own noise and samples; text encoders stay."""
-    run = Run(recipe.work, "rectify", recipe.seed)
+    """Reflow, twice."""
+    if not (recipe.work / "rectify1.pt").exists():
+        reflow(recipe, "rectify1", "flow", recipe.rectify_steps, recipe.pairs, recipe.pair_steps, recipe.pair_guidance)
+    reflow(recipe, "rectify", "rectify1", recipe.again_steps, recipe.again_pairs, recipe.again_pair_steps, 1.0)
+
+
+def reflow(recipe: Recipe, stage: str, teacher: str, steps: int, count: int, pair_steps: int, guidance: float) -> None:
+    """The student learns straight lines between the teacher's own noise and samples; text encoders stay."""
+    run = Run(recipe.work, stage, recipe.seed)
     model = networks.Flow().to(recipe.device)
-    model.load_state_dict(torch.load(recipe.work / "flow.pt", weights_only=True, map_location=recipe.device))
-    pairs = make_pairs(recipe, run, model)
+    model.load_state_dict(torch.load(recipe.work / f"{teacher}.pt", weights_only=True, map_location=recipe.device))
+    pairs = make_pairs(recipe, run, model, count, pair_steps, guidance)
     model.clip.requires_grad_(False)
     model.t5.requires_grad_(False)
     rows = recipe.batch // run.ranks
@@ -281,11 +295,8 @@ def rectify(recipe: Recipe) -> None:
         velocity = model(x.to(recipe.device), t.to(recipe.device), ids.to(recipe.device))
         return F.mse_loss(velocity, (noise - x0).to(recipe.device))
 
-    model = run.train(
-        model, optimizers([model], 0.5), recipe.rectify_steps, loss, evaluator(recipe), every=500, decay=0.998
-    )
-    if run.rank == 0:
-        torch.save(model.state_dict(), run.path)
+    model = run.train(model, optimizers([model], 0.5), steps, loss, evaluator(recipe), every=500, decay=0.998)
+    run.save(model)
 
 
 def save(recipe: Recipe) -> None:

@@ -42,6 +42,13 @@ class Run:
             for grad, mean in zip(grads, flat.div_(self.ranks).split([g.numel() for g in grads]), strict=True):
                 grad.copy_(mean.view_as(grad))
 
+    def save(self, model: nn.Module) -> None:
+        """Writes the stage's weights; no rank goes on before they are there."""
+        if self.rank == 0:
+            torch.save(model.state_dict(), self.path)
+        if self.ranks > 1:
+            torch.distributed.barrier()
+
     def train(
         self,
         model: Model,

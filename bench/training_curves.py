@@ -12,13 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-STAGES = ("autoencoder", "flow", "rectify")
+STAGES = ("autoencoder", "flow", "rectify1", "rectify")
 
 
 def draw(log: Path, out: Path) -> None:
-    """Losses of the three trained stages, and the accuracy of the flow's samples along the way."""
+    """Losses of the trained stages (`rectify` is twice), and the accuracy of the flow's samples along the way."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, len(STAGES), figsize=(16, 6), sharex="col", layout="constrained")
     for column, stage in enumerate(STAGES):
         mine = {r["step"]: r for r in records if r["stage"] == stage and "loss" in r}
         axes[0, column].plot(list(mine), [r["loss"] for r in mine.values()])
@@ -27,7 +27,9 @@ def draw(log: Path, out: Path) -> None:
             key = f"accuracy_{steps}"
             seen = {r["step"]: r[key] for r in records if r["stage"] == stage and key in r}
             if seen:
-                axes[1, column].plot(list(seen), list(seen.values()), marker=".", label=f"{steps} Euler steps")
+                axes[1, column].plot(
+                    list(seen), list(seen.values()), marker=".", label=f"{steps} Euler step{'s' * (steps > 1)}"
+                )
         seen = {r["step"]: r["l1"] for r in records if r["stage"] == stage and "l1" in r}
         if seen:
             axes[1, column].plot(list(seen), list(seen.values()), marker=".", label="L1 of reconstructions")

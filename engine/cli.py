@@ -63,6 +63,7 @@ Interpolant = Annotated[str, _one_of("rollflow.interpolant", "_NAMED")]
 Grid = Annotated[str, _one_of("rollflow.sde", "GRIDS")]
 Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
 Own = Annotated[int | None, _by_default("the method's own choice")]
+Finish = Annotated[int | None, _by_default("3 after an SDE's grid that stops at high noise, else 0")]
 Size = Annotated[int | None, _by_default("the model's own")]
 Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
 Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
@@ -95,7 +96,7 @@ class SearchOptions:
     """Scale s of the noise g(t) = s t^2; 0 is the ODE, for which only bon works."""
     solver: Solver = "euler"
     """How a step is taken."""
-    finish: int = 0
+    finish: Finish = None
     """Deterministic steps from the chosen particle towards the image, paid out of the budget."""
     initial: Own = None
     """rbf: samples of the prior, of which the best starts."""
@@ -221,10 +222,9 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
     """Checks what it can before it loads the model, then searches under a progress bar."""
     from rollflow.present import progress_bar
     from rollflow.request import plan
-    from rollflow.scheduler import Search
 
     for request in requests:
-        Search.check(plan(request))
+        plan(request)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -238,8 +238,7 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
 
 def _search(requests: list[Request], engine: Engine, bar: Bar) -> list[Result]:
     bar.start(sum(request.nfe for request in requests))
-    results = engine.generate(requests, on_progress=bar.update)
-    return results if isinstance(results, list) else [results]
+    return engine.generate(requests, on_progress=bar.update)
 
 
 def _silence() -> None:

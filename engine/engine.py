@@ -156,7 +156,6 @@ class Engine:
                 f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
                 f"[{geometry.token}, {geometry.channel}]"
             )
-        Search.check(checked)
         pool = self._pool(geometry)
         if request.nfe > pool.slots:
             raise RequestError(f"nfe={request.nfe}: the particle pool has {pool.slots} slots; raise Engine(slots=...)")

@@ -42,7 +42,8 @@ class Search:
 
     def __init__(self, plan: Plan, geometry: Geometry, conditioning: Any, pool: ParticlePool):
         self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
-        self.method = self.check(plan)
+        request = plan.request
+        self.method = methods.make(request.method, request.nfe, len(plan.steps), len(plan.finish), **request.options)
         self.history: list[Record] = []
         self.best_reward = -math.inf
         self.committed = self.executed = self.turn = self.priors = 0
@@ -52,12 +53,6 @@ class Search:
         self.finished_steps = 0
         self._in_flight = 0
         self._begin(next(self.method))
-
-    @staticmethod
-    def check(plan: Plan) -> methods.Search:
-        """The plan's method, not yet started; raises `RequestError` for an unknown one, its options or its budget."""
-        request = plan.request
-        return methods.make(request.method, request.nfe, len(plan.steps), request.finish, **request.options)
 
     def _begin(self, draws: list[Draw]) -> None:
         self.draws = draws
