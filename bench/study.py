@@ -42,7 +42,7 @@ class Study:
         nfe: budget of a search.
         prompts: how many prompts of each set.
         sets: which sets.
-        finish: finishing steps of SVDD and RBF, paid out of their budget; by default those of a `Request`.
+        finish: deterministic finishing steps of SVDD and RBF, paid out of their budget.
         json: a file for the numbers.
     """
 
@@ -51,7 +51,7 @@ class Study:
     nfe: int = 100
     prompts: int = prompt_sets.SIZE
     sets: tuple[str, ...] = tuple(prompt_sets.SETS)
-    finish: int | None = None
+    finish: int = 0
     json: Path | None = None
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:

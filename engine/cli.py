@@ -63,7 +63,6 @@ Interpolant = Annotated[str, _one_of("rollflow.interpolant", "_NAMED")]
 Grid = Annotated[str, _one_of("rollflow.sde", "GRIDS")]
 Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
 Own = Annotated[int | None, _by_default("the method's own choice")]
-Finish = Annotated[int | None, _by_default("3 after an SDE's grid that stops at high noise, else 0")]
 Size = Annotated[int | None, _by_default("the model's own")]
 Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
 Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
@@ -96,7 +95,7 @@ class SearchOptions:
     """Scale s of the noise g(t) = s t^2; 0 is the ODE, for which only bon works."""
     solver: Solver = "euler"
     """How a step is taken."""
-    finish: Finish = None
+    finish: int = 0
     """Deterministic steps from the chosen particle towards the image, paid out of the budget."""
     initial: Own = None
     """rbf: samples of the prior, of which the best starts."""

@@ -277,22 +277,3 @@ def test_a_plan_holds_every_coefficient():
     made = plan(ask(interpolant="linear", diffusion=0, method="bon", grid="uniform", steps=4, nfe=4))
     assert [(s.a, s.b, s.k) for s in made.steps[1:]] == [(1.0, pytest.approx(-0.25), 0.0)] * 3
     assert [(s.p, s.q) for s in made.steps] == [(1.0, pytest.approx(-t)) for t in (1.0, 0.75, 0.5, 0.25)]
-
-
-@pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        ({}, 3),
-        ({"nfe": 6}, 1),
-        ({"nfe": 5}, 0),
-        ({"finish": 0}, 0),
-        ({"finish": 5}, 5),
-        ({"interpolant": "linear", "steps": 10}, 0),
-        ({"method": "bon", "diffusion": 0}, 0),
-        ({"method": "svdd", "options": {"children": 6}}, 0),
-    ],
-)
-def test_a_noisy_grid_is_finished_by_default_as_far_as_the_budget_allows(options, count):
-    made = plan(ask(**options))
-    assert len(made.finish) == count
-    assert made.steps[-1].tau > 0.5 or not count
