@@ -32,10 +32,10 @@ DESCRIPTION = """Inference-time scaling of flow models: the best image for a pro
 evaluations (NFE).
 
 `rollflow COMMAND --help` explains a command; `rollflow --version` prints the version."""
-DEMO_PROMPTS = (  # what the model's plain samples often get wrong
-    "four red circles and two blue squares",
-    "three green triangles and three yellow circles",
-    "two red squares, two blue circles and one green triangle",
+DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
+    "three green triangles and two red squares",
+    "five yellow circles",
+    "three blue circles and three red triangles",
     "six blue triangles",
 )
 BASE_STEPS = 10
