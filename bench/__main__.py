@@ -10,6 +10,7 @@ import tyro
 
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
+from rollflow.cli import silence
 from rollflow.errors import RollflowError
 
 
@@ -18,9 +19,10 @@ def main() -> int:
     command = tyro.extras.subcommand_cli_from_dict(
         {"study": Study, "throughput": Throughput}, prog="python -m rollflow.bench"
     )
+    silence()
     try:
         command.run()
-    except RollflowError as error:
+    except (RollflowError, OSError) as error:
         print(f"rollflow.bench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

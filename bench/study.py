@@ -44,6 +44,7 @@ class Study:
         sets: which sets.
         finish: deterministic finishing steps of SVDD and RBF, paid out of their budget.
         json: a file for the numbers.
+        markdown: a file for the table of accuracies.
     """
 
     quick: bool = False
@@ -53,11 +54,13 @@ class Study:
     sets: tuple[str, ...] = tuple(prompt_sets.SETS)
     finish: int = 0
     json: Path | None = None
+    markdown: Path | None = None
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
         """The contenders: (method, path) to the options of their requests."""
         rows: dict[tuple[str, str], dict[str, Any]] = {
             ("base", "linear-ODE"): {"method": "bon", "nfe": 10, **ODE},
+            ("base, 1 step", "linear-ODE"): {"method": "bon", "nfe": 1, "steps": 1, **ODE},
             ("BoN, 3 steps", "linear-ODE"): {"method": "bon", "nfe": self.nfe, "steps": 3, **ODE},
         }
         for path, options in PATHS.items():
@@ -69,7 +72,10 @@ class Study:
 
     def run(self) -> None:
         """Runs everything, prints the table, writes the file."""
-        sets = {name: prompt_sets.load(name, self.prompts) for name in self.sets}
+        where, sets = environment(), {name: prompt_sets.load(name, self.prompts) for name in self.sets}
+        for path in (self.json, self.markdown):
+            if path:
+                path.touch()  # find out now, not after the work
         engine, console = Engine.from_pretrained(self.model), Console()
         seeds = (0,) if self.quick else (0, 1, 2)
         records: list[dict[str, Any]] = []
@@ -90,12 +96,14 @@ class Study:
                     progress.advance(task)
         console.print(table(records, self))
         if self.json:
-            report = {"environment": environment(), "study": _plain(self), "rows": records}
-            self.json.write_text(json.dumps(report, indent=1))
+            report = {"environment": where, "study": _plain(self), "rows": records}
+            self.json.write_text(json.dumps(report, indent=1) + "\n")
+        if self.markdown:
+            self.markdown.write_text(markdown(records))
 
 
 def _plain(study: Study) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(study).items() if k != "json"}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(study).items() if k not in ("json", "markdown")}
 
 
 def _summary(
@@ -128,11 +136,26 @@ def _wilson(hits: np.ndarray) -> list[float]:
 
 def _paired(differences: np.ndarray) -> list[float]:
     """95 % bootstrap interval of the mean difference, over prompts."""
-    if not differences.any():
-        return [0.0, 0.0]
+    if len(set(differences)) == 1:
+        return [float(differences[0])] * 2
     rng = np.random.default_rng(0)
     interval = stats.bootstrap((differences,), np.mean, n_resamples=9999, method="percentile", rng=rng)
     return [interval.confidence_interval.low, interval.confidence_interval.high]
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The accuracies in percent with their intervals, a row a contender."""
+    sets = list(dict.fromkeys(r["set"] for r in records))
+    lines = [f"| method | path | {' | '.join(sets)} |", "|---|---|" + "---|" * len(sets)]
+    for method, path in dict.fromkeys((r["method"], r["path"]) for r in records):
+        mine = {r["set"]: r for r in records if (r["method"], r["path"]) == (method, path)}
+        lines.append(f"| {method} | {path} | {' | '.join(_percent(mine[name]) for name in sets)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(record: dict[str, Any]) -> str:
+    low, high = (100 * x for x in record["accuracy_95"])
+    return f"{100 * record['accuracy']:.0f} [{low:.0f}, {high:.0f}]"
 
 
 def table(records: list[dict[str, Any]], study: Study) -> Table:
@@ -142,9 +165,6 @@ def table(records: list[dict[str, Any]], study: Study) -> Table:
         made.add_column(column, justify="left" if column in ("method", "path") else "right")
     for method, path in study.rows():
         mine = [r for r in records if (r["method"], r["path"]) == (method, path)]
-        cells = []
-        for r in mine:
-            low, high = (100 * x for x in r["accuracy_95"])
-            cells.append(f"{100 * r['accuracy']:.0f} [{low:.0f}, {high:.0f}] / {100 * r['held_out_accuracy']:.0f}")
+        cells = [f"{_percent(r)} / {100 * r['held_out_accuracy']:.0f}" for r in mine]
         made.add_row(method, path, *cells, f"{np.mean([r['milliseconds_per_nfe'] for r in mine]):.2f}")
     return made

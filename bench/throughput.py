@@ -44,7 +44,9 @@ class Throughput:
 
     def run(self) -> None:
         """Runs both contenders in turns, prints the table, writes the file."""
-        prompts = prompt_sets.load("medium", self.prompts)
+        where, prompts = environment(), prompt_sets.load("medium", self.prompts)
+        if self.json:
+            self.json.touch()  # find out now, not after the work
         engine, console = Engine.from_pretrained(self.model), Console()
         requests = [Request(p, nfe=self.nfe, method=self.method, seed=i) for i, p in enumerate(prompts)]
         contenders: dict[str, Callable[[], list[Result]]] = {
@@ -68,8 +70,8 @@ class Throughput:
         console.print(_table(rows))
         console.print(f"packed costs {ratio:.3f} of the wall time an NFE of one by one")
         if self.json:
-            report = {"environment": environment(), "rows": rows, "packed_over_one_by_one": ratio}
-            self.json.write_text(json.dumps(report, indent=1))
+            report = {"environment": where, "rows": rows, "packed_over_one_by_one": ratio}
+            self.json.write_text(json.dumps(report, indent=1) + "\n")
 
     def _row(self, name: str, results: list[Result], seconds: list[float], spans: dict[str, float]) -> dict:
         committed, executed = sum(r.committed_nfe for r in results), sum(r.executed_nfe for r in results)

@@ -6,11 +6,11 @@ Stages, each resumable and skipped when its result exists:
 - `autoencoder`: AutoencoderKL on the images, then latents scaled to unit variance;
 - `flow`: FluxTransformer2DModel with its text encoders on the latents, plain flow matching;
 - `rectify`: reflow (Liu et al. 2023, arXiv 2209.03003) on noise-image pairs, which makes a few-step model; a first time
-  on pairs of the flow, with guidance, then on those of the model that comes out, which are cheaper and straighter;
+  on pairs of the flow, with guidance, then twice on those of the model that came out, which are cheaper and straighter;
 - `save`: the two FluxPipeline folders, `shapes` (rectified) and `shapes-base`.
 
-Flow and rectify also run as two single-threaded ranks (`torchrun --nproc-per-node 2 -m rollflow.bench.train_shapes`),
-which on a two-core CPU is faster than one process with two threads.
+All of it also runs as two single-threaded ranks, which on a two-core CPU is faster than one process with two threads:
+`torchrun --nproc-per-node 2 -m rollflow.bench.train_shapes`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from rollflow import shapes
 from rollflow.bench import shapes_networks as networks
-from rollflow.bench.training import Run
+from rollflow.bench.training import Run, wait
 from rollflow.rewards.count import CountReward, parse
 
 STAGES = ("data", "autoencoder", "flow", "rectify", "save")
@@ -53,16 +54,16 @@ class Recipe:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     scenes: int = 98_304
     autoencoder_steps: int = 2_600
-    flow_steps: int = 12_000
+    flow_steps: int = 7_400
     pairs: int = 32_768
     pair_steps: int = 12
     pair_guidance: float = 1.75
     """Classifier-free guidance of the flow that makes the pairs: it draws cleaner scenes with it."""
-    rectify_steps: int = 5_000
+    rectify_steps: int = 3_000
     again_pairs: int = 65_536
     again_pair_steps: int = 4
     again_steps: int = 3_000
-    """The second rectification, on pairs of the first one's model without guidance."""
+    """The second and third rectification, on pairs of the model before them without guidance."""
     batch: int = 96
     """Rows of a flow or rectify step, over all ranks."""
 
@@ -113,9 +114,11 @@ def autoencoder(recipe: Recipe) -> None:
         weight = 1 + 3 * ((images - canvas).abs().amax(1, keepdim=True) > 0.1)
         return (weight * (restored - images).abs()).mean() + 1e-3 * latent.kl().mean() / latent.mean[0].numel()
 
+    held = batches(recipe, torch.Generator().manual_seed(recipe.seed + 77), 32)
+
     @torch.no_grad()
     def evaluate(model: AutoencoderKL) -> dict:
-        images = next(source)
+        images = next(held)
         restored = model.decode(model.encode(images).latent_dist.mode()).sample
         return {"l1": round((restored - images).abs().mean().item(), 5)}
 
@@ -128,7 +131,9 @@ def autoencoder(recipe: Recipe) -> None:
     deviations = latents.std((0, 2, 3)) * vae.config.scaling_factor
     run.log(channel_deviations=[round(d, 3) for d in deviations.tolist()])
     affine = {"scaling": vae.config.scaling_factor, "shift": vae.config.shift_factor}
-    torch.save({"weights": vae.state_dict(), **affine}, run.path)
+    if run.rank == 0:
+        torch.save({"weights": vae.state_dict(), **affine}, run.path)
+    wait()
 
 
 def load_autoencoder(recipe: Recipe) -> AutoencoderKL:
@@ -157,7 +162,7 @@ def decode(vae: AutoencoderKL, tokens: Tensor) -> Tensor:
 def encode_scenes(recipe: Recipe, vae: AutoencoderKL) -> Tensor:
     """All images of the data stage as packed, scaled latents [scene, 16, 32]; kept in latents.pt."""
     path = recipe.work / "latents.pt"
-    if not path.exists():
+    if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
         images = np.load(recipe.work / "images.npy", mmap_mode="r")
         parts = []
         for rows in np.array_split(np.arange(len(images)), len(images) // 256):
@@ -165,6 +170,7 @@ def encode_scenes(recipe: Recipe, vae: AutoencoderKL) -> Tensor:
             latents = (vae.encode(batch).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
             parts.append(pack(latents).cpu())
         torch.save(torch.cat(parts), path)
+    wait()
     return torch.load(path, weights_only=True)
 
 
@@ -249,8 +255,8 @@ def make_pairs(
     """
     path = recipe.work / f"{run.stage}.pairs.rank{run.rank}of{run.ranks}.pt"
     if not path.exists():
-        rng = np.random.default_rng([recipe.seed, pairs, run.rank])
-        draw = torch.Generator().manual_seed(1000 * pairs + run.rank)
+        rng = np.random.default_rng([recipe.seed, *run.stage.encode(), run.rank])
+        draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
         vae, kept, right = load_autoencoder(recipe), [], 0
         for _ in range(pairs // run.ranks // 128):
             prompts = [random_request(rng)[1] for _ in range(128)]
@@ -270,10 +276,13 @@ def make_pairs(
 
 
 def rectify(recipe: Recipe) -> None:
-    """Reflow, twice."""
-    if not (recipe.work / "rectify1.pt").exists():
-        reflow(recipe, "rectify1", "flow", recipe.rectify_steps, recipe.pairs, recipe.pair_steps, recipe.pair_guidance)
-    reflow(recipe, "rectify", "rectify1", recipe.again_steps, recipe.again_pairs, recipe.again_pair_steps, 1.0)
+    """Reflow, three times: each round's student draws the next one's pairs."""
+    rounds = (("rectify1", "flow"), ("rectify2", "rectify1"), ("rectify", "rectify2"))
+    first = (recipe.rectify_steps, recipe.pairs, recipe.pair_steps, recipe.pair_guidance)
+    again = (recipe.again_steps, recipe.again_pairs, recipe.again_pair_steps, 1.0)
+    for i, (stage, teacher) in enumerate(rounds):
+        if not (recipe.work / f"{stage}.pt").exists():
+            reflow(recipe, stage, teacher, *(again if i else first))
 
 
 def reflow(recipe: Recipe, stage: str, teacher: str, steps: int, count: int, pair_steps: int, guidance: float) -> None:
@@ -290,7 +299,7 @@ def reflow(recipe: Recipe, stage: str, teacher: str, steps: int, count: int, pai
         pick = torch.randint(len(pairs["ids"]), (rows,), generator=run.rng)
         noise, x0, ids = (pairs[name][pick] for name in ("noise", "x0", "ids"))
         # More weight near t = 1, where one step must do all the work (Lee et al. 2024, arXiv 2405.20320).
-        t = 1 - torch.rand(rows, generator=run.rng) ** 2 * (torch.rand(rows, generator=run.rng) > 0.2)
+        t = 1 - torch.rand(rows, generator=run.rng) ** 2 * (torch.rand(rows, generator=run.rng) > 0.35)
         x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
         velocity = model(x.to(recipe.device), t.to(recipe.device), ids.to(recipe.device))
         return F.mse_loss(velocity, (noise - x0).to(recipe.device))
@@ -315,13 +324,16 @@ def main() -> None:
     """Runs the stages that are asked for and not yet done."""
     recipe = tyro.cli(Recipe, description=__doc__)
     recipe.work.mkdir(parents=True, exist_ok=True)
+    rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=6))
     done = {"data": "prompts.json"}
     for stage in STAGES if recipe.stage == "all" else (recipe.stage,):
         if not (recipe.work / done.get(stage, f"{stage}.pt")).exists():
-            globals()[stage](recipe)
+            if stage not in ("data", "save") or rank == 0:
+                globals()[stage](recipe)
+            wait()
 
 
 if __name__ == "__main__":

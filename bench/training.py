@@ -15,6 +15,12 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def wait() -> None:
+    """Until all ranks are here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 class Run:
     """One stage's bookkeeping: ranks, log, checkpoint, optimisation step."""
 
@@ -46,8 +52,7 @@ class Run:
         """Writes the stage's weights; no rank goes on before they are there."""
         if self.rank == 0:
             torch.save(model.state_dict(), self.path)
-        if self.ranks > 1:
-            torch.distributed.barrier()
+        wait()
 
     def train(
         self,
@@ -84,7 +89,7 @@ class Run:
                 optimizer.zero_grad()
             if step > 200:
                 average.update_parameters(model)
-            elif step == 200:
+            else:
                 average.module.load_state_dict(model.state_dict())
             recent.append(value.detach())
             if (step + 1) % 100 == 0:
@@ -92,7 +97,8 @@ class Run:
                 recent.clear()
             if (step + 1) % every == 0 or step + 1 == steps:
                 saved = {"step": step + 1, "rng": self.rng.get_state()} | {k: v.state_dict() for k, v in state.items()}
-                torch.save(saved, self.checkpoint)
+                torch.save(saved, partial := self.checkpoint.with_suffix(".partial"))
+                os.replace(partial, self.checkpoint)
                 if evaluate and self.rank == 0:
                     self.log(step=step + 1, **evaluate(cast(Model, average.module)))
         return cast(Model, average.module)

@@ -12,13 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-STAGES = ("autoencoder", "flow", "rectify1", "rectify")
+STAGES = ("autoencoder", "flow", "rectify1", "rectify2", "rectify")
 
 
 def draw(log: Path, out: Path) -> None:
-    """Losses of the trained stages (`rectify` is twice), and the accuracy of the flow's samples along the way."""
+    """Losses of the trained stages (`rectify` is three rounds), and the accuracy of samples along the way."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(2, len(STAGES), figsize=(16, 6), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, len(STAGES), figsize=(18, 6), sharex="col", layout="constrained")
     for column, stage in enumerate(STAGES):
         mine = {r["step"]: r for r in records if r["stage"] == stage and "loss" in r}
         axes[0, column].plot(list(mine), [r["loss"] for r in mine.values()])

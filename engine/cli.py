@@ -136,10 +136,10 @@ class ModelOptions:
             raise RequestError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         try:
             device = None if self.device is None else torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
             reason = str(error).splitlines()[0]
             raise RequestError(f"device {self.device!r}: choose cpu, cuda or cuda:N; torch says: {reason}") from error
-        _silence()
+        silence()
         return rollflow.Engine.from_pretrained(
             self.model, device, None if self.dtype is None else getattr(torch, self.dtype)
         )
@@ -240,7 +240,7 @@ def _search(requests: list[Request], engine: Engine, bar: Bar) -> list[Result]:
     return engine.generate(requests, on_progress=bar.update)
 
 
-def _silence() -> None:
+def silence() -> None:
     """Turns off the loading bars of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,7 +14,9 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
+from rollflow import methods, rewards
 from rollflow.errors import RequestError
+from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.flux import FluxModel, load
 from rollflow.particle import ParticlePool
@@ -25,6 +28,7 @@ from rollflow.scheduler import Scheduler, Search
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 POOL_SLOTS = 4096
 POOL_BYTES = 2**30
+ENCODED_PROMPTS = 256  # kept for later calls
 _FIELDS = {field.name for field in fields(Request)}
 
 
@@ -41,10 +45,11 @@ class Engine:
 
     Args:
         model: a diffusers `FluxPipeline`, or any `rollflow.models.FlowModel`.
-        buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. With a single bucket a
-            request's result does not depend on what runs beside it, bit for bit (on one device).
-        slots: how many particles can live at once; the engine's memory bound. By default 4096, or what fits into
-            1 GiB. A request needs at most as many as its nfe, and waits until they are free.
+        buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. With a single bucket, a
+            multiple of 8, a request's result does not depend on what runs beside it, bit for bit (on one CPU; on a GPU
+            as far as its libraries compute a row alike at every place of a batch).
+        slots: how many particles of one image size can live at once, the bound of their memory. By default 4096, or
+            what fits into 1 GiB. A request is promised as many as its nfe, and waits until they are free.
 
     Attributes:
         ledger: rows by kind and seconds by span since the engine was made.
@@ -63,7 +68,7 @@ class Engine:
         if self.model.device.type == "cpu":
             _keep_pages()
         self.ledger = Ledger()
-        self._slots = slots
+        self._slots = None if slots is None else whole("slots", slots, 1)
         self._runner = Runner(self.model, tuple(buckets), self.ledger)
         self._pools: dict[Geometry, ParticlePool] = {}
         self._conditioning: dict[str, Any] = {}
@@ -86,8 +91,11 @@ class Engine:
 
         Raises:
             ModelError: there is no such model, or it is no FluxPipeline.
+            RequestError: a device that is neither cpu nor cuda.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         return cls(load(name_or_path, device, dtype), **options)
 
@@ -134,9 +142,11 @@ class Engine:
                 prepared.append(self._check(request))
             except RequestError as error:
                 raise (error if len(requests) == 1 else RequestError(f"request {i}: {error}")) from None
-        fresh = [p for p in dict.fromkeys(r.prompt for r in requests) if p not in self._conditioning]
-        if fresh:
-            self._conditioning.update(zip(fresh, self.model.encode(fresh), strict=True))
+        for prompt in list(self._conditioning)[: max(0, len(self._conditioning) - ENCODED_PROMPTS)]:
+            del self._conditioning[prompt]
+        for prompt in dict.fromkeys(r.prompt for r in requests):
+            if prompt not in self._conditioning:  # encoded alone, so that its bits do not depend on its company
+                (self._conditioning[prompt],) = self.model.encode([prompt])
         return prepared
 
     def _check(self, request: Request) -> tuple[Plan, Geometry]:
@@ -145,8 +155,8 @@ class Engine:
             self.model.check_prompt(request.prompt)
         checked.reward.check(request.prompt)
         geometry = self.model.geometry(request.height, request.width)
-        size = getattr(checked.reward, "size", None)
-        if size is not None and (geometry.height, geometry.width) != tuple(size):
+        size = rewards.size(checked.reward)
+        if size is not None and (geometry.height, geometry.width) != size:
             raise RequestError(
                 f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
                 f"{size[0]}x{size[1]} only"
@@ -156,15 +166,21 @@ class Engine:
                 f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
                 f"[{geometry.token}, {geometry.channel}]"
             )
-        pool = self._pool(geometry)
-        if request.nfe > pool.slots:
-            raise RequestError(f"nfe={request.nfe}: the particle pool has {pool.slots} slots; raise Engine(slots=...)")
+        slots = self._slots_of(geometry)
+        if request.nfe > slots:
+            raise RequestError(
+                f"nfe={request.nfe}: this engine holds {slots} particles of this size, and a request may need as many "
+                "as its nfe; lower it, or make the engine with Engine(slots=...)"
+            )
         return checked, geometry
+
+    def _slots_of(self, geometry: Geometry) -> int:
+        each = geometry.token * geometry.channel * 8
+        return self._slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
 
     def _pool(self, geometry: Geometry) -> ParticlePool:
         if geometry not in self._pools:
-            each = geometry.token * geometry.channel * 8
-            slots = self._slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
+            slots = self._slots_of(geometry)
             self._pools[geometry] = ParticlePool(slots, geometry.token, geometry.channel, self.model.device)
         return self._pools[geometry]
 
@@ -205,13 +221,13 @@ class Engine:
         """Decodes the chosen particle and judges the 8-bit image that is returned."""
         plan, request = search.plan, search.plan.request
         assert search.chosen is not None, "only a search that is over has a result"
-        pixels = self._runner.images([search.chosen], [plan], search.pool, search.geometry)
+        pixels = self._runner.image(search.chosen, search)
         rounded = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-        judged = rounded.float() / 255
-        held_out = getattr(plan.reward, "held_out", None)
+        judged = rounded[None].float() / 255
+        held_out = rewards.held_out(plan.reward)
         return Result(
-            image=Image.fromarray(rounded[0].permute(1, 2, 0).cpu().numpy()),
-            pixels=pixels[0].cpu(),
+            image=Image.fromarray(rounded.permute(1, 2, 0).cpu().numpy()),
+            pixels=pixels.cpu(),
             reward=plan.reward(judged, [request.prompt]).item(),
             held_out=None if held_out is None else held_out(judged, [request.prompt]).item(),
             committed_nfe=search.committed,
@@ -241,6 +257,12 @@ def _request(asked: str | Request, options: dict[str, Any]) -> Request:
         raise RequestError(f"a {type(asked).__name__} is no request: pass a prompt or a rollflow.Request")
     known = {name: value for name, value in options.items() if name in _FIELDS}
     own = {name: value for name, value in options.items() if name not in _FIELDS}
+    if "prompt" in known:
+        raise RequestError(f"the prompt {asked!r} and prompt={known['prompt']!r}: give one")
+    method = known.get("method", Request.method)
+    for name in own:
+        if name not in methods.options_of(method) and (close := get_close_matches(name, _FIELDS, 1)):
+            raise RequestError(f"there is no option {name!r}: did you mean {close[0]!r}?")
     return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
 from rollflow import interpolant as interpolants
 from rollflow import methods, rewards, sde
 from rollflow.errors import RequestError
-from rollflow.methods.budget import whole
+from rollflow.methods.budget import number, whole
 
 PAPER_SCALE = 3.0
 
@@ -34,14 +34,15 @@ class Request:
         seed: of all noise of this request, any whole number of 64 bits.
         grid: kind of time grid, see `rollflow.sde.time_grid`; `shift` is for the kind "shifted".
         times: an explicit grid in place of `steps` and `grid`: decreasing times in (0, 1]; a last 0 may be left out.
+            A search starts at the first from noise alone, so that a first time well below 1 is for given `latents`.
         diffusion: `g(t)` of the SDE: a `rollflow.sde` diffusion, a function of t, or a scale s for the paper's
             `g = s t^2`; 0 is the ODE.
         solver: "euler" (Euler-Maruyama) or "cps" (coefficient-preserving, arXiv 2509.05952).
         finish: deterministic steps from the chosen particle towards t = 0, paid out of `nfe`. Without one the image is
             the posterior mean at the last point of the grid (linear time 0.71 on the paper's VP grid), which is what
             the reward judged: sharp for a few-step model, blurred for others.
-        latents: initial noise, `[token, channel]` for the first sample of the prior or `[n, token, channel]` for the
-            first n; further samples come from the seed.
+        latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
+            `[n, token, channel]` for the first n; further samples come from the seed.
         guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
         height, width: image size in pixels; by default the model's own.
         options: the method's own options, such as `{"initial": 25}` for rbf.
@@ -56,7 +57,7 @@ class Request:
     seed: int = 0
     grid: str = "paper"
     shift: float = 3.0
-    times: Iterable[float] | None = None
+    times: Sequence[float] | None = None
     diffusion: Any = PAPER_SCALE
     solver: str = "euler"
     finish: int = 0
@@ -141,8 +142,10 @@ class Plan:
 
 def _grid(request: Request) -> tuple[float, ...]:
     if request.times is None:
-        return tuple(sde.time_grid(whole("steps", request.steps, 1), request.grid, request.shift))
-    given = times = [float(t) for t in request.times]
+        return tuple(sde.time_grid(whole("steps", request.steps, 1), request.grid, number("shift", request.shift)))
+    if not isinstance(request.times, Sequence | torch.Tensor | np.ndarray) or isinstance(request.times, str):
+        raise RequestError(f"times={request.times!r}: they must be a list of decreasing numbers within (0, 1]")
+    given = times = [number("times", t) for t in request.times]
     if times and times[-1] != 0.0:
         times = [*times, 0.0]
     pairs = list(itertools.pairwise(times))
@@ -152,10 +155,12 @@ def _grid(request: Request) -> tuple[float, ...]:
 
 
 def _steps(path: interpolants.Interpolant, times: Sequence[float], diffusion: sde.Diffusion, solver: str) -> list[Step]:
-    """One step for each of `times`; the first is where the particle already is (or the prior: x = z)."""
+    """One step for each of `times`; the first is where the particle already is, or the prior: x = sigma z."""
     steps = []
     for i, time in enumerate(times):
-        a, b, k = sde.step_coefficients(path, times[i - 1], time, diffusion, solver) if i else (0.0, 0.0, 1.0)
+        a, b, k = (
+            sde.step_coefficients(path, times[i - 1], time, diffusion, solver) if i else (0.0, 0.0, path.sigma(time))
+        )
         p, q = sde.posterior_coefficients(path, time)
         steps.append(Step(time, path.linear_time(time), path.scale(time), a, b, k, p, q))
     return steps
@@ -194,10 +199,17 @@ def plan(request: Request) -> Plan:
     if not isinstance(request.prompt, str) or not request.prompt.strip():
         raise RequestError(f"prompt={request.prompt!r}: it must be a sentence")
     whole("nfe", request.nfe, 1), whole("finish", request.finish, 0)
-    if isinstance(request.seed, bool) or not isinstance(request.seed, int) or not -(2**63) <= request.seed < 2**63:
-        raise RequestError(f"seed={request.seed!r}: it must be a whole number of 64 bits")
-    if not math.isfinite(request.guidance):
-        raise RequestError(f"guidance={request.guidance!r}: it must be a finite number")
+    whole("seed", request.seed, -(2**63))
+    if request.seed >= 2**63:
+        raise RequestError(f"seed={request.seed!r}: it must be a whole number of 64 bits, below 2^63")
+    number("guidance", request.guidance)
+    for name in ("height", "width"):
+        if getattr(request, name) is not None:
+            whole(name, getattr(request, name), 1)
+    if not isinstance(request.options, Mapping):
+        raise RequestError(
+            f"options={request.options!r}: they must be a mapping of the method's option names to values"
+        )
     reward = rewards.make(request.reward)
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)

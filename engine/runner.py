@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from rollflow.particle import Particle, ParticlePool
 from rollflow.profile import Ledger
 from rollflow.request import Plan, Step
 from rollflow.rewards import FunctionReward, Reward
-from rollflow.scheduler import Row, bucket_of
+from rollflow.scheduler import Row, Search, bucket_of
 
 PADDING = -1
 
@@ -76,10 +76,18 @@ class Runner:
         images = self._decode(latents if len(judged) == len(rows) else latents[judged], len(judged))
         with self.ledger.span("reward", self.model.device):
             for reward, group in _by_reward([rows[i].search.plan for i in judged]):
-                values = reward(images[group], [rows[judged[j]].search.plan.request.prompt for j in group])
+                values = self._judge(reward, images[group], [rows[judged[j]].search.plan.request.prompt for j in group])
                 for j, value in zip(group, values.tolist(), strict=True):
                     scores[judged[j]] = value
         return scores
+
+    def _judge(self, reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Tensor:
+        """The rewards of a group; padded to a single bucket, so that a network's scores depend on no other row."""
+        missing = self.buckets[-1] - len(prompts) if len(self.buckets) == 1 else 0
+        if missing <= 0:
+            return reward(images, prompts)
+        padded = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        return reward(padded, prompts + prompts[:1] * missing)[: len(prompts)]
 
     def _decode(self, latents: Tensor, count: int) -> Float[Tensor, "row 3 height width"]:
         """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
@@ -90,20 +98,13 @@ class Runner:
         with self.ledger.span("decode", self.model.device):
             return self.model.decode(latents)[:count]
 
-    def images(
-        self, particles: Sequence[Particle], plans: Sequence[Plan], pool: ParticlePool, geometry: Geometry
-    ) -> Tensor:
-        """The posterior means of evaluated particles of one geometry, decoded: [particle, 3, height, width]."""
-        parts = []
-        for start in range(0, len(particles), self.buckets[-1]):
-            group = particles[start : start + self.buckets[-1]]
-            bucket = bucket_of(len(group), self.buckets)
-            slots = self._integers([p.slot.index for p in group], bucket, PADDING)
-            u = pool.u[slots.clamp(min=0)]
-            steps = [_step_of(plan, p) for plan, p in zip(plans[start:], group, strict=False)]
-            posterior = self._table([(s.p, s.q) for s in steps], bucket)
-            parts.append(self._decode(self._finish(u, pool, slots, posterior, geometry), len(group)))
-        return torch.cat(parts)
+    @torch.inference_mode()
+    def image(self, particle: Particle, search: Search) -> Float[Tensor, "3 height width"]:
+        """The posterior mean of an evaluated particle, decoded."""
+        bucket, pool, step = self.buckets[0], search.pool, _step_of(search.plan, particle)
+        slots = self._integers([particle.slot.index], bucket, PADDING)
+        posterior = self._table([(step.p, step.q)], bucket)
+        return self._decode(self._finish(pool.u[slots.clamp(min=0)], pool, slots, posterior, search.geometry), 1)[0]
 
     def _finish(self, u: Tensor, pool: ParticlePool, slots: Tensor, posterior: Tensor, geometry: Geometry) -> Tensor:
         return kernels.finish(
@@ -135,9 +136,9 @@ def _given(row: Row) -> Tensor | None:
 
 
 def _coefficients(row: Row) -> tuple[float, float, float, float]:
-    """(a, b, k, 1 / scale) of propose; given latents are taken as they are."""
+    """(a, b, k, 1 / scale) of propose; given latents take the place of the prior's noise z."""
     step = row.step
-    a, b, k = (1.0, 0.0, 0.0) if _given(row) is not None else (step.a, step.b, step.k)
+    a, b, k = (step.k, 0.0, 0.0) if _given(row) is not None else (step.a, step.b, step.k)
     return a, b, k, 1 / step.scale
 
 

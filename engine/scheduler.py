@@ -159,7 +159,13 @@ class Scheduler:
         """Runs one batch and returns the searches that are over."""
         geometry = self.live[0].geometry
         rows = self._choose([s for s in self.live if s.geometry == geometry])
-        rewards = self.runner.run(rows)
+        try:
+            rewards = self.runner.run(rows)
+        except BaseException:  # whoever keeps the exception must not keep the slots of these particles with it
+            for row in rows:
+                del row.particle.slot
+            rows.clear()
+            raise
         for row, reward in zip(rows, rewards, strict=True):
             row.search.deliver(row, reward)
         self._account(rows)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rollflow.shapes import target_counts
 
 def test_study(tmp_path, capsys):
     file = tmp_path / "study.json"
-    made = Study(quick=True, prompts=2, nfe=20, sets=("easy",), json=file)
+    made = Study(quick=True, prompts=2, nfe=20, sets=("easy",), json=file, markdown=tmp_path / "study.md")
     made.run()
     shown, report = capsys.readouterr().out, json.loads(file.read_text())
     assert [(r["method"], r["path"]) for r in report["rows"]] == list(made.rows())
@@ -25,8 +26,9 @@ def test_study(tmp_path, capsys):
     for row in report["rows"]:
         low, high = row["accuracy_95"]
         assert 0 <= low <= row["accuracy"] <= high <= 1
-        assert row["committed_nfe"] == {"base": 10, "BoN, 3 steps": 18}.get(row["method"], 20)
+        assert row["committed_nfe"] == {"base": 10, "base, 1 step": 1, "BoN, 3 steps": 18}.get(row["method"], 20)
     assert report["rows"][0]["gain"] == 0
+    assert (tmp_path / "study.md").read_text().splitlines()[2].startswith("| base | linear-ODE | ")
 
 
 def test_throughput(tmp_path, capsys):
@@ -38,6 +40,15 @@ def test_throughput(tmp_path, capsys):
     assert packed["nfe_per_second"] == pytest.approx(26 / packed["seconds"][0])
     assert sum(packed["span_seconds_of_last"].values()) == pytest.approx(packed["seconds"][0])
     assert "packed costs" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_committed_results():
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    results = root / "bench" / "results"
+    assert study.markdown(json.loads((results / "study-quick.json").read_text())["rows"]) in readme
+    ratio = json.loads((results / "throughput.json").read_text())["packed_over_one_by_one"]
+    assert f"cost {ratio:.2f} of the wall time" in readme
 
 
 def test_unknown_sets_are_refused():

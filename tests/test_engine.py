@@ -12,6 +12,7 @@ import rollflow
 from rollflow import interpolant, sde
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
+from rollflow.methods import budget
 from rollflow.models import Geometry
 from rollflow.request import Request, finish_times, plan
 
@@ -108,6 +109,34 @@ def test_marginals_through_the_whole_engine(path, solver, diffusion):
     assert abs(pixels.std() / DEVIATION - 1) < 5 / math.sqrt(2 * n) + 0.06
 
 
+class Exploding(interpolant.Interpolant):
+    """alpha = 1, sigma = 10 t: the noise is not of unit variance at t = 1."""
+
+    def alpha(self, t):
+        return 1.0
+
+    def sigma(self, t):
+        return 10 * t
+
+    def alpha_dot(self, t):
+        return 0.0
+
+    def sigma_dot(self, t):
+        return 10.0
+
+
+def test_the_prior_has_the_noise_of_the_path():
+    options = {"interpolant": Exploding(), "diffusion": 0, "solver": "cps", "grid": "shifted", "shift": 0.1}
+    given = torch.randn(64, 16, 12, generator=torch.Generator().manual_seed(0))
+    requests = [
+        ask(**options, method="bon", steps=60, nfe=60, seed=i, latents=given[i] if i % 2 else None) for i in range(64)
+    ]
+    pixels = torch.stack([r.pixels for r in engine().generate(requests)]).double()
+    for drawn_or_given in (pixels[::2], pixels[1::2]):
+        assert abs(drawn_or_given.mean() - MEAN) < 0.05  # of it, 0.02 is what is left of the data at t = 1
+        assert abs(drawn_or_given.std() / DEVIATION - 1) < 0.1
+
+
 def test_history_has_the_times_of_the_grid_and_the_model_sees_linear_times():
     e = engine()
     path = interpolant.VP()
@@ -149,7 +178,7 @@ def test_a_result_does_not_depend_on_company():
     mine = ask("mine", seed=7, nfe=37, finish=2)
     methods, paths = ("rbf", "svdd", "bon"), ("linear", "vp", "cosine")
     others = [
-        ask(f"other {i}", seed=i, nfe=20 + i, method=methods[i % 3], interpolant=paths[i % 2], steps=2 + i % 7)
+        ask(f"other {i}", seed=i, nfe=20 + i, method=methods[i % 3], interpolant=paths[i // 3 % 3], steps=2 + i % 7)
         for i in range(32)
     ]
     alone = engine(buckets=(16,)).generate(mine)
@@ -210,7 +239,7 @@ def test_the_pool_bounds_memory_and_admission_waits():
     assert [r.committed_nfe for r in results] == [30] * 5
     assert all(torch.allclose(a.pixels, b.pixels, atol=1e-5) for a, b in zip(results, free, strict=True))
     assert e._pools[e.model.geometry()].slots == 40
-    with pytest.raises(RequestError, match=r"nfe=41: the particle pool has 40 slots"):
+    with pytest.raises(RequestError, match=r"nfe=41: this engine holds 40 particles"):
         e.generate(ask(nfe=41))
 
 
@@ -227,7 +256,7 @@ def test_an_error_leaves_the_engine_usable():
     def broken(images, prompts):
         raise ZeroDivisionError("the reward broke")
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as kept:  # noqa: F841, its traceback must not hold particles
         e.generate([ask(), ask(reward=broken)])
     assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
     assert e.generate(ask()).committed_nfe == 30
@@ -262,6 +291,35 @@ def test_bad_requests_are_refused_before_anything_runs(options, message):
     with pytest.raises(RequestError, match=rf"request 1: .*{message}"):
         e.generate([ask(), replace(ask(), **options)])
     assert not e.model.forwards
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"intepolant": "vp"}, "no option 'intepolant': did you mean 'interpolant'"),
+        ({"wings": 2}, "the method rbf has no option 'wings': its options are initial"),
+        ({"prompt": "b"}, "give one"),
+    ],
+)
+def test_options_that_do_not_exist(options, message):
+    with pytest.raises(RequestError, match=message):
+        engine().generate("a", reward=brightness, **options)
+
+
+@pytest.mark.parametrize("slots", [0, -5, 29])
+def test_too_few_slots(slots):
+    with pytest.raises(RequestError, match=r"slots=-?\d: it must be" if slots < 1 else "holds 29 particles"):
+        engine(slots=slots).generate(ask())
+
+
+def test_numbers_are_checked():
+    assert budget.whole("seed", np.int64(3), 0) == 3 and budget.number("shift", torch.tensor(2.0)) == 2.0
+    for value in (True, 2.5, "3", None, -1):
+        with pytest.raises(RequestError, match=r"n=.*: it must be a whole number of at least 0"):
+            budget.whole("n", value, 0)
+    for value in (math.nan, math.inf, "3", None, [1.0]):
+        with pytest.raises(RequestError, match=r"x=.*: it must be a finite number"):
+            budget.number("x", value)
 
 
 def test_strings_take_options_and_requests_do_not():

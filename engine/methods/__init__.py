@@ -17,12 +17,18 @@ from rollflow.methods.svdd import svdd
 
 _METHODS: dict[str, Callable[..., Search]] = {"bon": bon, "rbf": rbf, "svdd": svdd}
 
-__all__ = ["Search", "bon", "make", "names", "rbf", "svdd"]
+__all__ = ["Search", "bon", "make", "names", "options_of", "rbf", "svdd"]
 
 
 def names() -> list[str]:
     """The methods that `make` knows."""
     return sorted(_METHODS)
+
+
+def options_of(name: str) -> list[str]:
+    """The names of a method's own options; none for an unknown method."""
+    parameters = inspect.signature(_METHODS[name]).parameters if name in _METHODS else ()
+    return [p for p in parameters if p not in ("nfe", "steps", "finish")]
 
 
 def make(name: str, nfe: int, steps: int, finish: int = 0, **options: Any) -> Search:
@@ -40,8 +46,7 @@ def make(name: str, nfe: int, steps: int, finish: int = 0, **options: Any) -> Se
     """
     if name not in _METHODS:
         raise RequestError(f"unknown method {name!r}: choose one of {', '.join(names())}")
-    method = _METHODS[name]
-    allowed = [p for p in inspect.signature(method).parameters if p not in ("nfe", "steps", "finish")]
+    method, allowed = _METHODS[name], options_of(name)
     for option in options:
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"

@@ -7,7 +7,7 @@ from rollflow.particle import Draw
 
 
 def bon(nfe: int, steps: int, finish: int = 0) -> Search:
-    """Best-of-N sampling: N = nfe // steps samples of the whole path; only their last evaluation is judged.
+    """Best-of-N sampling: N = (nfe - finish) // steps samples of the whole path; only their last evaluation is judged.
 
     Args:
         nfe: budget of function evaluations; what is left after N whole samples stays unspent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Generator, Sequence
 
 from rollflow.errors import RequestError
@@ -18,10 +19,25 @@ def require(method: str, nfe: int, smallest: int, why: str) -> None:
 
 
 def whole(name: str, value: object, least: int) -> int:
-    """`value` as an int of at least `least`, else a `RequestError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """`value` (an int, or a whole number of NumPy's or torch's) if it is at least `least`, else a `RequestError`."""
+    try:
+        given = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        given = least - 1
+    if given < least:
         raise RequestError(f"{name}={value!r}: it must be a whole number of at least {least}")
-    return value
+    return given
+
+
+def number(name: str, value: object) -> float:
+    """`value` as a finite float, else a `RequestError` that names it."""
+    try:
+        given = math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        given = math.nan
+    if not math.isfinite(given):
+        raise RequestError(f"{name}={value!r}: it must be a finite number")
+    return given
 
 
 def worth(particle: Evaluated) -> float:

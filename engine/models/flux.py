@@ -74,12 +74,6 @@ class FluxModel:
         self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
-        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
-        # hook hands the embedding the exact one.
-        self._timestep: Tensor | None = None
-        self.transformer.time_text_embed.register_forward_pre_hook(
-            lambda _, args: args if self._timestep is None else (self._timestep, *args[1:])
-        )
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
         """See `FlowModel.geometry`; sizes are multiples of two latent pixels."""
@@ -106,7 +100,7 @@ class FluxModel:
         ids = tokenizer(prompt).input_ids
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
             known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
-            strange = [word for word in re.findall(r"\w+|[^\w\s]", prompt.lower()) if word not in known]
+            strange = [word for word in dict.fromkeys(re.findall(r"\w+|[^\w\s]+", prompt.lower())) if word not in known]
             raise RequestError(
                 f"the model does not know {', '.join(strange)} in {prompt!r}: its words are {' '.join(known)}"
             )
@@ -134,8 +128,10 @@ class FluxModel:
         """See `FlowModel.velocity`; `guidance` is FLUX.1-dev's embedded guidance and is not used by other models."""
         sequence = torch.stack([c.sequence for c in conditioning])
         text_ids, image_ids = self._position_ids(geometry, sequence.shape[1])
-        self._timestep = tau * 1000
-        try:
+        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
+        # hook hands the embedding the exact one.
+        exact = self.transformer.time_text_embed.register_forward_pre_hook(lambda _, args: (tau * 1000, *args[1:]))
+        with exact:
             return self.transformer(
                 hidden_states=x,
                 timestep=tau,
@@ -146,8 +142,6 @@ class FluxModel:
                 img_ids=image_ids,
                 return_dict=False,
             )[0]
-        finally:
-            self._timestep = None
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:

@@ -28,7 +28,8 @@ _BUILT_IN = {  # name -> module and class; imported when first asked for
 class Reward(Protocol):
     """Scores images for their prompts; higher is better.
 
-    A reward may also have an attribute `held_out: Reward | None`, see `held_out`.
+    A reward may also have the attributes `held_out: Reward | None`, a second judge of the final image, and
+    `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused.
     """
 
     name: str
@@ -94,6 +95,11 @@ def _built_in(name: str) -> Reward:
     """One object a name, so that all requests that ask for it are judged in one call a batch."""
     module, attribute = _BUILT_IN[name]
     return getattr(importlib.import_module(module), attribute)()
+
+
+def size(reward: Reward) -> tuple[int, int] | None:
+    """The only (height, width) that `reward` can judge, or None."""
+    return getattr(reward, "size", None)
 
 
 def held_out(reward: Reward) -> Reward | None:

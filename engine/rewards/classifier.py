@@ -1,14 +1,15 @@
 """The held-out judge of the `count` reward: a small convolutional network that counts the objects of each class.
 
 It shares neither code nor assumptions with the parser of `rollflow.rewards.count`: it was trained on rendered scenes
-(`python -m rollflow.bench.train_classifier`) and no search sees its score, so that an image which only fools the parser
-is found out. The network maps an image to a 16 x 16 heat map a class, whose sum is the number of objects.
+(`python -m rollflow.bench.train_classifier`) and no search for `count` sees its score, so that an image which only
+fools the parser is found out. The network maps an image to a 16 x 16 heat map a class, whose sum is the number of
+objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rollflow import shapes
+from rollflow import rewards, shapes
 from rollflow.errors import RequestError
 
 CHANNELS = len(shapes.CLASSES) + 1  # the classes, then objects of no class
@@ -90,6 +91,12 @@ class CountClassifier:
     """
 
     name = "classifier"
+    size = (shapes.SIZE, shapes.SIZE)
+
+    @cached_property
+    def held_out(self) -> rewards.Reward:
+        """The independent judge, the parser of `rollflow.rewards.count`."""
+        return rewards.make("count")
 
     def check(self, prompt: str) -> None:
         """Raises `RequestError` if the prompt asks for no group of the world's shapes."""

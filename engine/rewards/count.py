@@ -199,10 +199,11 @@ class CountReward:
     """Minus the residual sum of squares between the objects that a prompt asks for and those in the image.
 
     The counting reward of Kim et al. 2025 (arXiv 2503.19385, section 6), with the parser in the place of a detector.
-    0 is best: every object is there and nothing else. Its held-out score is the classifier, which no search sees.
+    0 is best: every object is there and nothing else. Its held-out judge is the classifier.
     """
 
     name = "count"
+    size = (SIZE, SIZE)
 
     @cached_property
     def held_out(self) -> rewards.Reward:
