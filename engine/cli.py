@@ -33,10 +33,10 @@ evaluations (NFE).
 
 `rollflow COMMAND --help` explains a command; `rollflow --version` prints the version."""
 DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
-    "three green triangles and two red squares",
-    "five yellow circles",
-    "three blue circles and three red triangles",
-    "six blue triangles",
+    "two blue circles, one red square and one yellow triangle",
+    "show two green circles and four yellow triangles",
+    "one green square and three red circles on a light canvas",
+    "seven red circles",
 )
 BASE_STEPS = 10
 DTYPES = ("float32", "bfloat16", "float16")
