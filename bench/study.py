@@ -73,9 +73,9 @@ class Study:
     def run(self) -> None:
         """Runs everything, prints the table, writes the file."""
         where, sets = environment(), {name: prompt_sets.load(name, self.prompts) for name in self.sets}
-        for path in (self.json, self.markdown):
-            if path:
-                path.touch()  # find out now, not after the work
+        for file in (self.json, self.markdown):
+            if file:
+                file.touch()  # find out now, not after the work
         engine, console = Engine.from_pretrained(self.model), Console()
         seeds = (0,) if self.quick else (0, 1, 2)
         records: list[dict[str, Any]] = []
