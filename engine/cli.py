@@ -16,6 +16,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -38,6 +39,9 @@ DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
     "one green square and three red circles on a light canvas",
     "seven red circles",
 )
+OWN = (
+    "initial", "children", "survivors", "block", "factor", "temperature", "threshold", "resampling", "potential"
+)  # fmt: skip
 BASE_STEPS = 10
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,6 +67,8 @@ Interpolant = Annotated[str, _one_of("rollflow.interpolant", "_NAMED")]
 Grid = Annotated[str, _one_of("rollflow.sde", "GRIDS")]
 Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
 Own = Annotated[int | None, _by_default("the method's own choice")]
+OwnNumber = Annotated[float | None, _by_default("the method's own choice")]
+OwnName = Annotated[str | None, _by_default("the method's own choice", metavar="NAME")]
 Size = Annotated[int | None, _by_default("the model's own")]
 Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
 Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
@@ -101,6 +107,20 @@ class SearchOptions:
     """rbf: samples of the prior, of which the best starts."""
     children: Own = None
     """svdd: candidates at each step."""
+    survivors: Own = None
+    """beam: how many candidates of each step live on."""
+    block: Own = None
+    """code: steps between two choices."""
+    factor: OwnNumber = None
+    """psp: how many times fewer samples go on from each step."""
+    temperature: OwnNumber = None
+    """smc, fk: of the rewards; lower is greedier."""
+    threshold: OwnNumber = None
+    """smc, fk: share of the particles that the effective sample size must fall below for resampling."""
+    resampling: OwnName = None
+    """smc, fk: multinomial, systematic, stratified or residual."""
+    potential: OwnName = None
+    """fk: difference, max or sum."""
     guidance: float = 3.5
     """Embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it."""
     height: Size = None
@@ -113,7 +133,7 @@ class SearchOptions:
         from rollflow.request import Request
 
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        own = {name: given.pop(name) for name in ("initial", "children")}
+        own = {name: given.pop(name) for name in OWN}
         return Request(prompt, **given, options={name: value for name, value in own.items() if value is not None})
 
 
@@ -137,8 +157,9 @@ class ModelOptions:
         try:
             device = None if self.device is None else torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
-            reason = str(error).splitlines()[0]
-            raise RequestError(f"device {self.device!r}: choose cpu, cuda or cuda:N; torch says: {reason}") from error
+            raise RequestError(
+                f"device {self.device!r}: choose cpu, or cuda or cuda:N where torch finds one"
+            ) from error
         silence()
         return rollflow.Engine.from_pretrained(
             self.model, device, None if self.dtype is None else getattr(torch, self.dtype)
@@ -226,11 +247,13 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
         plan(request)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):  # find out now, not after the work
+            pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise RequestError(f"the folder {str(out)!r} cannot be made ({reason}): choose another --out") from error
-    if not os.access(out, os.W_OK):
-        raise RequestError(f"the folder {str(out)!r} cannot be written to: choose another --out")
+        raise RequestError(
+            f"the folder {str(out)!r} cannot be made or written to ({reason}): choose another --out"
+        ) from error
     with progress_bar() as bar:
         return _search(requests, runtime.load(), bar)
 

@@ -76,7 +76,8 @@ class Record:
     """One evaluated particle of a request's history.
 
     `level` is its point of the time grid (finish steps count on from the last), `time` the interpolant's time there,
-    `parent` the index of its parent's record, `kind` why the row was run.
+    `parent` the index of its parent's record, `kind` why the row was run. `reward` is None for a particle that was not
+    judged.
     """
 
     index: int
@@ -213,11 +214,11 @@ def plan(request: Request) -> Plan:
     reward = rewards.make(request.reward)
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)
-    if request.method != "bon" and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
+    if request.method not in methods.UNBRANCHED and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
         raise RequestError(
             f"the method {request.method} branches, and under an ODE all children of a particle are the same: "
-            "use method='bon', or a diffusion above 0"
+            f"use one of {', '.join(methods.UNBRANCHED)}, or a diffusion above 0"
         )
-    methods.make(request.method, request.nfe, len(steps), request.finish, **request.options)  # checks them
+    methods.make(request.method, request.nfe, len(steps), request.finish, request.seed, **request.options)  # a check
     finish = _steps(path, finish_times(path, times[-2], request.finish), sde.Zero(), "cps")[1:]
     return Plan(request, reward, path, tuple(steps), tuple(finish), _latents(request))

@@ -43,7 +43,9 @@ class Search:
     def __init__(self, plan: Plan, geometry: Geometry, conditioning: Any, pool: ParticlePool):
         self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
         request = plan.request
-        self.method = methods.make(request.method, request.nfe, len(plan.steps), len(plan.finish), **request.options)
+        self.method = methods.make(
+            request.method, request.nfe, len(plan.steps), len(plan.finish), request.seed, **request.options
+        )
         self.history: list[Record] = []
         self.best_reward = -math.inf
         self.committed = self.executed = self.turn = self.priors = 0

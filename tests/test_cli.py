@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_what_the_model_cannot_do_is_one_line(run, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+    for out in (tmp_path / "file", tmp_path / "file" / "folder", *(p for p in [Path("/proc")] if p.is_dir())):
         _one_line(run("generate", PROMPT, "--out", out), [str(out), "--out"])
 
 
@@ -167,6 +168,11 @@ def test_help_is_complete(command, capsys, monkeypatch):
         named += [*rewards.names(), *methods.names(), *interpolant._NAMED, *sde.GRIDS, *sde.SOLVERS]
     for name in named:
         assert name in text
+
+
+def test_every_option_of_every_method_can_be_given():
+    own = {option for name in methods.names() for option in methods.options_of(name)}
+    assert set(cli.OWN) == own and not own & {field.name for field in fields(rollflow.Request)}
 
 
 def test_defaults_are_those_of_a_request():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rollflow
-from rollflow import interpolant, sde
+from rollflow import interpolant, methods, sde
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.methods import budget
@@ -62,7 +62,7 @@ def ask(prompt="a", **options):
     return Request(prompt, **{"reward": brightness, "nfe": 30, "steps": 5, **options})
 
 
-@pytest.mark.parametrize("method", ["rbf", "svdd", "bon"])
+@pytest.mark.parametrize("method", methods.names())
 @pytest.mark.parametrize("finish", [0, 3])
 def test_accounting(method, finish):
     e = engine()
@@ -176,9 +176,9 @@ def test_a_reward_judges_all_requests_of_a_batch_in_one_call(reward, monkeypatch
 def test_a_result_does_not_depend_on_company():
     """One bucket: the same bits alone, among 32 others of every method and path, and in any order."""
     mine = ask("mine", seed=7, nfe=37, finish=2)
-    methods, paths = ("rbf", "svdd", "bon"), ("linear", "vp", "cosine")
+    names, paths = methods.names(), ("linear", "vp", "cosine")
     others = [
-        ask(f"other {i}", seed=i, nfe=20 + i, method=methods[i % 3], interpolant=paths[i // 3 % 3], steps=2 + i % 7)
+        ask(f"other {i}", seed=i, nfe=20 + i, method=names[i % len(names)], interpolant=paths[i % 3], steps=2 + i % 7)
         for i in range(32)
     ]
     alone = engine(buckets=(16,)).generate(mine)
@@ -201,6 +201,12 @@ def test_seeds_and_latents():
     many = e.generate(ask(latents=torch.stack([latents] * 2), method="bon", nfe=4, steps=1))
     rewards = [r.reward for r in many.history]
     assert rewards[0] == rewards[1] and len({*rewards}) == 3  # two given, two drawn
+
+
+def test_resampling_follows_the_seed_of_the_request():
+    alike, other = engine().generate([ask(method="smc", seed=s, nfe=60, options={"temperature": 0.01}) for s in (4, 5)])
+    again = engine().generate(ask(method="smc", seed=4, nfe=60, options={"temperature": 0.01}))
+    assert alike.history == again.history != other.history
 
 
 def test_explicit_times():
@@ -267,7 +273,7 @@ def test_an_error_leaves_the_engine_usable():
     [
         ({"nfe": 0}, "nfe=0: it must be a whole number of at least 1"),
         ({"nfe": 4}, "smallest budget is 5"),
-        ({"method": "rfb"}, "unknown method 'rfb': choose one of bon, rbf, svdd"),
+        ({"method": "rfb"}, "unknown method 'rfb': choose one of beam, bon, code, fk, psp, rbf, smc, svdd"),
         ({"interpolant": "vpp"}, "linear, vp"),
         ({"grid": "even"}, "paper, uniform, shifted"),
         ({"solver": "heun"}, "euler, cps"),

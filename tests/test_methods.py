@@ -46,7 +46,7 @@ def hashed(step, n):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 1000), st.integers(1, 50), st.integers(0, 4), st.sampled_from(["rbf", "svdd", "bon"]))
+@given(st.integers(1, 1000), st.integers(1, 50), st.integers(0, 4), st.sampled_from(methods.names()))
 def test_budget_is_spent_and_never_exceeded(nfe, steps, finish, name):
     try:
         search = methods.make(name, nfe, steps, finish)
@@ -127,8 +127,45 @@ def test_bon_judges_only_whole_samples():
     assert all(draw.parent is parent for draws, _ in log[1:2] for draw, parent in zip(draws, log[0][1][0], strict=True))
 
 
+def test_code_keeps_the_best_path_of_each_block():
+    log = []
+    chosen, _ = drive(methods.code(32, 5, block=2), hashed, log)
+    counts = [sum(d.count for d in draws) for draws, _ in log]
+    assert counts == [8, 6, 6, 6, 6]  # two more at first, of which the best six stay
+    assert [draws[0].scored for draws, _ in log] == [True, True, False, True, True]
+    first = sorted(log[0][1][0], key=lambda p: p.reward, reverse=True)[:6]
+    assert [d.parent for d in log[1][0]] == first
+    ends = [child for (child,) in log[1][1]]
+    assert log[2][0][0].parent is max(ends, key=lambda p: p.reward)  # a new block starts from its best
+    assert [d.parent for d in log[3][0]] == log[2][1][0]
+    assert chosen is max(log[4][1][0], key=lambda p: p.reward)
+
+
+def test_beam_shares_children_among_the_best():
+    log = []
+    chosen, _ = drive(methods.beam(33, 3, survivors=4), hashed, log)
+    best = sorted(log[0][1][0], key=lambda p: p.reward, reverse=True)[:4]
+    assert [d.parent for d in log[1][0]] == best and [d.count for d in log[1][0]] == [3, 3, 3, 2]
+    assert [d.count for d in log[2][0]] == [3, 3, 3, 2]
+    assert chosen is max((p for children in log[2][1] for p in children), key=lambda p: p.reward)
+
+
+def test_psp_prunes_and_judges_only_where_it_prunes():
+    log = []
+    chosen, _ = drive(methods.psp(101, 6, factor=3.0), hashed, log)
+    counts = [sum(d.count for d in draws) for draws, _ in log]
+    assert sum(counts) == 101 and counts == sorted(counts, reverse=True) and counts[-2:] == [1, 1]
+    assert [draws[0].scored for draws, _ in log] == [True, True, True, True, False, True]
+    for (_, before), (draws, _) in itertools.pairwise(log[:5]):
+        alive = [p for children in before for p in children]
+        assert [d.parent for d in draws] == sorted(alive, key=lambda p: p.reward, reverse=True)[: len(draws)]
+    assert chosen is log[-1][1][0][0]
+
+
 def test_make_refuses_by_name():
-    with pytest.raises(RequestError, match="unknown method 'rbff': choose one of bon, rbf, svdd"):
+    with pytest.raises(
+        RequestError, match="unknown method 'rbff': choose one of beam, bon, code, fk, psp, rbf, smc, svdd"
+    ):
         methods.make("rbff", 10, 2)
     with pytest.raises(RequestError, match=r"rbf has no option 'children': its options are initial"):
         methods.make("rbf", 10, 2, children=3)
@@ -140,4 +177,4 @@ def test_make_refuses_by_name():
         methods.rbf(33, 10, initial=25)
     with pytest.raises(RequestError, match="nfe=0"):
         methods.bon(0, 1)
-    assert methods.names() == ["bon", "rbf", "svdd"]
+    assert methods.names() == ["beam", "bon", "code", "fk", "psp", "rbf", "smc", "svdd"]

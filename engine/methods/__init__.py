@@ -10,14 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from rollflow.errors import RequestError
+from rollflow.methods.beam import beam
 from rollflow.methods.bon import bon
 from rollflow.methods.budget import Search
+from rollflow.methods.code import code
+from rollflow.methods.psp import psp
 from rollflow.methods.rbf import rbf
+from rollflow.methods.smc import fk, smc
 from rollflow.methods.svdd import svdd
 
-_METHODS: dict[str, Callable[..., Search]] = {"bon": bon, "rbf": rbf, "svdd": svdd}
+_METHODS: dict[str, Callable[..., Search]] = {f.__name__: f for f in (beam, bon, code, fk, psp, rbf, smc, svdd)}
+UNBRANCHED = ("bon", "psp")  # no particle has two children, so that an ODE will do
 
-__all__ = ["Search", "bon", "make", "names", "options_of", "rbf", "svdd"]
+__all__ = [
+    "UNBRANCHED", "Search", "beam", "bon", "code", "fk", "make", "names", "options_of", "psp", "rbf", "smc", "svdd",
+]  # fmt: skip
 
 
 def names() -> list[str]:
@@ -28,10 +35,10 @@ def names() -> list[str]:
 def options_of(name: str) -> list[str]:
     """The names of a method's own options; none for an unknown method."""
     parameters = inspect.signature(_METHODS[name]).parameters if name in _METHODS else ()
-    return [p for p in parameters if p not in ("nfe", "steps", "finish")]
+    return [p for p in parameters if p not in ("nfe", "steps", "finish", "seed")]
 
 
-def make(name: str, nfe: int, steps: int, finish: int = 0, **options: Any) -> Search:
+def make(name: str, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any) -> Search:
     """Builds a search whose draws and finish together spend at most `nfe` function evaluations.
 
     Args:
@@ -39,7 +46,8 @@ def make(name: str, nfe: int, steps: int, finish: int = 0, **options: Any) -> Se
         nfe: the whole budget, the finish included.
         steps: how many points of the time grid are evaluated.
         finish: deterministic steps that the engine runs from the chosen particle.
-        options: the method's own (`initial` of rbf, `children` of svdd).
+        seed: of a method's own random choices (resampling).
+        options: the method's own, see `options_of`.
 
     Raises:
         RequestError: an unknown method or option, or a budget too small for the method.
@@ -51,4 +59,6 @@ def make(name: str, nfe: int, steps: int, finish: int = 0, **options: Any) -> Se
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
             raise RequestError(f"the method {name} has no option {option!r}: {known}")
+    if "seed" in inspect.signature(method).parameters:
+        options["seed"] = seed
     return method(nfe, steps, finish=finish, **options)

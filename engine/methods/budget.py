@@ -41,8 +41,8 @@ def number(name: str, value: object) -> float:
 
 
 def worth(particle: Evaluated) -> float:
-    """The reward as methods compare it: one that is not a number is worst."""
-    return -math.inf if particle.reward is None or math.isnan(particle.reward) else particle.reward
+    """The reward as methods compare it: one that is no finite number is worst."""
+    return -math.inf if particle.reward is None or not math.isfinite(particle.reward) else particle.reward
 
 
 def best(particles: Sequence[Evaluated]) -> Evaluated:

@@ -1,0 +1,54 @@
+"""Progressive seed pruning: many samples begun, few finished."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from rollflow.errors import RequestError
+from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.particle import Draw
+
+
+def psp(nfe: int, steps: int, factor: float = 2.0, finish: int = 0) -> Search:
+    """Progressive seed pruning by successive halving (arXiv 2607.21591): of the samples of one level, about one in
+    `factor` goes on to the next. Nothing branches, so that it works under the ODE.
+
+    Args:
+        nfe: budget of function evaluations; what rounding leaves over goes to the first level.
+        steps: evaluations of a sample that is never pruned.
+        factor: how many times fewer samples each level has than the one before; 1 prunes nothing.
+        finish: evaluations that the engine keeps for the finish of the chosen particle.
+
+    Raises:
+        RequestError: a factor below 1, or a budget that does not pay for one whole sample.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    if number("factor", factor) < 1:
+        raise RequestError(f"factor={factor!r}: each level has at most as many samples as the one before; at least 1")
+    require("psp", nfe, steps + finish, f"one sample of {steps} steps and a finish of {finish}")
+    return _search(levels(nfe - finish, steps, factor))
+
+
+def levels(budget: int, steps: int, factor: float) -> list[int]:
+    """How many samples each level evaluates: decreasing by `factor`, at least 1, `budget` in all."""
+
+    def counts(first: int) -> list[int]:
+        return [max(1, int(first * factor ** -float(level))) for level in range(steps)]
+
+    low, high = 1, budget + 1  # the most at the first level that the budget pays for, by bisection
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if sum(counts(middle)) <= budget else (low, middle)
+    chosen = counts(low)
+    return [chosen[0] + budget - sum(chosen), *chosen[1:]]
+
+
+def _search(counts: list[int]) -> Search:
+    judged = [after < count for count, after in pairwise([*counts, 0])]  # no level is judged that nothing is pruned at
+    (particles,) = yield [Draw(None, counts[0], scored=judged[0])]
+    for level in range(1, len(counts)):
+        if judged[level - 1]:
+            particles = sorted(particles, key=worth, reverse=True)[: counts[level]]
+        drawn = yield [Draw(particle, scored=judged[level]) for particle in particles]
+        particles = [child for (child,) in drawn]
+    return best(particles)

@@ -1,0 +1,119 @@
+"""SMC and FK steering: a population whose weights follow the reward, resampled when they degenerate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from rollflow.errors import RequestError
+from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.methods.resampling import effective_sample_size, normalised, scheme
+from rollflow.particle import Draw, Evaluated
+
+POTENTIALS = ("difference", "max", "sum")
+Population = tuple[list[Evaluated], np.ndarray, float]
+
+
+def smc(
+    nfe: int,
+    steps: int,
+    temperature: float = 1.0,
+    resampling: str = "systematic",
+    threshold: float = 0.5,
+    seed: int = 0,
+    finish: int = 0,
+) -> Search:
+    """Sequential Monte Carlo with target `p(x0) exp(r(x0) / temperature)` (Kim et al. 2025, arXiv 2503.19385, table 2):
+    FK steering with the potential "difference". See `fk`; the particle with the best last reward is chosen.
+    """
+    return fk(nfe, steps, "difference", temperature, resampling, threshold, seed, finish)
+
+
+def fk(
+    nfe: int,
+    steps: int,
+    potential: str = "max",
+    temperature: float = 1.0,
+    resampling: str = "systematic",
+    threshold: float = 1.0,
+    seed: int = 0,
+    finish: int = 0,
+) -> Search:
+    """Feynman-Kac steering (Singhal et al. 2025, arXiv 2501.06848): `nfe // steps` particles, one child each a level.
+
+    Args:
+        nfe: budget of function evaluations; what division leaves over are further samples of the prior, all of which
+            take part in a first resampling.
+        steps: evaluations a path.
+        potential: what a particle's weight grows by, with r its reward over the temperature: "difference", r less its
+            parent's; "max", the largest r on its path; "sum", the sum of r over its path. The last level takes out
+            what came before, so that the target is the same for all.
+        temperature: of the rewards; lower is greedier.
+        resampling: "multinomial", "systematic", "stratified" or "residual".
+        threshold: resample when the effective sample size falls below this share of the particles; 1 is always.
+        seed: of the resampling; a request's own.
+        finish: evaluations that the engine keeps for the finish of the chosen particle.
+
+    Raises:
+        RequestError: an option out of range, or a budget that does not pay for one particle.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    if potential not in POTENTIALS:
+        raise RequestError(f"unknown potential {potential!r}: choose one of {', '.join(POTENTIALS)}")
+    if number("temperature", temperature) <= 0 or not 0 <= number("threshold", threshold) <= 1:
+        raise RequestError(
+            f"temperature={temperature!r}, threshold={threshold!r}: a temperature is above 0, a threshold in [0, 1]"
+        )
+    scheme(resampling)
+    require("smc and fk", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
+    return _best(population(nfe - finish, steps, potential, temperature, resampling, threshold, seed))
+
+
+def _best(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]) -> Search:
+    particles, _, _ = yield from search
+    return best(particles)
+
+
+def population(
+    budget: int, steps: int, potential: str, temperature: float, resampling: str, threshold: float, seed: int
+) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]:
+    """The search itself; returns the last particles, the logarithms of their weights, and that of the normalising
+    constant `E exp(r(x0) / temperature)`, whose estimate is unbiased.
+    """
+    rng, count = np.random.default_rng(seed % 2**64), budget // steps
+    drawn = yield [Draw(None, budget - count * (steps - 1))]
+    particles = list(drawn[0])
+    reward = np.array([worth(p) for p in particles]) / temperature
+    score = reward.copy()  # the last potential's logarithm but for "difference", whose product telescopes to it
+    log_weights, spent = reward.copy(), reward.copy()  # spent: the logarithm of all potentials on the path
+    log_constant = 0.0
+    for level in range(1, steps):
+        weights = normalised(log_weights)
+        if len(particles) != count or effective_sample_size(weights) < threshold * count * (1 - 1e-12):
+            log_constant += _log_mean(log_weights)
+            chosen = scheme(resampling)(weights, count, rng)
+            particles = [particles[i] for i in chosen]
+            reward, score, spent, log_weights = reward[chosen], score[chosen], spent[chosen], np.zeros(count)
+        drawn = yield [Draw(particle) for particle in particles]
+        particles = [child for (child,) in drawn]
+        before, reward = reward, np.array([worth(p) for p in particles]) / temperature
+        if level == steps - 1:
+            gain = _less(reward, spent)
+        elif potential == "difference":
+            gain = _less(reward, before)
+        else:
+            score = np.maximum(score, reward) if potential == "max" else score + reward
+            gain = score
+        log_weights, spent = log_weights + gain, spent + gain
+    return particles, log_weights, log_constant + _log_mean(log_weights)
+
+
+def _log_mean(log_weights: np.ndarray) -> float:
+    return float(np.logaddexp.reduce(log_weights) - math.log(len(log_weights)))
+
+
+def _less(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a - b`, where minus infinity, a reward that is no number, stays it."""
+    return np.where(np.isneginf(a) | np.isneginf(b), -np.inf, a - np.where(np.isneginf(b), 0.0, b))
