@@ -216,7 +216,7 @@ class CountReward:
 
     def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
         """Scores of 64 x 64 images in [0, 1], at most 0; raises `RequestError` for other sizes or prompts."""
-        return -(parse(images) - _targets(prompts)).square().sum(1).float()
+        return 0.0 - (parse(images) - _targets(prompts)).square().sum(1).float()  # not -0.0
 
     def exact(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Bool[Tensor, " row"]:
         """Whether an image shows exactly what its prompt asks for, and nothing else."""
