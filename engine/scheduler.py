@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 from rollflow import methods
+from rollflow.methods.budget import worth
 from rollflow.models import Geometry
 from rollflow.particle import Draw, Particle, ParticlePool
 from rollflow.request import Kind, Plan, Record, Step
@@ -70,8 +71,7 @@ class Search:
     def _open(self, i: int) -> bool:
         """Whether draw `i` may still need children: its count is not reached and no child has beaten `until`."""
         draw, children = self.draws[i], self.children[i]
-        reward = children[-1].reward if children else None
-        return self.issued[i] < draw.count and not (reward is not None and reward > draw.until)
+        return self.issued[i] < draw.count and not (children and worth(children[-1]) > draw.until)
 
     def ready(self) -> Iterator[Row]:
         """The rows that can run now, in draw order; taking one issues it."""
@@ -116,8 +116,7 @@ class Search:
         self._in_flight -= 1
         self.committed += 1
         self.history.append(Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind))
-        if reward is not None and reward > self.best_reward:
-            self.best_reward = reward
+        self.best_reward = max(self.best_reward, worth(particle))
         if row.kind == "finish":
             self.chosen, self.finished_steps = particle, self.finished_steps + 1
         else:

@@ -256,6 +256,20 @@ def test_progress_is_told_per_request():
     assert all(a.committed_nfe <= b.committed_nfe for a, b in itertools.pairwise(seen))
 
 
+@pytest.mark.parametrize("method", ["rbf", "fk"])
+def test_infinite_rewards_are_worth_as_little_as_those_that_are_no_numbers(method):
+    def without(value):
+        def judge(images, prompts):
+            scores = brightness(images, prompts)
+            return torch.where((scores * 1e4).long() % 3 == 0, value, scores)
+
+        return engine().generate(ask(method=method, reward=judge, nfe=60)).history
+
+    infinite, nan = without(math.inf), without(math.nan)
+    assert any(r.reward == math.inf for r in infinite)
+    assert [(r.level, r.parent) for r in infinite] == [(r.level, r.parent) for r in nan]
+
+
 def test_an_error_leaves_the_engine_usable():
     e = engine()
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from rollflow.errors import ModelError, RequestError
 from rollflow.models import BUILT_IN, Geometry, folder
 
-# Pixels that the decoder takes at a time, on a CPU and on a GPU: a bound on its memory, and on a CPU its best size (one
-# row of the built-in model takes 0.9 ms in chunks of 32 and 1.5 ms in chunks of 64).
+# Pixels that the decoder takes at a time, on a CPU and on a GPU: a bound on its memory, and on a CPU a size whose
+# activations are not handed back to the system after each batch (see `rollflow.engine`).
 _DECODE_PIXELS = (2**17, 2**22)
 _WORD_LEVEL = 1000  # vocabularies smaller than this are lists of words, and an unknown word is an error
 
@@ -51,7 +51,7 @@ class FluxModel:
 
     Args:
         pipeline: a complete FluxPipeline; its modules are used where they are, and the autoencoder's weights are laid
-            out channels last, in which a CPU convolves two to three times faster.
+            out channels last, in which a CPU convolves faster.
 
     Raises:
         ModelError: the object is no FluxPipeline, or parts of it are missing.
