@@ -22,7 +22,7 @@ def main() -> int:
     )
     silence()
     try:
-        command.run()
+        command()
     except (RollflowError, OSError) as error:
         print(f"rollflow.bench: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,170 +1,231 @@
-"""Which search wins, on the built-in model: `python -m rollflow.bench study --quick`.
+"""Which search wins, on which path, at which budget: `rollflow study`.
 
-Every method runs on the same prompts with the same budget; all prompts of a set share forwards. Accuracy is the share
-of images that show exactly what the prompt asks for, with Wilson's 95 % interval; the gain over the base sample is
-paired by prompt, with a bootstrap interval.
+Every contender runs on the same prompts with the same seeds and the same budget; all prompts of a set share forwards.
+What has been computed is kept, so that a study that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from scipy import stats
+from tyro.conf import Positional
 
-from rollflow.bench import prompt_sets
-from rollflow.bench.environment import environment
-from rollflow.engine import Engine
-from rollflow.request import Request, Result
+from rollflow.bench import contenders
+from rollflow.bench.contenders import PATHS, Contender
+from rollflow.errors import RequestError
 
-ODE: dict[str, Any] = {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}
-PATHS: dict[str, dict[str, Any]] = {
-    "linear-ODE": ODE,
-    "linear-SDE": {"interpolant": "linear"},
-    "VP-SDE": {"interpolant": "vp"},
-}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rollflow.bench.rows import Row, Rows
+    from rollflow.engine import Engine
+
+Part = Literal["methods", "fidelity", "diversity", "solvers", "noise", "paths", "all"]
+SOLVER_SET, NOISE_SCALES, FINISHES = "medium", (0.5, 1.0, 2.0, 3.0, 4.0), (0, 2, 4)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Compares base, BoN, SVDD and RBF on the three prompt sets.
+    """Compares search methods at equal budgets; writes tables (Markdown, JSON, CSV) and plots (PNG, SVG).
 
-    Attributes:
-        quick: one seed; without it three.
-        model: a model that knows the words of the sets.
-        nfe: budget of a search.
-        prompts: how many prompts of each set.
-        sets: which sets.
-        finish: deterministic finishing steps of SVDD and RBF, paid out of their budget.
-        json: a file for the numbers.
-        markdown: a file for the table of accuracies.
+    Parts: "methods" compares the contenders; "fidelity" says how well the reward of a posterior mean foretells the
+    final reward, by point of the grid and path; "diversity" how far children of one initial latent differ; "solvers"
+    compares solvers, grids and finishes, "noise" scales of the diffusion g; "paths" draws log-SNR and trajectories, for
+    which no model is needed. What lies in the output folder is not computed again: a study that was stopped goes on.
     """
 
-    quick: bool = False
+    part: Positional[Part] = "methods"
+    """What to study; "all" is every part."""
     model: str = "shapes"
-    nfe: int = 100
-    prompts: int = prompt_sets.SIZE
-    sets: tuple[str, ...] = tuple(prompt_sets.SETS)
-    finish: int = 0
-    json: Path | None = None
-    markdown: Path | None = None
+    """A built-in model, a folder that FluxPipeline.save_pretrained wrote, or a hub id."""
+    reward: str = "count"
+    """What images are judged by."""
+    budgets: tuple[int, ...] = (50, 100, 200, 500)
+    """Function evaluations a prompt."""
+    sets: tuple[str, ...] = ("easy", "medium", "hard")
+    """Prompt sets: easy, medium, hard."""
+    prompt_file: Path | None = None
+    """Your own prompts, one a line, in place of the sets."""
+    prompts: int = 100
+    """How many prompts of each set, from the first on."""
+    seeds: int = 1
+    """How often each prompt is searched, with other noise."""
+    methods: tuple[str, ...] = ()
+    """Labels of contenders, or names of methods; none is all of them."""
+    paths: tuple[str, ...] = tuple(PATHS)
+    """Paths: linear-ODE, linear-SDE, VP-SDE."""
+    quick: bool = False
+    """One budget, 100, and the contenders that the paper's main table has."""
+    out: Path = Path("out/study")
+    """Folder for rows.jsonl, the tables and the plots; made if it is not there."""
 
-    def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """The contenders: (method, path) to the options of their requests."""
-        rows: dict[tuple[str, str], dict[str, Any]] = {
-            ("base", "linear-ODE"): {"method": "bon", "nfe": 10, **ODE},
-            ("base, 1 step", "linear-ODE"): {"method": "bon", "nfe": 1, "steps": 1, **ODE},
-            ("BoN, 3 steps", "linear-ODE"): {"method": "bon", "nfe": self.nfe, "steps": 3, **ODE},
+    def __call__(self) -> None:
+        """Runs the parts, prints the tables and writes everything."""
+        from rich.console import Console
+
+        from rollflow.bench import figures, probes
+        from rollflow.bench.rows import Rows
+        from rollflow.cli import silence
+        from rollflow.engine import Engine
+
+        asked, chosen = self._checked()
+        sets = self._prompts()
+        rows, console = Rows(self.out), Console()
+        loaded: list[Engine] = []
+
+        def engine() -> Engine:
+            if not loaded:
+                silence()
+                loaded.append(Engine.from_pretrained(self.model))
+            return loaded[0]
+
+        parts: dict[str, Callable[[], Any]] = {
+            "methods": lambda: asked._methods(rows, chosen, engine, sets, console),
+            "fidelity": lambda: asked._probe(probes.fidelity, "fidelity", engine(), sets, console),
+            "diversity": lambda: asked._probe(probes.diversity, "diversity", engine(), sets, console),
+            "solvers": lambda: asked._variants(rows, "solvers", engine, sets, console),
+            "noise": lambda: asked._variants(rows, "noise", engine, sets, console),
+            "paths": lambda: figures.paths(self.out),
         }
-        for path, options in PATHS.items():
-            rows["BoN", path] = {"method": "bon", "nfe": self.nfe, **options}
-        for method in ("svdd", "rbf"):
-            for path in ("linear-SDE", "VP-SDE"):
-                rows[method.upper(), path] = {"method": method, "nfe": self.nfe, "finish": self.finish, **PATHS[path]}
-        return rows
+        for name in parts if self.part == "all" else [self.part]:
+            parts[name]()
+        console.print(f"everything is in {self.out}")
 
-    def run(self) -> None:
-        """Runs everything, prints the table, writes the file."""
-        where, sets = environment(), {name: prompt_sets.load(name, self.prompts) for name in self.sets}
-        for file in (self.json, self.markdown):
-            if file:
-                file.touch()  # find out now, not after the work
-        engine, console = Engine.from_pretrained(self.model), Console()
-        seeds = (0,) if self.quick else (0, 1, 2)
-        records: list[dict[str, Any]] = []
+    def _checked(self) -> tuple[Study, list[Contender]]:
+        """The study with what `quick` stands for, and its contenders."""
+        from rollflow import methods
+
+        asked = replace(self, budgets=(100,)) if self.quick else self
+        known = contenders.by_label()
+        for name in self.methods:
+            if name not in known and name not in methods.names():
+                raise RequestError(
+                    f"no contender {name!r}: choose labels ({'; '.join(known)}) or methods "
+                    f"({', '.join(methods.names())})"
+                )
+        for path in self.paths:
+            if path not in PATHS:
+                raise RequestError(f"no path {path!r}: choose from {', '.join(PATHS)}")
+        if min(self.budgets, default=0) < 1 or self.seeds < 1:
+            raise RequestError(f"budgets={self.budgets}, seeds={self.seeds}: at least 1 each")
+        wanted = self.methods or (contenders.QUICK if self.quick else tuple(known))
+        return asked, [c for c in known.values() if c.label in wanted or c.method in wanted]
+
+    def _prompts(self) -> dict[str, list[str]]:
+        from rollflow.bench import prompt_sets
+
+        if self.prompt_file is None:
+            return {name: prompt_sets.load(name, self.prompts) for name in self.sets}
+        try:
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise RequestError(f"the prompts {str(self.prompt_file)!r} cannot be read: {error.strerror}") from error
+        prompts = [line.strip() for line in lines if line.strip()][: self.prompts]
+        if not prompts:
+            raise RequestError(f"there is no prompt in {str(self.prompt_file)!r}: one a line is expected")
+        return {self.prompt_file.stem: prompts}
+
+    def _key(self, part: str, label: str, path: str, name: str, nfe: int, seed: int) -> Row:
+        from rollflow.models import BUILT_IN
+
+        model = self.model if self.model in BUILT_IN else Path(self.model).name
+        return {
+            "part": part, "model": model, "reward": self.reward, "label": label, "path": path, "set": name, "nfe": nfe,
+            "seed": seed,
+        }  # fmt: skip
+
+    def _methods(
+        self,
+        rows: Rows,
+        chosen: list[Contender],
+        engine: Callable[[], Engine],
+        sets: dict[str, list[str]],
+        console: Console,
+    ) -> None:
+        from rich.progress import Progress
+
+        from rollflow.bench.tables import report
+
+        work = [
+            (contender, path, name, nfe, seed)
+            for nfe in self.budgets
+            for name in sets
+            for contender in chosen
+            for path in contender.paths
+            for seed in range(self.seeds)
+            if path in self.paths and (contender.nfe is None or nfe == self.budgets[0])
+        ]
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("study", total=len(self.sets) * len(self.rows()))
-            for name, prompts in sets.items():
-                base = None
-                for (method, path), options in self.rows().items():
-                    progress.update(task, description=f"{name}: {method}, {path}")
-                    start = time.perf_counter()
-                    results = engine.generate(
-                        [Request(p, seed=1000 * s + i, **options) for s in seeds for i, p in enumerate(prompts)]
-                    )
-                    record = {"set": name, "method": method, "path": path, "nfe": options["nfe"]}
-                    seconds = time.perf_counter() - start
-                    base, row = _summary(results, base, seconds, len(prompts))
-                    records.append(record | row)
-                    progress.advance(task)
-        console.print(table(records, self))
-        if self.json:
-            report = {"environment": where, "study": _plain(self), "rows": records}
-            self.json.write_text(json.dumps(report, indent=1) + "\n")
-        if self.markdown:
-            self.markdown.write_text(markdown(records))
+            task = progress.add_task("study", total=len(work))
+            for contender, path, name, nfe, seed in work:
+                progress.update(task, description=f"{contender.label}, {path}, {name}, {nfe} NFE")
+                key = self._key("methods", contender.label, path, name, contender.nfe or nfe, seed)
+                rows.run(engine(), key, sets[name], contender.fields(path, nfe))
+                progress.advance(task)
+        report(rows, self.out, console)
+
+    def _variants(
+        self,
+        rows: Rows,
+        part: Literal["solvers", "noise"],
+        engine: Callable[[], Engine],
+        sets: dict[str, list[str]],
+        console: Console,
+    ) -> None:
+        """Variants of RBF on one prompt set: solver, grid and finish, or the scale of the noise."""
+        from rich.progress import Progress
+
+        from rollflow.bench.tables import report
+
+        name = SOLVER_SET if SOLVER_SET in sets else next(iter(sets))
+        work = list(_solvers(self.paths) if part == "solvers" else _noises(self.paths))
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(part, total=len(work))
+            for label, path, fields in work:
+                progress.update(task, description=f"{label}, {path}")
+                key = self._key(part, label, path, name, self.budgets[0], 0)
+                given = {**PATHS[path], "method": "rbf", "nfe": self.budgets[0], "options": {}, **fields}
+                rows.run(engine(), key, sets[name], given)
+                progress.advance(task)
+        report(rows, self.out, console)
+
+    def _probe(
+        self,
+        probe: Callable[..., list[Row]],
+        part: str,
+        engine: Engine,
+        sets: dict[str, list[str]],
+        console: Console,
+    ) -> None:
+        from rollflow.bench import figures
+        from rollflow.bench.tables import plain, save
+
+        found = [
+            {"model": self.model, "reward": self.reward, "path": path, "set": name, **row}
+            for path in self.paths
+            for name, prompts in sets.items()
+            for row in probe(engine, self.reward, prompts, PATHS[path])
+        ]
+        save(self.out, part, found)
+        console.print(plain(part, found))
+        figures.probe(self.out, part, found)
 
 
-def _plain(study: Study) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(study).items() if k not in ("json", "markdown")}
+def _solvers(paths: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path in paths:
+        for solver in ("euler", "cps"):
+            for grid in ("paper", "uniform", "shifted"):
+                for finish in FINISHES:
+                    if path != contenders.ODE:
+                        fields = {"solver": solver, "grid": grid, "finish": finish, "finalists": 1}
+                        yield f"{solver}, {grid}, finish {finish}", path, fields
 
 
-def _summary(
-    results: list[Result], base: np.ndarray | None, seconds: float, prompts: int
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Accuracy, gain over base, held-out accuracy and cost of one contender on one set."""
-    exact = np.array([r.reward == 0 for r in results], dtype=float)
-    held_out = np.array([r.held_out == 0 for r in results], dtype=float)
-    base = exact if base is None else base
-    committed = sum(r.committed_nfe for r in results)
-    row = {
-        "accuracy": exact.mean(),
-        "accuracy_95": _wilson(exact),
-        "gain": (exact - base).mean(),
-        "gain_95": _paired((exact - base).reshape(-1, prompts).mean(0)),
-        "held_out_accuracy": held_out.mean(),
-        "held_out_accuracy_95": _wilson(held_out),
-        "reward": float(np.mean([r.reward for r in results])),
-        "committed_nfe": committed / len(results),
-        "executed_over_committed": sum(r.executed_nfe for r in results) / committed,
-        "milliseconds_per_nfe": 1000 * seconds / committed,
-    }
-    return base, row
-
-
-def _wilson(hits: np.ndarray) -> list[float]:
-    interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return [interval.low, interval.high]
-
-
-def _paired(differences: np.ndarray) -> list[float]:
-    """95 % bootstrap interval of the mean difference, over prompts."""
-    if len(set(differences)) == 1:
-        return [float(differences[0])] * 2
-    rng = np.random.default_rng(0)
-    interval = stats.bootstrap((differences,), np.mean, n_resamples=9999, method="percentile", rng=rng)
-    return [interval.confidence_interval.low, interval.confidence_interval.high]
-
-
-def markdown(records: list[dict[str, Any]]) -> str:
-    """The accuracies in percent with their intervals, a row a contender."""
-    sets = list(dict.fromkeys(r["set"] for r in records))
-    lines = [f"| method | path | {' | '.join(sets)} |", "|---|---|" + "---|" * len(sets)]
-    for method, path in dict.fromkeys((r["method"], r["path"]) for r in records):
-        mine = {r["set"]: r for r in records if (r["method"], r["path"]) == (method, path)}
-        lines.append(f"| {method} | {path} | {' | '.join(_percent(mine[name]) for name in sets)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _percent(record: dict[str, Any]) -> str:
-    low, high = (100 * x for x in record["accuracy_95"])
-    return f"{100 * record['accuracy']:.0f} [{low:.0f}, {high:.0f}]"
-
-
-def table(records: list[dict[str, Any]], study: Study) -> Table:
-    """The records for the screen: a row a contender, accuracies in percent."""
-    made = Table(title=f"exact-count accuracy in % [95 % interval] / held-out, {study.model}, {study.nfe} NFE")
-    for column in ("method", "path", *study.sets, "ms/NFE"):
-        made.add_column(column, justify="left" if column in ("method", "path") else "right")
-    for method, path in study.rows():
-        mine = [r for r in records if (r["method"], r["path"]) == (method, path)]
-        cells = [f"{_percent(r)} / {100 * r['held_out_accuracy']:.0f}" for r in mine]
-        made.add_row(method, path, *cells, f"{np.mean([r['milliseconds_per_nfe'] for r in mine]):.2f}")
-    return made
+def _noises(paths: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path in paths:
+        for scale in NOISE_SCALES:
+            if path != contenders.ODE:
+                yield f"g = {scale:g} t^2", path, {"diffusion": scale, "finalists": 1}

@@ -42,7 +42,7 @@ class Throughput:
     repetitions: int = 3
     json: Path | None = None
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         """Runs both contenders in turns, prints the table, writes the file."""
         where, prompts = environment(), prompt_sets.load("medium", self.prompts)
         if self.json:

@@ -1,4 +1,4 @@
-"""The command line: `rollflow generate | demo`.
+"""The command line: `rollflow generate | demo | study`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2.
@@ -40,7 +40,9 @@ DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
     "seven red circles",
 )
 OWN = (
-    "initial", "children", "survivors", "block", "factor", "temperature", "threshold", "resampling", "potential"
+    "initial", "children", "survivors", "lookahead", "block", "factor", "temperature", "threshold", "resampling",
+    "potential", "gradient", "clip", "normalise", "back", "ahead", "neighbours", "angle", "generations", "elites",
+    "width", "exploration", "bar",
 )  # fmt: skip
 BASE_STEPS = 10
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,7 +70,10 @@ Grid = Annotated[str, _one_of("rollflow.sde", "GRIDS")]
 Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
 Own = Annotated[int | None, _by_default("the method's own choice")]
 OwnNumber = Annotated[float | None, _by_default("the method's own choice")]
+OwnFlag = Annotated[bool | None, _by_default("the method's own choice")]
 OwnName = Annotated[str | None, _by_default("the method's own choice", metavar="NAME")]
+Finalists = Annotated[int | None, _by_default("2 without a finish, 1 with one")]
+StopAt = Annotated[float | None, _by_default("none")]
 Size = Annotated[int | None, _by_default("the model's own")]
 Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
 Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
@@ -98,29 +103,59 @@ class SearchOptions:
     shift: float = 3.0
     """Shift of the grid "shifted"."""
     diffusion: float = 3.0
-    """Scale s of the noise g(t) = s t^2; 0 is the ODE, for which only bon works."""
+    """Scale s of the noise g(t) = s t^2; 0 is the ODE, under which methods that branch cannot work."""
     solver: Solver = "euler"
     """How a step is taken."""
     finish: int = 0
     """Deterministic steps from the chosen particle towards the image, paid out of the budget."""
+    finalists: Finalists = None
+    """Particles that compete in the end, each finished: the method's choice and the best others that it judged."""
+    stop_at: StopAt = None
+    """A reward that is good enough: the first particle that reaches it ends the search."""
     initial: Own = None
-    """rbf: samples of the prior, of which the best starts."""
+    """rbf, threshold: samples of the prior, of which the best starts."""
     children: Own = None
-    """svdd: candidates at each step."""
+    """svdd, threshold: candidates at each step."""
     survivors: Own = None
-    """beam: how many candidates of each step live on."""
+    """beam, sop: how many candidates of each step live on."""
+    lookahead: Own = None
+    """beam: steps of the ODE that a candidate is taken ahead before it is judged."""
     block: Own = None
     """code: steps between two choices."""
     factor: OwnNumber = None
     """psp: how many times fewer samples go on from each step."""
     temperature: OwnNumber = None
-    """smc, fk: of the rewards; lower is greedier."""
+    """smc, fk, das, dts: of the rewards; lower is greedier."""
     threshold: OwnNumber = None
-    """smc, fk: share of the particles that the effective sample size must fall below for resampling."""
+    """smc, fk, das: share of the particles that the effective sample size must fall below for resampling."""
     resampling: OwnName = None
-    """smc, fk: multinomial, systematic, stratified or residual."""
+    """smc, fk, das: multinomial, systematic, stratified or residual."""
     potential: OwnName = None
     """fk: difference, max or sum."""
+    gradient: OwnNumber = None
+    """dps, svdd, rbf: follow the reward's gradient with this strength; the reward must be differentiable."""
+    clip: OwnNumber = None
+    """dps, svdd, rbf: the largest root mean square by which a gradient moves the posterior mean."""
+    normalise: OwnFlag = None
+    """dps: move the posterior mean by as much at every step, whatever the size of the gradient."""
+    back: Own = None
+    """sop: points of the grid to noise the survivors back."""
+    ahead: Own = None
+    """sop: points of the grid to go down again."""
+    neighbours: Own = None
+    """zo: of the pivot in one round."""
+    angle: OwnNumber = None
+    """zo, evosearch: of the turn towards fresh noise, in right angles."""
+    generations: Own = None
+    """ses, evosearch: how often the population is replaced."""
+    elites: Own = None
+    """ses, evosearch: the best, which live on or are drawn around."""
+    width: Own = None
+    """dts: walks at the same time."""
+    exploration: OwnNumber = None
+    """dts: weight of the confidence bound against the value."""
+    bar: OwnNumber = None
+    """threshold: the reward that is good enough to go on."""
     guidance: float = 3.5
     """Embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it."""
     height: Size = None
@@ -235,7 +270,11 @@ class Demo:
         print(path)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"generate": Generate, "demo": Demo}
+def commands() -> dict[str, Callable[..., Any]]:
+    """The commands by name."""
+    from rollflow.bench.study import Study
+
+    return {"generate": Generate, "demo": Demo, "study": Study}
 
 
 def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Result]:
@@ -278,7 +317,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
+                commands(),
                 prog="rollflow",
                 description=DESCRIPTION,
                 args=list(arguments),

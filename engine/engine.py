@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -72,6 +73,7 @@ class Engine:
         self._runner = Runner(self.model, tuple(buckets), self.ledger)
         self._pools: dict[Geometry, ParticlePool] = {}
         self._conditioning: dict[str, Any] = {}
+        self._warned = False
 
     @classmethod
     def from_pretrained(
@@ -220,7 +222,15 @@ class Engine:
     def _result(self, search: Search) -> Result:
         """Decodes the chosen particle and judges the 8-bit image that is returned."""
         plan, request = search.plan, search.plan.request
-        assert search.chosen is not None, "only a search that is over has a result"
+        if search.invalid and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the reward {plan.reward.name} gave {search.invalid} of {len(search.history)} particles of "
+                f"{request.prompt!r} a score that is no finite number: these count as worst. Result.invalid_rewards "
+                "counts them; this engine warns once",
+                RuntimeWarning,
+                stacklevel=5,
+            )
         pixels = self._runner.image(search.chosen, search)
         rounded = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
         judged = rounded[None].float() / 255
@@ -232,6 +242,7 @@ class Engine:
             held_out=None if held_out is None else held_out(judged, [request.prompt]).item(),
             committed_nfe=search.committed,
             executed_nfe=search.executed,
+            invalid_rewards=search.invalid,
             history=search.history,
             seconds=time.perf_counter() - search.start,
             request=request,

@@ -1,4 +1,4 @@
-"""Particles are handles; their state lives in a pool of slots.
+"""Particles are handles; their state lives in a pool of slots. Draws are what methods ask for.
 
 A search method holds `Particle` objects and knows of each only its reward and its step. The device state (the
 latent `x` in float32 and the model's velocity `u` there) sits in preallocated storage, addressed by slot, so that
@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import RequestError
+
+if TYPE_CHECKING:
+    from rollflow.request import Step
+
+Move = Literal["sde", "ode", "renoise", "rotate", "edit"]
+MOVES: tuple[str, ...] = get_args(Move)
+GUIDED_NFE = 2  # a forward, and a backward to the latent alone, which costs about as much
 
 
 class Slot:
@@ -38,15 +45,20 @@ class Particle:
         step: its place on the request's time grid, 0 for a sample of the prior.
         index: its place in the request's history.
         parent: the parent's place in the history, `None` for a sample of the prior.
-        time: the interpolant's time at which it was evaluated.
+        arrival: the step that led to it: its time, and the coefficients of its posterior mean.
         slot: its place in the pool.
     """
 
-    __slots__ = ("index", "parent", "reward", "slot", "step", "time")
+    __slots__ = ("arrival", "index", "parent", "reward", "slot", "step")
 
-    def __init__(self, step: int, time: float, slot: Slot, index: int, parent: int | None):
-        self.step, self.time, self.slot, self.index, self.parent = step, time, slot, index, parent
+    def __init__(self, step: int, arrival: Step, slot: Slot, index: int, parent: int | None):
+        self.step, self.arrival, self.slot, self.index, self.parent = step, arrival, slot, index, parent
         self.reward: float | None = None
+
+    @property
+    def time(self) -> float:
+        """The interpolant's time at which it was evaluated."""
+        return self.arrival.time
 
     def __repr__(self) -> str:
         return f"Particle(step={self.step}, reward={self.reward}, index={self.index}, parent={self.parent})"
@@ -61,26 +73,113 @@ class Evaluated(Protocol):
 
 
 @dataclass(frozen=True)
+class Guide:
+    """How the gradient of a differentiable reward moves a particle's posterior mean, and with it its children.
+
+    With `G` the gradient of the reward of the decoded posterior mean with respect to the state `x`, the mean moves by
+    `scale (sigma^2 / alpha) G`: by Tweedie's formula of second order that is the posterior covariance of the data times
+    the gradient with respect to the data, which is guidance by the score of `exp(scale r(x0_hat))` (DPS, Chung et al.
+    2023, arXiv 2209.14687). It reaches the sampler as a change of `u`, so that steps stay affine in (x, u, z). Where
+    `alpha = 0` nothing moves: pure noise tells nothing of the image.
+
+    Attributes:
+        scale: 1 / temperature of the target `p(x0) exp(scale r(x0))`.
+        normalised: give the move a root mean square of `scale` instead, whatever the gradient's size.
+        clip: the largest root mean square of the move, in units of the latent.
+    """
+
+    scale: float = 1.0
+    normalised: bool = False
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise RequestError(f"a guide of scale {self.scale!r}: it must be finite and not negative")
+        if self.clip is not None and not self.clip > 0:
+            raise RequestError(f"a guide clipped at {self.clip!r}: the largest move must be above 0")
+
+
+@dataclass(frozen=True)
 class Draw:
     """What a method asks for: children of one particle, or fresh samples of the prior.
 
+    Every move is affine in the parent's state x, its velocity u and fresh noise z. A child costs one evaluation, a
+    guided one `GUIDED_NFE`.
+
     Attributes:
-        parent: the particle to branch from; `None` draws from the prior at the first time of the grid.
+        parent: the particle to move from; `None` draws from the prior at the first time of the grid.
         count: draw at most this many children, in order ...
         until: ... stopping after the first whose reward is strictly above this.
         scored: whether the children are decoded and judged; without it their reward is `None` (and `until` is moot).
+        move: "sde", a step of the request's solver and diffusion to a later point of the grid (`parent` None: the
+            prior); "ode", the same without noise; "renoise", back to an earlier point by the Markov kernel of the
+            interpolant, `x_t = (alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) z`;
+            "rotate", at the first point of the grid, `cos(angle) x + sin(angle) sigma z`, which is noise again; "edit",
+            to any point, `alpha_t x0_hat + sigma_t (cos(angle) eps_hat + sin(angle) z)`, which keeps the posterior mean
+            of the data and turns that of the noise.
+        level: the children's point of the grid; by default the parent's next for "sde" and "ode", the one before for
+            "renoise", the parent's own for "edit".
+        angle: of "rotate" and "edit", in radians.
+        mix: further particles at the first point, whose sum with the parent, brought back to the parent's norm, is what
+            "rotate" starts from.
+        coarse: of "rotate": change only the mean of each 2x2 patch of the latent (the low band of a one-level Haar
+            wavelet), and keep what is finer.
+        region: of "rotate" and "edit": turn only the tokens of a rectangle, at a random place, whose sides are this
+            share of the latent's; 1 is all of it.
+        guide: move the children's own velocities by the reward's gradient; `None` does not.
     """
 
     parent: Evaluated | None
     count: int = 1
     until: float = math.inf
     scored: bool = True
+    move: Move = "sde"
+    level: int | None = None
+    angle: float = 0.0
+    mix: tuple[Evaluated, ...] = ()
+    coarse: bool = False
+    region: float = 1.0
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise RequestError(f"a draw of {self.count} children: it must be at least 1")
         if not self.scored and self.until != math.inf:
             raise RequestError("a draw with `until` must be scored: its stopping rule looks at rewards")
+        if self.guide is not None and not self.scored:
+            raise RequestError("a guided draw must be scored: its gradient is that of the reward")
+        if self.move not in MOVES:
+            raise RequestError(f"a draw by {self.move!r}: a move is one of {', '.join(MOVES)}")
+        where = -1 if self.parent is None else self.parent.step
+        allowed = {"sde": self.arrives > where, "ode": self.arrives > where >= 0}
+        allowed |= {"renoise": 0 <= self.arrives < where, "rotate": where == self.arrives == 0}
+        allowed |= {"edit": where >= 0 and self.arrives >= 0}
+        if not allowed[self.move] or (self.parent is None and self.arrives):
+            raise RequestError(
+                f"a draw by {self.move!r} from point {where} of the grid to {self.arrives}: sde and ode go to later "
+                "points, renoise to earlier ones, edit to any, rotate stays at 0, the prior (parent None) is at 0"
+            )
+        if (self.mix or self.coarse) and self.move != "rotate":
+            raise RequestError("`mix` and `coarse` belong to the move 'rotate'")
+        if (self.angle or self.region != 1.0) and self.move not in ("rotate", "edit"):
+            raise RequestError("`angle` and `region` belong to the moves 'rotate' and 'edit'")
+        if not 0 < self.region <= 1:
+            raise RequestError(f"a turn of a region of {self.region!r}: its sides are a share of the latent's")
+        if any(particle.step for particle in self.mix):
+            raise RequestError("only particles at the first point of the grid, where all is noise, can be mixed")
+
+    @property
+    def arrives(self) -> int:
+        """The children's point of the grid."""
+        if self.level is not None:
+            return self.level
+        where = -1 if self.parent is None else self.parent.step
+        return where + {"sde": 1, "ode": 1, "renoise": -1, "rotate": 0, "edit": 0}[self.move]
+
+    @property
+    def nfe(self) -> int:
+        """What one child costs."""
+        return 1 if self.guide is None else GUIDED_NFE
 
 
 class ParticlePool:

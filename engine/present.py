@@ -61,7 +61,7 @@ def record(result: Result) -> dict[str, Any]:
     """A result, but for its image and given latents, as JSON can hold it."""
     request = {name: value for name, value in vars(result.request).items() if name != "latents"}
     return {
-        "request": {**request, "options": dict(result.request.options)},
+        "request": {**request, "method": title(result.request.method), "options": dict(result.request.options)},
         "reward": _finite(result.reward),
         "held_out": _finite(result.held_out),
         "committed_nfe": result.committed_nfe,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from rollflow import interpolant as interpolants
 from rollflow import methods, rewards, sde
 from rollflow.errors import RequestError
 from rollflow.methods.budget import number, whole
+from rollflow.particle import Draw
 
 PAPER_SCALE = 3.0
 
@@ -27,7 +29,7 @@ class Request:
         prompt: what the image should show.
         reward: a name (`rollflow.rewards.names()`), a `Reward`, or a function `f(images, prompts) -> scores` of images
             `[row, 3, height, width]` in [0, 1].
-        method: a name of `rollflow.methods.names()`.
+        method: a name of `rollflow.methods.names()`, or a function that makes a search, see `rollflow.methods.make`.
         nfe: the whole budget, finish included; an NFE is one velocity evaluation of one particle.
         steps: points of the time grid that are evaluated.
         interpolant: the path that the particles follow, a name or an `Interpolant`.
@@ -41,6 +43,12 @@ class Request:
         finish: deterministic steps from the chosen particle towards t = 0, paid out of `nfe`. Without one the image is
             the posterior mean at the last point of the grid (linear time 0.71 on the paper's VP grid), which is what
             the reward judged: sharp for a few-step model, blurred for others.
+        finalists: how many particles compete in the end: the one that the method chose and the best others that were
+            judged at any point of the grid, each finished at `finish` evaluations out of `nfe`; the best final reward
+            wins. 1 takes the method's choice (as published). By default 2 without a finish, where it costs nothing,
+            and 1 with one.
+        stop_at: a reward that is good enough: the first particle that reaches it ends the search, and the rest of the
+            budget is not spent.
         latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
             `[n, token, channel]` for the first n; further samples come from the seed.
         guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
@@ -50,7 +58,7 @@ class Request:
 
     prompt: str
     reward: Any = "count"
-    method: str = "rbf"
+    method: str | Callable[..., methods.Search] = "rbf"
     nfe: int = 100
     steps: int = 10
     interpolant: str | interpolants.Interpolant = "vp"
@@ -61,6 +69,8 @@ class Request:
     diffusion: Any = PAPER_SCALE
     solver: str = "euler"
     finish: int = 0
+    finalists: int | None = None
+    stop_at: float | None = None
     latents: torch.Tensor | None = None
     guidance: float = 3.5
     height: int | None = None
@@ -68,7 +78,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-Kind = Literal["committed", "finish"]
+Kind = Literal["committed", "guided", "finish"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,8 @@ class Record:
     """One evaluated particle of a request's history.
 
     `level` is its point of the time grid (finish steps count on from the last), `time` the interpolant's time there,
-    `parent` the index of its parent's record, `kind` why the row was run. `reward` is None for a particle that was not
-    judged.
+    `parent` the index of its parent's record, `kind` why the row was run, `nfe` what it was charged. `reward` is None
+    for a particle that was not judged.
     """
 
     index: int
@@ -86,6 +96,7 @@ class Record:
     reward: float | None
     parent: int | None
     kind: Kind
+    nfe: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,10 @@ class Result:
         pixels: the same before rounding to 8 bits, float32 [3, height, width] in [0, 1], on the CPU.
         reward: the reward's score.
         held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
-        committed_nfe: function evaluations that the algorithm was charged for, never more than asked.
+        committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless `stop_at` ended
+            the search.
         executed_nfe: rows that the device ran for this request, its share of padding included.
+        invalid_rewards: how many particles had a reward that is no finite number; they count as worst.
         history: a record for each evaluated particle, in the order of evaluation.
         seconds: wall time from admission to the end.
         request: what was asked.
@@ -110,9 +123,15 @@ class Result:
     held_out: float | None
     committed_nfe: int
     executed_nfe: int
+    invalid_rewards: int
     history: list[Record]
     seconds: float
     request: Request
+
+    @property
+    def unspent_nfe(self) -> int:
+        """What `stop_at` saved of the budget."""
+        return self.request.nfe - self.committed_nfe
 
 
 @dataclass(frozen=True)
@@ -131,14 +150,56 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request: its interpolant, its grid and the affine coefficients of each step."""
+    """A checked request: its interpolant, its grid and the affine coefficients of each step.
+
+    `steps` are the points of the grid, each as reached from the one before (the first: from nothing).
+    """
 
     request: Request
     reward: rewards.Reward
     path: interpolants.Interpolant
+    diffusion: sde.Diffusion
     steps: tuple[Step, ...]
-    finish: tuple[Step, ...]
+    finalists: int
     latents: torch.Tensor | None
+    _arrivals: dict[tuple, Step] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def finish_nfe(self) -> int:
+        """What the finish of all finalists costs."""
+        return self.request.finish * self.finalists
+
+    def arrival(self, draw: Draw) -> Step:
+        """The coefficients of one of the draw's children; see `rollflow.particle.Draw.move`."""
+        level, parent = draw.arrives, draw.parent
+        if level >= len(self.steps):
+            raise RequestError(f"a draw to point {level} of a grid of {len(self.steps)}: they count from 0")
+        point = self.steps[level]
+        if parent is None or (draw.move == "sde" and level == parent.step + 1):
+            return point
+        key = (draw.move, parent.step, level, draw.angle)
+        if key not in self._arrivals:
+            a, b, k = self.move(draw)
+            self._arrivals[key] = replace(point, a=a, b=b, k=k)
+        return self._arrivals[key]
+
+    def move(self, draw: Draw) -> tuple[float, float, float]:
+        """`(a, b, k)` of a draw that has a parent."""
+        assert draw.parent is not None
+        path, start, end = self.path, self.steps[draw.parent.step].time, self.steps[draw.arrives].time
+        if draw.move == "sde":
+            return sde.step_coefficients(path, start, end, self.diffusion, self.request.solver)
+        if draw.move == "ode":
+            return sde.step_coefficients(path, start, end, sde.Zero(), "cps")
+        if draw.move == "renoise":
+            return sde.renoise_coefficients(path, start, end)
+        if draw.move == "edit":
+            return sde.edit_coefficients(path, start, end, draw.angle)
+        return math.cos(draw.angle), 0.0, math.sin(draw.angle) * path.sigma(end)
+
+    def finish(self, start: float, count: int) -> tuple[Step, ...]:
+        """The steps of `count` deterministic evaluations from a particle at time `start` towards 0."""
+        return tuple(_steps(self.path, finish_times(self.path, start, count), sde.Zero(), "cps")[1:])
 
 
 def _grid(request: Request) -> tuple[float, ...]:
@@ -214,11 +275,21 @@ def plan(request: Request) -> Plan:
     reward = rewards.make(request.reward)
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)
-    if request.method not in methods.UNBRANCHED and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
+    if methods.branches(request.method) and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
         raise RequestError(
-            f"the method {request.method} branches, and under an ODE all children of a particle are the same: "
-            f"use one of {', '.join(methods.UNBRANCHED)}, or a diffusion above 0"
+            f"the method {methods.title(request.method)} branches, and under an ODE all children of a particle are the "
+            f"same: use one of {', '.join(name for name in methods.names() if not methods.branches(name))}, or a "
+            "diffusion above 0"
         )
-    methods.make(request.method, request.nfe, len(steps), request.finish, request.seed, **request.options)  # a check
-    finish = _steps(path, finish_times(path, times[-2], request.finish), sde.Zero(), "cps")[1:]
-    return Plan(request, reward, path, tuple(steps), tuple(finish), _latents(request))
+    if methods.guided(request.method, request.options) and not rewards.differentiable(reward):
+        usable = [name for name in rewards.names() if rewards.differentiable(rewards.make(name))]
+        raise RequestError(
+            f"the method {methods.title(request.method)} follows the gradient of the reward, and {reward.name} "
+            f"has none: use {', '.join(usable)}, or a reward with the attribute `differentiable = True`"
+        )
+    if request.stop_at is not None:
+        number("stop_at", request.stop_at)
+    finalists = (1 if request.finish else 2) if request.finalists is None else whole("finalists", request.finalists, 1)
+    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request))
+    methods.make(request.method, request.nfe, len(steps), made.finish_nfe, request.seed, **request.options)  # a check
+    return made

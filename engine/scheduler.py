@@ -31,11 +31,20 @@ class Row:
     step: Step
     particle: Particle
     parent: Particle | None
-    noise_key: int
-    prior: int | None  # which sample of the prior this is, counted over the request
     scored: bool
     kind: Kind
-    draw: int
+    nfe: int = 1
+    noise_key: int = 0
+    prior: int | None = None  # which sample of the prior this is, counted over the request
+    asked: Draw | None = None  # what the method asked for; None for a step of the finish
+    place: int = 0  # of the draw among the turn's draws, or of the finalist among the finalists
+
+
+class Final:
+    """A finalist on its way: the particle that it has become and the steps that are left."""
+
+    def __init__(self, particle: Particle, steps: tuple[Step, ...]):
+        self.particle, self.steps, self.waiting = particle, steps, False
 
 
 class Search:
@@ -45,15 +54,15 @@ class Search:
         self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
         request = plan.request
         self.method = methods.make(
-            request.method, request.nfe, len(plan.steps), len(plan.finish), request.seed, **request.options
+            request.method, request.nfe, len(plan.steps), plan.finish_nfe, request.seed, **request.options
         )
         self.history: list[Record] = []
         self.best_reward = -math.inf
-        self.committed = self.executed = self.turn = self.priors = 0
+        self.committed = self.executed = self.turn = self.priors = self.invalid = 0
         self.start = time.perf_counter()
-        self.chosen: Particle | None = None
         self.closed = False
-        self.finished_steps = 0
+        self.finals: list[Final] | None = None
+        self._best: list[Particle] = []  # those judged best, at most as many as there are finalists
         self._in_flight = 0
         self._begin(next(self.method))
 
@@ -65,77 +74,108 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether the final particle has been evaluated."""
-        return self.chosen is not None and self.finished_steps == len(self.plan.finish) and not self._in_flight
+        """Whether every finalist is finished."""
+        return self.finals is not None and not self._in_flight and not any(final.steps for final in self.finals)
+
+    @property
+    def chosen(self) -> Particle:
+        """The finalist with the best reward, on ties the method's own choice; for a search that is done."""
+        assert self.finals, "only a search that is over has chosen"
+        return max((final.particle for final in self.finals), key=worth)
 
     def _open(self, i: int) -> bool:
         """Whether draw `i` may still need children: its count is not reached and no child has beaten `until`."""
         draw, children = self.draws[i], self.children[i]
         return self.issued[i] < draw.count and not (children and worth(children[-1]) > draw.until)
 
-    def ready(self) -> Iterator[Row]:
-        """The rows that can run now, in draw order; taking one issues it."""
-        if self.chosen is not None:
-            if self.finished_steps < len(self.plan.finish) and not self._in_flight:
-                step = self.plan.finish[self.finished_steps]
-                last = self.finished_steps + 1 == len(self.plan.finish)
-                level = len(self.plan.steps) + self.finished_steps
-                yield self._row(step, level, self.chosen, 0, None, last, "finish", 0)
+    def ready(self, guided: bool) -> Iterator[Row]:
+        """The rows that can run now, in draw order, either guided or not; taking one issues it."""
+        if self.finals is not None:
+            if not guided:
+                yield from self._finishing()
             return
         for i, draw in enumerate(self.draws):
             sequential = draw.until != math.inf
+            if (draw.guide is not None) is not guided:
+                continue
             while self._open(i) and not (sequential and self.issued[i] > len(self.children[i])):
-                level = 0 if draw.parent is None else draw.parent.step + 1
                 key = (self.turn * _DRAWS + i) * _CHILDREN + self.issued[i]
                 prior = None
                 if draw.parent is None:
                     prior, self.priors = self.priors, self.priors + 1
                 self.issued[i] += 1
                 parent = cast("Particle | None", draw.parent)  # one that this scheduler handed to the method
-                yield self._row(self.plan.steps[level], level, parent, key, prior, draw.scored, "committed", i)
+                step, kind = self.plan.arrival(draw), cast("Kind", "guided" if guided else "committed")
+                particle = self._particle(step, draw.arrives, parent)
+                yield Row(self, step, particle, parent, draw.scored, kind, draw.nfe, key, prior, draw, i)
 
-    def _row(
-        self,
-        step: Step,
-        level: int,
-        parent: Particle | None,
-        key: int,
-        prior: int | None,
-        scored: bool,
-        kind: Kind,
-        draw: int,
-    ) -> Row:
-        particle = Particle(level, step.time, self.pool.take(), -1, None if parent is None else parent.index)
+    def _finishing(self) -> Iterator[Row]:
+        """The next step of every finalist; only what a last step leads to is judged."""
+        assert self.finals is not None
+        for i, final in enumerate(self.finals):
+            if final.steps and not final.waiting:
+                step, *left = final.steps
+                final.steps, final.waiting, parent = tuple(left), True, final.particle
+                level = max(parent.step + 1, len(self.plan.steps))
+                yield Row(self, step, self._particle(step, level, parent), parent, not left, "finish", place=i)
+
+    def _particle(self, step: Step, level: int, parent: Particle | None) -> Particle:
         self._in_flight += 1
-        return Row(self, step, particle, parent, key, prior, scored, kind, draw)
+        return Particle(level, step, self.pool.take(), -1, None if parent is None else parent.index)
 
     def deliver(self, row: Row, reward: float | None) -> None:
-        """Takes an evaluated row back; rows of a draw come back in the order they were issued."""
+        """Takes an evaluated row back; rows of a draw come back in the order they were issued.
+
+        What comes back after `stop_at` has been reached is dropped: for the search it does not exist.
+        """
         particle = row.particle
-        particle.reward, particle.index = reward, len(self.history)
         self._in_flight -= 1
-        self.committed += 1
-        self.history.append(Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind))
+        if self.finals is not None and row.kind != "finish":
+            return
+        particle.reward, particle.index = reward, len(self.history)
+        self.committed += row.nfe
+        self.history.append(
+            Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind, row.nfe)
+        )
+        self.invalid += reward is not None and not math.isfinite(reward)
         self.best_reward = max(self.best_reward, worth(particle))
         if row.kind == "finish":
-            self.chosen, self.finished_steps = particle, self.finished_steps + 1
-        else:
-            self.children[row.draw].append(particle)
+            assert self.finals is not None
+            self.finals[row.place].particle, self.finals[row.place].waiting = particle, False
+            return
+        self.children[row.place].append(particle)
+        if reward is not None:
+            self._best = sorted([*self._best, particle], key=worth, reverse=True)[: self.plan.finalists]
+            stop_at = self.plan.request.stop_at
+            if stop_at is not None and worth(particle) >= stop_at:
+                self._end([particle])
 
     def advance(self) -> None:
         """Hands the particles to the method once all its draws are complete, and takes its next draws."""
-        if self.chosen is None and not self._in_flight and not any(self._open(i) for i in range(len(self.draws))):
+        if self.finals is None and not self._in_flight and not any(self._open(i) for i in range(len(self.draws))):
             children, self.children = self.children, []
             try:
                 self._begin(self.method.send(children))
             except StopIteration as stop:
-                self.chosen, self.draws = stop.value, []
+                others = [particle for particle in self._best if particle is not stop.value]
+                self._end([stop.value, *others][: self.plan.finalists])
+
+    def _end(self, finalists: list[Particle]) -> None:
+        """Ends the search proper: the finish budget is shared evenly among those who compete."""
+        request, count = self.plan.request, len(finalists)
+        stopped = request.stop_at is not None and worth(finalists[0]) >= request.stop_at
+        share, more = (request.finish, 0) if stopped else divmod(self.plan.finish_nfe, count)
+        self.finals = [
+            Final(particle, self.plan.finish(particle.time, share + (i < more))) for i, particle in enumerate(finalists)
+        ]
+        self.method.close()
+        self.draws, self.children, self._best = [], [], []
 
     def close(self) -> None:
         """Drops every particle, so that their slots are free."""
         self.method.close()
         self.closed = True
-        self.chosen, self.draws, self.children = None, [], []
+        self.finals, self.draws, self.children, self._best = [], [], [], []
 
 
 @runtime_checkable
@@ -150,16 +190,22 @@ class Runner(Protocol):
 
 
 class Scheduler:
-    """Runs live searches in shared batches, one geometry a tick, round robin between requests."""
+    """Runs live searches in shared batches, one geometry a tick, round robin between requests.
+
+    Guided rows need a backward, so that they have batches of their own, in turn with the others.
+    """
 
     def __init__(self, runner: Runner):
         self.runner = runner
         self.live: deque[Search] = deque()
+        self._guided = False
 
     def tick(self) -> list[Search]:
         """Runs one batch and returns the searches that are over."""
         geometry = self.live[0].geometry
-        rows = self._choose([s for s in self.live if s.geometry == geometry])
+        searches = [s for s in self.live if s.geometry == geometry]
+        rows = self._choose(searches, self._guided) or self._choose(searches, not self._guided)
+        self._guided = rows[0].kind != "guided"
         try:
             rewards = self.runner.run(rows)
         except BaseException:  # whoever keeps the exception must not keep the slots of these particles with it
@@ -180,9 +226,9 @@ class Scheduler:
             self.live.remove(search)
         return over
 
-    def _choose(self, searches: list[Search]) -> list[Row]:
+    def _choose(self, searches: list[Search], guided: bool) -> list[Row]:
         """Rows in turns, one of each search, until the largest bucket is full."""
-        waiting = deque(search.ready() for search in searches)
+        waiting = deque(search.ready(guided) for search in searches)
         rows: list[Row] = []
         while waiting and len(rows) < self.runner.buckets[-1]:
             source = waiting.popleft()
@@ -196,7 +242,7 @@ class Scheduler:
         """Counts executed rows; the bucket's padding is shared out in turns."""
         bucket = bucket_of(len(rows), self.runner.buckets)
         for i in range(bucket):
-            rows[i % len(rows)].search.executed += 1
+            rows[i % len(rows)].search.executed += rows[0].nfe
 
 
 def bucket_of(rows: int, buckets: tuple[int, ...]) -> int:

@@ -252,6 +252,40 @@ def posterior_coefficients(interpolant: Interpolant, t: float) -> tuple[float, f
     return 1.0 / interpolant.scale(t), -interpolant.linear_time(t)
 
 
+def renoise_coefficients(interpolant: Interpolant, t: float, t_back: float) -> tuple[float, float, float]:
+    """`(a, b, k)` of the way back, from time `t` to a noisier `t_back > t`: `x' = a x + k z`, and `b = 0`.
+
+    The Markov kernel of the interpolant, `a = alpha' / alpha`, `k^2 = sigma'^2 - a^2 sigma^2`: a state with the
+    marginal of `t` becomes one with the marginal of `t_back`. Source: the forward process of Song et al., arXiv
+    2011.13456; used by search over paths (Ma et al., arXiv 2501.09732).
+
+    Raises `RequestError` for times outside [0, 1] or not increasing, and where no data is left at `t`.
+    """
+    t, t_back = check_time(t), check_time(t_back)
+    if not t_back > t:
+        raise RequestError(f"renoising from t = {t!r} to {t_back!r}: it goes to a later time, towards the noise")
+    if interpolant.alpha(t) == 0.0:
+        raise RequestError(f"renoising from t = {t!r}: there is nothing but noise")
+    a = interpolant.alpha(t_back) / interpolant.alpha(t)
+    kept, noise = a * interpolant.sigma(t), interpolant.sigma(t_back)
+    return a, 0.0, math.sqrt((noise - kept) * (noise + kept))
+
+
+def edit_coefficients(interpolant: Interpolant, t: float, t_new: float, angle: float) -> tuple[float, float, float]:
+    """`(a, b, k)` of `alpha' x0_hat + sigma' (cos(angle) eps_hat + sin(angle) z)`, from time `t` to any `t_new`.
+
+    At angle 0 it is the DDIM step (arXiv 2010.02502), back in time its inversion; at a right angle it noises the
+    posterior mean afresh, as SDEdit does with an image (arXiv 2108.01073). `angle` is in radians.
+
+    Raises `RequestError` for times outside [0, 1].
+    """
+    t, t_new = check_time(t), check_time(t_new)
+    c, tau = interpolant.scale(t), interpolant.linear_time(t)
+    alpha, sigma = interpolant.alpha(t_new), interpolant.sigma(t_new)
+    kept = sigma * math.cos(angle)
+    return (alpha + kept) / c, kept * (1.0 - tau) - alpha * tau, sigma * math.sin(angle)
+
+
 def _given(diffusion: Diffusion, interpolant: Interpolant | None) -> Interpolant:
     if interpolant is None:
         raise RequestError(f"g of {diffusion} depends on the interpolant: call g(t, interpolant)")

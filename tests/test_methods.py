@@ -3,13 +3,19 @@
 import itertools
 import math
 from dataclasses import dataclass
+from importlib import import_module
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollflow import methods
 from rollflow.errors import RequestError
+from rollflow.particle import Draw
+
+# the modules, not the functions of the same names
+evosearch, paths, sop = (import_module(f"rollflow.methods.{name}") for name in ("evosearch", "paths", "sop"))
 
 
 @dataclass(eq=False)
@@ -17,6 +23,7 @@ class Fake:
     reward: float
     step: int
     parent: object = None
+    nfe: int = 1
 
 
 def drive(search, reward_of, log=None):
@@ -25,14 +32,15 @@ def drive(search, reward_of, log=None):
     try:
         while True:
             draws = search.send(reply)
+            assert draws
             reply = []
             for draw in draws:
                 children = []
                 for _ in range(draw.count):
-                    step = 0 if draw.parent is None else draw.parent.step + 1
-                    children.append(Fake(reward_of(step, len(everything)), step, draw.parent))
+                    reward = reward_of(draw.arrives, len(everything)) if draw.scored else None
+                    children.append(Fake(reward, draw.arrives, draw.parent, draw.nfe))
                     everything.append(children[-1])
-                    if children[-1].reward > draw.until:
+                    if draw.scored and children[-1].reward > draw.until:
                         break
                 reply.append(children)
             if log is not None:
@@ -45,19 +53,46 @@ def hashed(step, n):
     return math.sin(12.9898 * n + 78.233 * step) * 43758.5453 % 1.0
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(1, 1000), st.integers(1, 50), st.integers(0, 4), st.sampled_from(methods.names()))
-def test_budget_is_spent_and_never_exceeded(nfe, steps, finish, name):
-    try:
-        search = methods.make(name, nfe, steps, finish)
-    except RequestError as error:
-        smallest = steps + finish
-        assert nfe < smallest and f"smallest budget is {smallest}" in str(error)
-        return
-    chosen, everything = drive(search, hashed)
-    left = (nfe - finish) % steps if name == "bon" else 0
-    assert len(everything) == nfe - finish - left
-    assert chosen in everything and chosen.step == steps - 1
+VARIANTS = [
+    *((name, {}) for name in methods.names()),
+    ("rbf", {"gradient": 1.0}),
+    ("svdd", {"gradient": 1.0}),
+    ("beam", {"lookahead": 2}),
+    ("threshold", {"bar": 2.0}),  # out of reach
+]
+
+
+def smallest(name, steps, gradient=0.0, lookahead=0, **_):
+    """The smallest budget: one evaluation a point of the grid, but for methods that walk some points more than once."""
+    if name == "sop":
+        return sum(1 + len(points) for _, points in sop.stations(steps, 1, 2))
+    if name == "dps" or gradient:
+        return 2 * steps - 1
+    return steps + sum(min(lookahead, steps - 1 - level) for level in range(steps))
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 50), st.integers(0, 4), st.sampled_from(VARIANTS))
+def test_budget_is_spent_to_the_last_evaluation(nfe, steps, finish, variant):
+    name, options = variant
+    least = smallest(name, steps, **options) + finish
+    for budget in (least, max(nfe, least)):
+        chosen, everything = drive(methods.make(name, budget, steps, finish, **options), hashed)
+        assert sum(particle.nfe for particle in everything) == budget - finish
+        assert chosen in everything and chosen.reward is not None
+    with pytest.raises(RequestError, match=rf"smallest budget is {least} " if least > 1 else "nfe=0: it must be"):
+        methods.make(name, least - 1, steps, finish, **options)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(60, 300), st.integers(1, 12), st.sampled_from(VARIANTS))
+def test_rewards_that_are_no_numbers_are_never_chosen(nfe, steps, variant):
+    name, options = variant
+    odd = itertools.cycle([math.nan, -1.0, math.inf, 0.5, -math.inf])
+    chosen, everything = drive(methods.make(name, nfe, steps, **options), lambda step, n: next(odd))
+    assert math.isfinite(chosen.reward) or not any(
+        math.isfinite(p.reward) for p in everything if p.reward is not None and p.step == steps - 1
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,7 +154,15 @@ def test_svdd_keeps_the_best_child_at_each_level():
     assert chosen is max(log[-1][1][0], key=lambda p: p.reward)
 
 
-def test_bon_judges_only_whole_samples():
+def test_bon_spends_the_remainder_on_a_sample_of_longer_steps():
+    log = []
+    drive(methods.bon(28, 5), hashed, log)
+    visited = [[(d.arrives, d.move, d.scored) for d in draws[5:]] for draws, _ in log[1:]]
+    assert visited == [[(2, "ode", False)], [(4, "ode", True)], [], []]
+    assert [d.count for d in log[0][0]] == [5, 1]
+
+
+def test_bon_judges_only_whole_samples_and_the_best_wins():
     log = []
     chosen, everything = drive(methods.bon(25, 5), hashed, log)
     assert [[d.scored for d in draws] for draws, _ in log] == [[False]] + [[False] * 5] * 3 + [[True] * 5]
@@ -162,12 +205,163 @@ def test_psp_prunes_and_judges_only_where_it_prunes():
     assert chosen is log[-1][1][0][0]
 
 
+def test_beam_judges_candidates_ahead_of_where_they_are():
+    log = []
+    chosen, everything = drive(methods.beam(40, 3, survivors=2, lookahead=1), hashed, log)
+    moves = [[(d.move, d.arrives, d.scored, d.count) for d in draws[:1]] for draws, _ in log]
+    assert moves[:4] == [[("sde", 0, False, 8)], [("ode", 1, True, 1)], [("sde", 1, False, 4)], [("ode", 2, True, 1)]]
+    fronts = [child for (child,) in log[1][1]]
+    order = sorted(range(8), key=lambda i: fronts[i].reward, reverse=True)[:2]
+    assert [d.parent for d in log[2][0]] == [log[0][1][0][i] for i in order]  # they live on from where they were
+    assert sum(p.nfe for p in everything) == 40 and chosen.step == 2
+
+
+def test_sop_goes_back_into_the_noise_and_down_again():
+    assert sop.stations(6, 1, 2) == [(0, [1, 2]), (1, [2, 3]), (2, [3, 4]), (3, [4, 5])]
+    assert sop.stations(5, 2, 4) == [(0, [1, 2, 3, 4])] and sop.stations(1, 1, 2) == [(0, [])]
+    log = []
+    chosen, _ = drive(methods.sop(62, 4, survivors=2), hashed, log)
+    judged = [(draws[0].move, draws[0].arrives, draws[0].scored) for draws, _ in log]
+    assert judged[:3] == [("sde", 0, True), ("sde", 1, False), ("sde", 2, True)]
+    assert judged[3:] == [("renoise", 1, False), ("sde", 2, False), ("sde", 3, True)]
+    ends = [child for (child,) in log[2][1]]
+    assert {d.parent for d in log[3][0]} == set(sorted(ends, key=lambda p: p.reward, reverse=True)[:2])
+    assert chosen is max((child for (child,) in log[-1][1]), key=lambda p: p.reward)
+
+
+def test_zo_moves_the_pivot_to_what_is_better():
+    log = []
+    chosen, everything = drive(methods.zo(36, 3, neighbours=3), hashed, log)
+    pivot, value = log[0][1][0][0], log[2][1][0][0].reward
+    for i in range(3, len(log) - 2, 3):
+        (draw,), (near,) = log[i]
+        assert draw.parent is pivot and draw.move == "rotate" and draw.angle == pytest.approx(0.15 * math.pi)
+        ends = [child.reward for (child,) in log[i + 2][1]]
+        if max(ends) > value:
+            pivot, value = near[ends.index(max(ends))], max(ends)
+    assert chosen.reward == max(p.reward for p in everything if p.reward is not None) >= value
+
+
+def test_ses_draws_around_the_sum_of_its_elites():
+    log = []
+    chosen, _ = drive(methods.ses(39, 3, generations=3, elites=2), hashed, log)
+    starts = [draws[0] for draws, _ in log[::3]]
+    assert [d.move for d in starts] == ["sde", "rotate", "rotate", "rotate"] and all(d.coarse for d in starts[1:])
+    assert [round(d.angle / math.pi, 3) for d in starts[1:]] == [0.5, 0.333, 0.167]
+    assert [d.count for d in starts[1:]] == [4] * 3
+    found = [(log[0][1][0][0], log[2][1][0][0])]
+    for i in (3, 6):
+        found += zip(log[i][1][0], [child for (child,) in log[i + 2][1]], strict=True)
+        found.sort(key=lambda pair: pair[1].reward, reverse=True)
+        draw = log[i + 3][0][0]
+        assert draw.parent is found[0][0] and draw.mix == (found[1][0],)
+    assert chosen.reward >= found[0][1].reward
+
+
+@given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 4), st.integers(1, 5))
+def test_evosearch_fits_the_largest_population(budget, steps, points, elites):
+    if budget < steps:
+        return
+    count, kept = evosearch.population(budget, steps, points, elites)
+
+    def cost(n):
+        return n * steps + points * (n - min(elites, n))
+
+    assert cost(count) <= budget < cost(count + 1) and kept == min(elites, count)
+
+
+def test_evosearch_mutates_noise_by_turning_and_later_particles_by_their_parent():
+    log = []
+    drive(methods.evosearch(60, 4, generations=2, elites=1), hashed, log)
+    (first, _), (second, _) = log[1], log[3]
+    assert {d.move for d in first} == {"rotate"} and {d.move for d in second} == {"sde"}
+    population = log[0][1][0]
+    assert max(population, key=lambda p: p.reward) not in [p for d in log[2][0][1:] for p in [d.parent]]
+    assert all(d.parent.step == 0 and d.arrives == 1 for d in second)
+
+
+def test_dts_returns_to_the_branch_whose_leaves_are_good():
+    """Rewards depend on the first particle alone: most walks must leave from below the best one."""
+    log, roots = [], {}
+
+    def root(particle):
+        while particle.parent is not None:
+            particle = particle.parent
+        return roots.setdefault(id(particle), (particle, hashed(3, len(roots))))
+
+    search, reply, leaves = methods.dts(600, 4, width=2, exploration=0.2), None, []
+    try:
+        while True:
+            draws = search.send(reply)
+            log.append(draws)
+            reply = []
+            for d in draws:
+                child = Fake(None, d.arrives, d.parent)
+                if d.scored:
+                    child.reward = root(child)[1]
+                    leaves.append(child)
+                reply.append([child])
+    except StopIteration as stop:
+        assert stop.value.reward == max(leaf.reward for leaf in leaves)
+    counts = sorted(sum(root(leaf)[0] is particle for leaf in leaves) for particle, _ in roots.values())
+    best = max(roots.values(), key=lambda pair: pair[1])[0]
+    assert sum(root(leaf)[0] is best for leaf in leaves) == counts[-1] > 2 * np.mean(counts)
+    assert len(roots) > 3  # and new branches are still opened
+
+
+def test_threshold_goes_on_at_once_and_starts_again():
+    log = []
+    drive(methods.threshold(40, 4, bar=0.0, initial=5, children=3), lambda step, n: 1.0, log)
+    assert [len(reply[0]) for _, reply in log] == [5, 1, 1, 1] * 3 + [5, 1, 1, 9]
+    log = []
+    drive(methods.threshold(40, 4, bar=2.0, initial=5, children=3), hashed, log)
+    assert [len(reply[0]) for _, reply in log] == [5, 3, 3, 3] * 2 + [5, 3, 3, 1]
+
+
+def test_routes_are_even_and_arrive():
+    assert paths.route(9, 10) == list(range(1, 10)) and paths.route(2, 10) == [4, 9] and paths.route(0, 10) == []
+    assert paths.route(2, 10, start=5) == [7, 9] and paths.shared(8, 3) == [3, 3, 2]
+
+
+def test_a_method_of_ones_own():
+    def mine(nfe, steps, width=2):
+        (particles,) = yield [Draw(None, nfe - width)]
+        (children,) = yield [Draw(particles[0], width)]
+        return children[-1]
+
+    chosen, everything = drive(methods.make(mine, 10, 2, finish=3, width=3), hashed)
+    assert len(everything) == 7 and chosen is everything[-1]
+    assert methods.title(mine) == "mine" and methods.options_of(mine) == ["width"] and not methods.branches(mine)
+    with pytest.raises(RequestError, match="the method mine has no option 'depth': its options are width"):
+        methods.make(mine, 10, 2, depth=1)
+    with pytest.raises(RequestError, match="method=3: it must be a name"):
+        methods.make(3, 10, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dps", {"gradient": -1.0}, "a guide of scale -1.0"),
+        ("dps", {"clip": 0.0}, "clipped at 0.0"),
+        ("zo", {"angle": 0.0}, "angle=0.0: the turn of a noise"),
+        ("evosearch", {"angle": 1.5}, "angle=1.5"),
+        ("sop", {"ahead": 1}, "ahead=1: it must be a whole number of at least 2"),
+        ("das", {"threshold": 1.0}, "threshold within"),
+        ("dts", {"temperature": 0}, "a temperature is above 0"),
+        ("threshold", {"bar": math.nan}, "bar=nan"),
+        ("beam", {"lookahead": -1}, "lookahead=-1"),
+        ("ses", {"generations": 0}, "generations=0"),
+    ],
+)
+def test_options_out_of_range(name, options, message):
+    with pytest.raises(RequestError, match=message):
+        methods.make(name, 100, 4, **options)
+
+
 def test_make_refuses_by_name():
-    with pytest.raises(
-        RequestError, match="unknown method 'rbff': choose one of beam, bon, code, fk, psp, rbf, smc, svdd"
-    ):
+    with pytest.raises(RequestError, match="unknown method 'rbff': choose one of beam, bon, code, das, dps, dts"):
         methods.make("rbff", 10, 2)
-    with pytest.raises(RequestError, match=r"rbf has no option 'children': its options are initial"):
+    with pytest.raises(RequestError, match=r"rbf has no option 'children': its options are initial, gradient, clip"):
         methods.make("rbf", 10, 2, children=3)
     with pytest.raises(RequestError, match="bon has no option 'initial': it has none"):
         methods.make("bon", 10, 2, initial=3)
@@ -177,4 +371,5 @@ def test_make_refuses_by_name():
         methods.rbf(33, 10, initial=25)
     with pytest.raises(RequestError, match="nfe=0"):
         methods.bon(0, 1)
-    assert methods.names() == ["beam", "bon", "code", "fk", "psp", "rbf", "smc", "svdd"]
+    assert set(methods.names()) >= {"bon", "smc", "code", "svdd", "sop", "rbf", "dps", "fk", "das", "psp", "threshold"}
+    assert set(methods.names()) >= {"evosearch", "ses", "zo", "beam", "dts"}

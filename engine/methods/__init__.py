@@ -6,7 +6,7 @@ Driving one takes no model: send it lists of objects with a `reward` and a `step
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollflow.errors import RequestError
@@ -14,16 +14,34 @@ from rollflow.methods.beam import beam
 from rollflow.methods.bon import bon
 from rollflow.methods.budget import Search
 from rollflow.methods.code import code
+from rollflow.methods.das import das
+from rollflow.methods.dps import dps
+from rollflow.methods.dts import dts
+from rollflow.methods.evosearch import evosearch
 from rollflow.methods.psp import psp
 from rollflow.methods.rbf import rbf
+from rollflow.methods.ses import ses
 from rollflow.methods.smc import fk, smc
+from rollflow.methods.sop import sop
 from rollflow.methods.svdd import svdd
+from rollflow.methods.threshold import threshold
+from rollflow.methods.zo import zo
 
-_METHODS: dict[str, Callable[..., Search]] = {f.__name__: f for f in (beam, bon, code, fk, psp, rbf, smc, svdd)}
-UNBRANCHED = ("bon", "psp")  # no particle has two children, so that an ODE will do
+_METHODS: dict[str, Callable[..., Search]] = {
+    f.__name__: f for f in (beam, bon, code, das, dps, dts, evosearch, fk, psp, rbf, ses, smc, sop, svdd, threshold, zo)
+}
+_UNBRANCHED = (
+    "bon",
+    "dps",
+    "psp",
+    "ses",
+    "sop",
+    "zo",
+)  # no particle has two children by a step of the SDE, so that an ODE will do
 
 __all__ = [
-    "UNBRANCHED", "Search", "beam", "bon", "code", "fk", "make", "names", "options_of", "psp", "rbf", "smc", "svdd",
+    "Search", "beam", "bon", "branches", "code", "das", "dps", "dts", "evosearch", "fk", "guided", "make", "names",
+    "options_of", "psp", "rbf", "ses", "smc", "sop", "svdd", "threshold", "title", "zo",
 ]  # fmt: skip
 
 
@@ -32,33 +50,54 @@ def names() -> list[str]:
     return sorted(_METHODS)
 
 
-def options_of(name: str) -> list[str]:
+def title(method: str | Callable[..., Search]) -> str:
+    """What a method is called."""
+    return method if isinstance(method, str) else str(getattr(method, "__name__", type(method).__name__))
+
+
+def options_of(method: str | Callable[..., Search]) -> list[str]:
     """The names of a method's own options; none for an unknown method."""
-    parameters = inspect.signature(_METHODS[name]).parameters if name in _METHODS else ()
+    known = _METHODS.get(method) if isinstance(method, str) else method
+    parameters = inspect.signature(known).parameters if known else ()
     return [p for p in parameters if p not in ("nfe", "steps", "finish", "seed")]
 
 
-def make(name: str, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any) -> Search:
-    """Builds a search whose draws and finish together spend at most `nfe` function evaluations.
+def branches(method: str | Callable[..., Search]) -> bool:
+    """Whether the method draws several children of one particle, which under an ODE would all be the same."""
+    return method in _METHODS and method not in _UNBRANCHED
+
+
+def guided(method: str | Callable[..., Search], options: Mapping[str, Any]) -> bool:
+    """Whether the method, with these options, follows the gradient of the reward."""
+    return method == "dps" or bool(options.get("gradient"))
+
+
+def make(
+    name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any
+) -> Search:
+    """Builds a search whose draws and finish together spend exactly `nfe` function evaluations.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or a function `f(nfe, steps, **options)` that returns such a generator; a function gets
+            `finish` and `seed` too if it has parameters of these names.
         nfe: the whole budget, the finish included.
         steps: how many points of the time grid are evaluated.
-        finish: deterministic steps that the engine runs from the chosen particle.
+        finish: evaluations that the engine keeps for finishing the particles that compete in the end.
         seed: of a method's own random choices (resampling).
         options: the method's own, see `options_of`.
 
     Raises:
         RequestError: an unknown method or option, or a budget too small for the method.
     """
-    if name not in _METHODS:
+    if isinstance(name, str) and name not in _METHODS:
         raise RequestError(f"unknown method {name!r}: choose one of {', '.join(names())}")
-    method, allowed = _METHODS[name], options_of(name)
+    if not isinstance(name, str) and not callable(name):
+        raise RequestError(f"method={name!r}: it must be a name of rollflow.methods.names() or a function")
+    build, allowed = _METHODS[name] if isinstance(name, str) else name, options_of(name)
     for option in options:
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
-            raise RequestError(f"the method {name} has no option {option!r}: {known}")
-    if "seed" in inspect.signature(method).parameters:
-        options["seed"] = seed
-    return method(nfe, steps, finish=finish, **options)
+            raise RequestError(f"the method {title(name)} has no option {option!r}: {known}")
+    parameters = inspect.signature(build).parameters
+    given = {key: value for key, value in (("finish", finish), ("seed", seed)) if key in parameters}
+    return build(nfe if "finish" in given else nfe - finish, steps, **given, **options)

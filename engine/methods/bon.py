@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from rollflow.methods.budget import Search, best, require, whole
-from rollflow.particle import Draw
+from rollflow.methods.paths import samples
 
 
 def bon(nfe: int, steps: int, finish: int = 0) -> Search:
     """Best-of-N sampling: N = (nfe - finish) // steps samples of the whole path; only their last evaluation is judged.
 
     Args:
-        nfe: budget of function evaluations; what is left after N whole samples stays unspent.
+        nfe: budget of function evaluations; what is left after N whole samples pays for one of fewer, longer steps.
         steps: evaluations a sample.
         finish: evaluations that the engine keeps for the finish of the chosen sample.
 
@@ -19,12 +19,9 @@ def bon(nfe: int, steps: int, finish: int = 0) -> Search:
     """
     whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
     require("bon", nfe, steps + finish, f"one sample of {steps} steps and a finish of {finish}")
-    return _search((nfe - finish) // steps, steps)
+    return _search(nfe - finish, steps)
 
 
-def _search(samples: int, steps: int) -> Search:
-    (particles,) = yield [Draw(None, samples, scored=steps == 1)]
-    for level in range(1, steps):
-        drawn = yield [Draw(particle, scored=level == steps - 1) for particle in particles]
-        particles = [child for (child,) in drawn]
-    return best(particles)
+def _search(budget: int, steps: int) -> Search:
+    _, ends = yield from samples(budget, steps)
+    return best(ends)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from rollflow.methods.budget import Search, best, require, whole, worth
-from rollflow.particle import Draw
+from rollflow.particle import GUIDED_NFE, Draw, Guide
 
 
-def rbf(nfe: int, steps: int, initial: int | None = None, finish: int = 0) -> Search:
+def rbf(
+    nfe: int,
+    steps: int,
+    initial: int | None = None,
+    gradient: float = 0.0,
+    clip: float | None = None,
+    finish: int = 0,
+) -> Search:
     """Rollover budget forcing (Kim et al. 2025, arXiv 2503.19385, algorithm 1).
 
     Draws children of the current particle one at a time. The first that beats the bar becomes current at once, and
@@ -18,31 +25,36 @@ def rbf(nfe: int, steps: int, initial: int | None = None, finish: int = 0) -> Se
         steps: points of the time grid that are evaluated; children live on points 1 .. steps - 1.
         initial: samples of the prior, of which the best starts; by default a tenth of the budget (the paper's 50 of
             500). With `steps=1` all of the budget is initial.
+        gradient: above 0, particles also follow the reward's gradient (RBF + DPS); see `dps`. Each then costs
+            `rollflow.particle.GUIDED_NFE`, except at the last level.
+        clip: see `dps`.
         finish: evaluations that the engine keeps for the finish of the chosen particle.
 
     Raises:
         RequestError: when the budget does not pay for the initial samples and one child a level.
     """
     whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    guide, cost = (Guide(gradient, clip=clip), GUIDED_NFE) if gradient and steps > 1 else (None, 1)
     least = 1 if initial is None else whole("initial", initial, 1)
-    need = least + steps - 1 + finish
+    after = cost * max(0, steps - 2) + (steps > 1)  # what one child at every later level costs
+    need = cost * least + after + finish
     require("rbf", nfe, need, f"{least} initial, one child at each of {steps - 1} levels and a finish of {finish}")
     budget = nfe - finish
     if steps == 1:
         initial = budget
     elif initial is None:
-        initial = max(1, min(nfe // 10, budget - (steps - 1)))
-    return _search(budget - initial, steps, initial)
+        initial = max(1, min(nfe // 10, budget - after) // cost)
+    return _search(budget - cost * initial, steps, initial, guide, cost)
 
 
-def _search(left: int, steps: int, initial: int) -> Search:
-    (particles,) = yield [Draw(None, initial)]
+def _search(left: int, steps: int, initial: int, guide: Guide | None, cost: int) -> Search:
+    (particles,) = yield [Draw(None, initial, guide=guide)]
     current = best(particles)
     bar = worth(current)
-    quota = each = max(1, left // steps)  # Q in the paper
+    quota = each = max(1, left // (cost * steps))  # Q in the paper, in children
     for _ in range(1, steps - 1):
-        (children,) = yield [Draw(current, quota, until=bar)]
-        left -= len(children)
+        (children,) = yield [Draw(current, quota, until=bar, guide=guide)]
+        left -= cost * len(children)
         if worth(children[-1]) > bar:
             current = children[-1]
             bar = worth(current)

@@ -92,7 +92,7 @@ def population(
     for level in range(1, steps):
         weights = normalised(log_weights)
         if len(particles) != count or effective_sample_size(weights) < threshold * count * (1 - 1e-12):
-            log_constant += _log_mean(log_weights)
+            log_constant += log_mean(log_weights)
             chosen = scheme(resampling)(weights, count, rng)
             particles = [particles[i] for i in chosen]
             reward, score, spent, log_weights = reward[chosen], score[chosen], spent[chosen], np.zeros(count)
@@ -100,20 +100,21 @@ def population(
         particles = [child for (child,) in drawn]
         before, reward = reward, np.array([worth(p) for p in particles]) / temperature
         if level == steps - 1:
-            gain = _less(reward, spent)
+            gain = less(reward, spent)
         elif potential == "difference":
-            gain = _less(reward, before)
+            gain = less(reward, before)
         else:
             score = np.maximum(score, reward) if potential == "max" else score + reward
             gain = score
         log_weights, spent = log_weights + gain, spent + gain
-    return particles, log_weights, log_constant + _log_mean(log_weights)
+    return particles, log_weights, log_constant + log_mean(log_weights)
 
 
-def _log_mean(log_weights: np.ndarray) -> float:
+def log_mean(log_weights: np.ndarray) -> float:
+    """The logarithm of the mean weight."""
     return float(np.logaddexp.reduce(log_weights) - math.log(len(log_weights)))
 
 
-def _less(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def less(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`a - b`, where minus infinity, a reward that is no number, stays it."""
     return np.where(np.isneginf(a) | np.isneginf(b), -np.inf, a - np.where(np.isneginf(b), 0.0, b))

@@ -34,7 +34,10 @@ class Geometry:
 
 @runtime_checkable
 class FlowModel(Protocol):
-    """A flow-matching model on the linear path, as the engine drives it."""
+    """A flow-matching model on the linear path, as the engine drives it.
+
+    For guided methods `velocity` and `decode` must let gradients through; for others they run in inference mode.
+    """
 
     device: torch.device
     dtype: torch.dtype

@@ -50,8 +50,8 @@ class FluxModel:
     """Drives the parts of a `FluxPipeline` with rows of different prompts at different times.
 
     Args:
-        pipeline: a complete FluxPipeline; its modules are used where they are, and the autoencoder's weights are laid
-            out channels last, in which a CPU convolves faster.
+        pipeline: a complete FluxPipeline; its modules are used where they are, without gradients of their weights, and
+            the autoencoder's weights are laid out channels last, in which a CPU convolves faster.
 
     Raises:
         ModelError: the object is no FluxPipeline, or parts of it are missing.
@@ -68,7 +68,8 @@ class FluxModel:
         if missing:
             raise ModelError(f"the pipeline lacks {', '.join(missing)}: load it whole")
         self.pipeline = pipeline
-        self.transformer, self.vae = pipeline.transformer.eval(), pipeline.vae.eval()
+        self.transformer = pipeline.transformer.eval().requires_grad_(False)
+        self.vae = pipeline.vae.eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
         self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
@@ -112,11 +113,11 @@ class FluxModel:
     def _position_ids(self, geometry: Geometry, text: int) -> tuple[Tensor, Tensor]:
         if geometry not in self._ids:
             rows, columns = geometry.latent_height // 2, geometry.latent_width // 2
-            image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
-            self._ids[geometry] = torch.zeros(text, 3, device=self.device, dtype=self.dtype), image
+            with torch.inference_mode(False):  # they outlive this call, which may or may not need gradients
+                image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
+                self._ids[geometry] = torch.zeros(text, 3, device=self.device, dtype=self.dtype), image
         return self._ids[geometry]
 
-    @torch.inference_mode()
     def velocity(
         self,
         x: Float[Tensor, "row token channel"],
@@ -143,7 +144,6 @@ class FluxModel:
                 return_dict=False,
             )[0]
 
-    @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """See `FlowModel.decode`."""
         latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)

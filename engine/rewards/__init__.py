@@ -21,6 +21,7 @@ from rollflow.errors import RequestError
 _BUILT_IN = {  # name -> module and class; imported when first asked for
     "count": ("rollflow.rewards.count", "CountReward"),
     "classifier": ("rollflow.rewards.classifier", "CountClassifier"),
+    "soft_count": ("rollflow.rewards.classifier", "SoftCount"),
 }
 
 
@@ -29,7 +30,8 @@ class Reward(Protocol):
     """Scores images for their prompts; higher is better.
 
     A reward may also have the attributes `held_out: Reward | None`, a second judge of the final image, and
-    `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused.
+    `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
+    and `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods.
     """
 
     name: str
@@ -44,10 +46,14 @@ class Reward(Protocol):
 
 
 class FunctionReward(Reward):
-    """A plain function `f(images, prompts) -> scores` as a reward that accepts every prompt."""
+    """A plain function `f(images, prompts) -> scores` as a reward that accepts every prompt.
+
+    It is taken for differentiable if the function has the attribute `differentiable = True`.
+    """
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None):
         self.function = function
+        self.differentiable: bool = differentiable(function)
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
 
     def check(self, prompt: str) -> None:
@@ -100,6 +106,11 @@ def _built_in(name: str) -> Reward:
 def size(reward: Reward) -> tuple[int, int] | None:
     """The only (height, width) that `reward` can judge, or None."""
     return getattr(reward, "size", None)
+
+
+def differentiable(reward: object) -> bool:
+    """Whether a reward says that its scores have gradients with respect to the images."""
+    return bool(getattr(reward, "differentiable", False))
 
 
 def held_out(reward: Reward) -> Reward | None:

@@ -102,21 +102,24 @@ class CountClassifier:
         """Raises `RequestError` if the prompt asks for no group of the world's shapes."""
         _target(prompt)
 
+    def soft_counts(self, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image 13"]:
+        """Expected numbers of objects, before rounding, on the CPU; differentiable. Channels and errors as `counts`."""
+        if tuple(images.shape[-2:]) != (shapes.SIZE, shapes.SIZE):
+            raise RequestError(
+                f"the count classifier was trained on images of {shapes.SIZE} x {shapes.SIZE} pixels, but these are "
+                f"{images.shape[-1]} x {images.shape[-2]}: it judges the built-in model 'shapes' only"
+            )
+        images = images.to("cpu", torch.float32).nan_to_num(0.0).clamp(0, 1)
+        return torch.cat([_trained()(part).sigmoid().sum((2, 3)) for part in images.split(64)])
+
     def counts(self, images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 13"]:
         """Objects of each class in the order of `shapes.CLASSES`, then those of no class; on the CPU.
 
         Raises:
             RequestError: the images are not 64 x 64.
         """
-        if tuple(images.shape[-2:]) != (shapes.SIZE, shapes.SIZE):
-            raise RequestError(
-                f"the count classifier was trained on images of {shapes.SIZE} x {shapes.SIZE} pixels, but these are "
-                f"{images.shape[-1]} x {images.shape[-2]}: it judges the built-in model 'shapes' only"
-            )
-        images = images.detach().to("cpu", torch.float32).nan_to_num(0.0).clamp(0, 1)
         with torch.no_grad():
-            heat = [_trained()(part).sigmoid().sum((2, 3)) for part in images.split(64)]
-        return torch.cat(heat).round().long()
+            return self.soft_counts(images).round().long()
 
     def _miss(self, images: Tensor, prompts: Sequence[str]) -> Int[Tensor, "row 13"]:
         return self.counts(images) - torch.tensor([_target(prompt) for prompt in prompts]).reshape(-1, CHANNELS)
@@ -128,3 +131,18 @@ class CountClassifier:
     def exact(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Bool[Tensor, " row"]:
         """Whether the network counts exactly what the prompt asks for, and nothing else."""
         return (self._miss(images, prompts) == 0).all(1)
+
+
+class SoftCount(CountClassifier):
+    """Minus the residual sum of squares between the objects asked for and the network's expected numbers, unrounded.
+
+    A differentiable form of `classifier`, for methods that follow the reward's gradient.
+    """
+
+    name = "soft_count"
+    differentiable = True
+
+    def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
+        """Scores of 64 x 64 images in [0, 1], below 0; raises `RequestError` for other sizes or prompts."""
+        wanted = torch.tensor([_target(prompt) for prompt in prompts]).reshape(-1, CHANNELS)
+        return -(self.soft_counts(images) - wanted).square().sum(1)

@@ -1,0 +1,82 @@
+"""What the study compares: a label, the method, and how it runs on each path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ODE, LINEAR, VP = "linear-ODE", "linear-SDE", "VP-SDE"
+PATHS: dict[str, dict[str, Any]] = {
+    ODE: {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"},
+    LINEAR: {"interpolant": "linear"},
+    VP: {"interpolant": "vp"},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the study's tables.
+
+    Attributes:
+        label: what it is called there.
+        method: a name of `rollflow.methods.names()`.
+        paths: those of `PATHS` on which it makes sense.
+        request: further fields of its requests, such as the number of steps.
+        options: the method's own options.
+        nfe: its budget, whatever the study's; None: the study's.
+    """
+
+    label: str
+    method: str
+    paths: tuple[str, ...]
+    request: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    nfe: int | None = None
+
+    def fields(self, path: str, nfe: int) -> dict[str, Any]:
+        """The fields of its requests on a path, at a budget."""
+        given = {"method": self.method, "nfe": self.nfe or nfe, "options": self.options}
+        return {**PATHS[path], **given, **self.request}
+
+
+BRANCHING = (LINEAR, VP)
+FEW = {"steps": 3}  # evaluations a sample at which best-of-N is at its best on the built-in models
+AS_PUBLISHED = {"finalists": 1}  # the last level's best, whatever was seen before
+
+CONTENDERS = (
+    Contender("base, 1 step", "bon", (ODE,), {"steps": 1}, nfe=1),
+    Contender("base, 10 steps", "bon", (ODE,), nfe=10),
+    Contender("BoN, 10 steps", "bon", (ODE, LINEAR, VP)),
+    Contender("BoN, 5 steps", "bon", (ODE,), {"steps": 5}),
+    Contender("BoN, 3 steps", "bon", (ODE,), FEW),
+    Contender("BoN, 2 steps", "bon", (ODE,), {"steps": 2}),
+    Contender("PSP, 5 steps", "psp", (ODE,), {"steps": 5}),
+    Contender("PSP, 3 steps", "psp", (ODE,), FEW),
+    Contender("ZO, 3 steps", "zo", (ODE,), FEW),
+    Contender("SES, 3 steps", "ses", (ODE,), FEW),
+    Contender("SoP", "sop", (ODE, VP)),
+    Contender("SMC", "smc", BRANCHING),
+    Contender("FK, max", "fk", BRANCHING),
+    Contender("DAS", "das", BRANCHING),
+    Contender("CoDe", "code", BRANCHING),
+    Contender("SVDD", "svdd", BRANCHING),
+    Contender("SVDD, as published", "svdd", BRANCHING, AS_PUBLISHED),
+    Contender("beam", "beam", BRANCHING),
+    Contender("EvoSearch", "evosearch", BRANCHING),
+    Contender("DTS", "dts", BRANCHING),
+    Contender("threshold", "threshold", BRANCHING),
+    Contender("RBF", "rbf", BRANCHING),
+    Contender("RBF, as published", "rbf", BRANCHING, AS_PUBLISHED),
+)
+
+
+OURS = "RBF"
+FIXED = tuple(contender.label for contender in CONTENDERS if contender.nfe is not None)
+QUICK = (
+    "base, 1 step", "base, 10 steps", "BoN, 10 steps", "BoN, 3 steps", "SMC", "CoDe", "SVDD", "RBF", "RBF, as published"
+)  # fmt: skip
+
+
+def by_label() -> dict[str, Contender]:
+    """The contenders by label."""
+    return {contender.label: contender for contender in CONTENDERS}

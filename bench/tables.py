@@ -1,0 +1,191 @@
+"""A study's tables: means and 95 % intervals of its rows, paired gains, as Markdown, JSON, CSV and on the screen."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rollflow.bench import contenders, figures, intervals
+from rollflow.bench.contenders import PATHS
+from rollflow.bench.environment import environment
+from rollflow.bench.rows import Row, Rows
+
+SHARES = ("count", "classifier")  # rewards whose 0 is an image that is exactly right: reported as a share
+
+
+def score(row: Row, judge: str = "rewards") -> np.ndarray:
+    """What a row is compared by, a number a prompt: whether the image is exactly right, or the reward itself."""
+    values = np.array([np.nan if v is None else v for v in row[judge]], dtype=float)
+    return (values == 0).astype(float) if row["reward"] in SHARES else values
+
+
+def pooled(rows: Rows, part: str) -> list[Row]:
+    """One entry for each contender, path, set and budget: means and 95 % intervals, over prompts and seeds."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows.rows.values():
+        if row["part"] == part:
+            groups.setdefault(tuple(row[k] for k in _GROUP), []).append(row)
+    entries = []
+    for key, group in groups.items():
+        size = min(row["prompts"] for row in group)
+        given = np.stack([score(row)[:size] for row in group]).mean(0)  # over seeds, a number a prompt
+        held = np.stack([score(row, "held_out")[:size] for row in group]).mean(0)
+        committed = sum(row["committed_nfe"] for row in group)
+        entries.append(
+            {
+                **dict(zip(_GROUP, key, strict=True)),
+                "prompts": size,
+                "seeds": len(group),
+                "score": given.mean(),
+                "score_95": _interval(given, group[0]["reward"]),
+                "held_out": held.mean(),
+                "held_out_95": _interval(held, group[0]["reward"]),
+                "mean_reward": float(np.mean([row["rewards"] for row in group])),
+                "committed_nfe": committed / sum(row["prompts"] for row in group),
+                "executed_over_committed": sum(row["executed_nfe"] for row in group) / committed,
+                "milliseconds_per_nfe": 1000 * sum(row["seconds"] for row in group) / committed,
+                "nfe_by_level": group[0]["nfe_by_level"],
+            }
+        )
+    return entries
+
+
+_GROUP = ("part", "model", "reward", "label", "path", "set", "nfe")
+
+
+def _interval(values: np.ndarray, reward: str) -> tuple[float, float]:
+    if np.isnan(values).any():
+        return np.nan, np.nan
+    single = reward in SHARES and set(values.tolist()) <= {0.0, 1.0}
+    return intervals.wilson(values) if single else intervals.bootstrap(values)
+
+
+def gains(rows: Rows, label: str) -> list[Row]:
+    """By how much the contender `label` is ahead of every other, paired by prompt, with bootstrap intervals."""
+    found = []
+    cells: dict[tuple, list[Row]] = {}
+    for row in rows.rows.values():
+        if row["part"] == "methods":
+            cells.setdefault((row["model"], row["reward"], row["set"], row["nfe"]), []).append(row)
+    for (model, reward, name, nfe), group in cells.items():
+        ours = {row["seed"]: row for row in group if row["label"] == label}
+        for other, path in dict.fromkeys((r["label"], r["path"]) for r in group if r["label"] != label):
+            theirs = {r["seed"]: r for r in group if (r["label"], r["path"]) == (other, path)}
+            shared = sorted(ours.keys() & theirs.keys())
+            if not shared:
+                continue
+            size = min(min(ours[s]["prompts"], theirs[s]["prompts"]) for s in shared)
+            entry = {"model": model, "reward": reward, "set": name, "nfe": nfe, "over": other, "path": path}
+            for judge in ("rewards", "held_out"):
+                differences = np.stack(
+                    [score(ours[s], judge)[:size] - score(theirs[s], judge)[:size] for s in shared]
+                ).mean(0)
+                title = "gain" if judge == "rewards" else "held_out_gain"
+                entry |= {title: differences.mean(), f"{title}_95": _difference(differences)}
+            found.append(entry | {"prompts": size, "seeds": len(shared)})
+    return found
+
+
+def _difference(values: np.ndarray) -> tuple[float, float]:
+    return (np.nan, np.nan) if np.isnan(values).any() else intervals.bootstrap(values)
+
+
+def report(rows: Rows, out: Path, console: Console | None = None) -> None:
+    """Writes the tables and the plots of all rows that there are, and prints the tables."""
+    for part in dict.fromkeys(row["part"] for row in rows.rows.values()):
+        entries = pooled(rows, part)
+        save(out, part, entries)
+        (out / f"{part}.md").write_text(markdown(entries), encoding="utf-8")
+        if console:
+            for table in _tables(entries):
+                console.print(table)
+        figures.scores(out, part, entries)
+    save(out, "gains", gains(rows, contenders.OURS))
+
+
+def save(out: Path, name: str, entries: list[Row]) -> None:
+    """The entries as JSON, with where they came from, and as CSV."""
+    content = {"environment": environment(), "rows": entries}
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for entry in entries for key in entry)))
+        writer.writeheader()
+        writer.writerows(entries)
+
+
+def columns(entries: list[Row]) -> list[tuple[str, int]]:
+    """The table's columns, set and budget; what has a budget of its own stands in all of its set."""
+    budgets = sorted({e["nfe"] for e in entries if e["label"] not in contenders.FIXED})
+    return [(name, nfe) for name in dict.fromkeys(e["set"] for e in entries) for nfe in budgets]
+
+
+def cell(entries: list[Row], label: str, path: str, name: str, nfe: int) -> Row | None:
+    """The entry of one cell of the table, if it was computed."""
+    mine = (e for e in entries if (e["label"], e["path"], e["set"]) == (label, path, name))
+    return next((e for e in mine if e["nfe"] == nfe or label in contenders.FIXED), None)
+
+
+def shown(entry: Row | None) -> str:
+    """A score with its interval, and the held-out one: "75 [66, 82] / 71"."""
+    if entry is None:
+        return ""
+    share = entry["reward"] in SHARES
+    low, high = entry["score_95"]
+    if share:
+        return f"{100 * entry['score']:.0f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * entry['held_out']:.0f}"
+    held = "" if np.isnan(entry["held_out"]) else f" / {entry['held_out']:.2f}"
+    return f"{entry['score']:.2f} [{low:.2f}, {high:.2f}]{held}"
+
+
+def _lines(entries: list[Row]) -> list[list[str]]:
+    found = columns(entries)
+    return [
+        [label, path, *(shown(cell(entries, label, path, name, nfe)) for name, nfe in found)]
+        for label, path in _ordered(entries)
+    ]
+
+
+def _ordered(entries: list[Row]) -> list[tuple[str, str]]:
+    """Contenders in the order of `rollflow.bench.contenders`, whatever the order in which they were computed."""
+    order = {label: i for i, label in enumerate(contenders.by_label())}
+    pairs = dict.fromkeys((e["label"], e["path"]) for e in entries)
+    return sorted(pairs, key=lambda pair: (order.get(pair[0], len(order)), list(PATHS).index(pair[1])))
+
+
+def markdown(entries: list[Row]) -> str:
+    """A table for each model and reward: a row a contender and path, a column a set and budget."""
+    text = []
+    for model, reward in dict.fromkeys((e["model"], e["reward"]) for e in entries):
+        mine = [e for e in entries if (e["model"], e["reward"]) == (model, reward)]
+        heads = ["contender", "path", *(f"{name}, {nfe}" for name, nfe in columns(mine))]
+        text.append(f"{model}, reward {reward}\n")
+        text += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        text += [f"| {' | '.join(line)} |" for line in _lines(mine)] + [""]
+    return "\n".join(text)
+
+
+def _tables(entries: list[Row]) -> Iterator[Table]:
+    for model, reward in dict.fromkeys((e["model"], e["reward"]) for e in entries):
+        mine = [e for e in entries if (e["model"], e["reward"]) == (model, reward)]
+        unit = "% exactly right" if reward in SHARES else f"mean {reward}"
+        table = Table(title=f"{entries[0]['part']}: {unit} [95 % interval] / held-out, {model}")
+        for head in ("contender", "path", *(f"{name}\n{nfe} NFE" for name, nfe in columns(mine))):
+            table.add_column(head)
+        for line in _lines(mine):
+            table.add_row(*line)
+        yield table
+
+
+def plain(title: str, entries: list[Row]) -> Table:
+    table = Table(title=title)
+    for head in entries[0]:
+        table.add_column(head)
+    for entry in entries:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in entry.values()))
+    return table

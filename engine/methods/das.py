@@ -1,0 +1,100 @@
+"""DAS: tempered SMC, whose temperature falls as fast as the particles can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from rollflow.errors import RequestError
+from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.methods.paths import flat
+from rollflow.methods.resampling import effective_sample_size, normalised, scheme
+from rollflow.methods.smc import Population, less, log_mean
+from rollflow.particle import Draw, Evaluated
+
+
+def das(
+    nfe: int,
+    steps: int,
+    temperature: float = 1.0,
+    resampling: str = "systematic",
+    threshold: float = 0.5,
+    seed: int = 0,
+    finish: int = 0,
+) -> Search:
+    """Tempered sequential Monte Carlo (DAS, Kim et al. 2025, arXiv 2501.05803): the target of a level is
+    `p(x) exp(s r / temperature)`, where s grows to 1 at the last level; elsewhere it is the largest for which the
+    effective sample size stays at `threshold` of the particles (bisection). The best particle is chosen.
+
+    Args:
+        nfe: budget of function evaluations; what division leaves over are further samples of the prior.
+        steps: evaluations a path.
+        temperature: of the rewards; lower is greedier.
+        resampling: "multinomial", "systematic", "stratified" or "residual".
+        threshold: of the effective sample size, a share of the particles in (0, 1).
+        seed: of the resampling; a request's own.
+        finish: evaluations that the engine keeps for the finish of the chosen particle.
+
+    Raises:
+        RequestError: an option out of range, or a budget that does not pay for one particle.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    if number("temperature", temperature) <= 0 or not 0 < number("threshold", threshold) < 1:
+        raise RequestError(
+            f"temperature={temperature!r}, threshold={threshold!r}: a temperature is above 0, a threshold within (0, 1)"
+        )
+    scheme(resampling)
+    require("das", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
+    return _best(tempered(nfe - finish, steps, temperature, resampling, threshold, seed))
+
+
+def _best(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]) -> Search:
+    particles, _, _ = yield from search
+    return best(particles)
+
+
+def tempered(
+    budget: int, steps: int, temperature: float, resampling: str, threshold: float, seed: int
+) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]:
+    """The search itself; returns the last particles, the logarithms of their weights, and an estimate of that of
+    `E exp(r(x0) / temperature)`.
+    """
+    rng, count = np.random.default_rng(seed % 2**64), budget // steps
+    particles = flat((yield [Draw(None, budget - count * (steps - 1))]))
+    base = np.zeros(len(particles))  # log weights, but for this level's s r / temperature
+    share, log_constant = 0.0, 0.0  # s
+    for level in range(steps):
+        reward = np.array([worth(p) for p in particles]) / temperature
+        share = 1.0 if level == steps - 1 else _share(base, reward, share, threshold)
+        log_weights = base + _scaled(reward, share)
+        if level == steps - 1:
+            break
+        weights = normalised(log_weights)
+        if len(particles) != count or effective_sample_size(weights) < threshold * len(particles) * (1 + 1e-6):
+            log_constant += log_mean(log_weights)
+            chosen = scheme(resampling)(weights, count, rng)
+            particles, reward, log_weights = [particles[i] for i in chosen], reward[chosen], np.zeros(count)
+        base = less(log_weights, _scaled(reward, share))
+        particles = flat((yield [Draw(particle) for particle in particles]))
+    return particles, log_weights, log_constant + log_mean(log_weights)
+
+
+def _scaled(reward: np.ndarray, share: float) -> np.ndarray:
+    return share * reward if share else np.where(np.isneginf(reward), -np.inf, 0.0)
+
+
+def _share(base: np.ndarray, reward: np.ndarray, least: float, threshold: float) -> float:
+    """The largest s in [least, 1] whose weights have an effective sample size of `threshold`; `least` if none has."""
+
+    def enough(share: float) -> bool:
+        weights = normalised(base + _scaled(reward, share))
+        return effective_sample_size(weights) >= threshold * len(base)
+
+    if enough(1.0):
+        return 1.0
+    low, high = least, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low

@@ -1,0 +1,51 @@
+"""DPS: samples that follow the gradient of a differentiable reward."""
+
+from __future__ import annotations
+
+from rollflow.methods.budget import Search, best, require, whole
+from rollflow.methods.paths import flat, samples
+from rollflow.particle import GUIDED_NFE, Draw, Guide
+
+
+def dps(
+    nfe: int,
+    steps: int,
+    gradient: float = 1.0,
+    clip: float | None = None,
+    normalise: bool = False,
+    finish: int = 0,
+) -> Search:
+    """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687; Kim et al. 2025, arXiv 2503.19385, table 4):
+    independent samples, each step moved by the gradient of the reward of the posterior mean; the best one wins.
+
+    A guided evaluation is charged `rollflow.particle.GUIDED_NFE`; the last of a sample guides nothing and costs one.
+
+    Args:
+        nfe: budget of function evaluations; what whole guided samples leave over pays for plain ones.
+        steps: evaluations a sample.
+        gradient: 1 / temperature of the target `p(x0) exp(gradient r(x0))`; see `rollflow.particle.Guide`.
+        clip: the largest root mean square by which the posterior mean is moved at one step; none by default.
+        normalise: move it by a root mean square of `gradient` at every step, whatever the size of the gradient.
+        finish: evaluations that the engine keeps for the finish of the chosen sample.
+
+    Raises:
+        RequestError: a bad option, or a budget that does not pay for one guided sample.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    guide, cost = Guide(gradient, normalise, clip), GUIDED_NFE * (steps - 1) + 1
+    require(
+        "dps", nfe, cost + finish, f"one sample of {steps - 1} guided steps and one that is not, {finish} to finish"
+    )
+    return _search(nfe - finish, steps, guide, cost)
+
+
+def _search(budget: int, steps: int, guide: Guide, cost: int) -> Search:
+    count = budget // cost
+    (particles,) = yield [Draw(None, count, guide=guide if steps > 1 else None)]
+    for level in range(1, steps):
+        particles = flat((yield [Draw(p, guide=guide if level < steps - 1 else None) for p in particles]))
+    ends, left = list(particles), budget - count * cost
+    if left:
+        _, plain = yield from samples(left, steps)
+        ends += plain
+    return best(ends)

@@ -1,0 +1,114 @@
+"""DTS: a tree of particles, grown where the rewards at its leaves were high."""
+
+from __future__ import annotations
+
+import math
+
+from rollflow.errors import RequestError
+from rollflow.methods.budget import Search, number, require, whole, worth
+from rollflow.methods.paths import route, trails
+from rollflow.particle import Evaluated
+
+
+class Node:
+    """A particle in the tree (the root: none yet), with what became of its descendants."""
+
+    def __init__(self, particle: Evaluated | None, parent: Node | None):
+        self.particle, self.parent = particle, parent
+        self.children: list[Node] = []
+        self.visits = self.pending = self.leaves = 0
+        self.log_sum = -math.inf  # of exp(r / temperature) over the leaves below
+
+    @property
+    def level(self) -> int:
+        """Its point of the grid; -1 for the root."""
+        return -1 if self.particle is None else self.particle.step
+
+
+def dts(
+    nfe: int, steps: int, width: int = 4, temperature: float = 0.5, exploration: float = 0.5, finish: int = 0
+) -> Search:
+    """Diffusion tree search (Jain et al. 2025, arXiv 2506.20701): each walk descends from the root by upper confidence
+    bounds on the soft value `temperature log mean exp(r / temperature)` of the leaves below, branches off where a node
+    has fewer children than the square root of its visits, and follows the SDE from there to a leaf. Leaves alone are
+    judged; every node of the walk joins the tree.
+
+    Args:
+        nfe: budget of function evaluations; what is left after whole walks pays for one of fewer, longer steps.
+        steps: evaluations from the root to a leaf.
+        width: walks at the same time.
+        temperature: of the soft value, in units of the reward; lower is greedier.
+        exploration: weight of the bound against the value, which is scaled to [0, 1].
+        finish: evaluations that the engine keeps for the finish of the chosen leaf.
+
+    Raises:
+        RequestError: a bad option, or a budget that does not pay for one walk.
+    """
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("width", width, 1), whole("finish", finish, 0)
+    if number("temperature", temperature) <= 0 or number("exploration", exploration) < 0:
+        raise RequestError(
+            f"temperature={temperature!r}, exploration={exploration!r}: a temperature is above 0, exploration not below"
+        )
+    require("dts", nfe, steps + finish, f"one walk of {steps} steps and a finish of {finish}")
+    return _search(nfe - finish, steps, width, temperature, exploration)
+
+
+def _search(left: int, steps: int, width: int, temperature: float, exploration: float) -> Search:
+    root, leaves = Node(None, None), list[Evaluated]()
+    while left:
+        nodes, lengths = list[Node](), list[int]()
+        while left and len(nodes) < width:
+            node = _descend(root, steps, temperature, exploration)
+            nodes.append(node)
+            lengths.append(min(left, steps - 1 - node.level))
+            left -= lengths[-1]
+        routes = [_route(n, node.level, steps) for n, node in zip(lengths, nodes, strict=True)]
+        walks = yield from trails([node.particle for node in nodes], routes)
+        for node, particles in zip(nodes, walks, strict=True):
+            leaves.append(particles[-1])
+            _join(node, particles, worth(particles[-1]) / temperature)
+    return max(leaves, key=worth)
+
+
+def _route(evaluations: int, level: int, steps: int) -> list[int]:
+    return [0, *route(evaluations - 1, steps)] if level < 0 else route(evaluations, steps, level)
+
+
+def _descend(node: Node, steps: int, temperature: float, exploration: float) -> Node:
+    """The node that the next walk branches off from; every node on the way counts a visit."""
+    while True:
+        node.visits += 1
+        if len(node.children) + node.pending < math.sqrt(node.visits) or not node.children:
+            node.pending += 1
+            return node
+        inner = [child for child in node.children if child.level < steps - 1]
+        if not inner:
+            node.pending += 1
+            return node
+        values = [temperature * (child.log_sum - math.log(max(1, child.leaves))) for child in inner]
+        low, high = min(values), max(values)
+        bounds = [
+            ((value - low) / (high - low) if high > low else 0.0)
+            + exploration * math.sqrt(math.log(node.visits + 1) / (child.visits + 1))
+            for child, value in zip(inner, values, strict=True)
+        ]
+        node = inner[bounds.index(max(bounds))]
+
+
+def _join(node: Node, particles: list[Evaluated], log_value: float) -> None:
+    """Adds a walk below `node`, and its leaf's reward to every node above the leaf."""
+    node.pending -= 1
+    for particle in particles:
+        child = Node(particle, node)
+        node.children.append(child)
+        node = child
+    above: Node | None = node
+    while above is not None:
+        above.leaves += 1
+        above.log_sum = _log_add(above.log_sum, log_value)
+        above = above.parent
+
+
+def _log_add(a: float, b: float) -> float:
+    top = max(a, b)
+    return top if math.isinf(top) else top + math.log(math.exp(a - top) + math.exp(b - top))

@@ -1,0 +1,80 @@
+"""EvoSearch: evolution of a population along the denoising path."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from rollflow.methods.budget import Search, best, require, whole, worth
+from rollflow.methods.paths import flat, trails
+from rollflow.methods.zo import turn
+from rollflow.particle import Draw, Evaluated
+
+
+def evosearch(
+    nfe: int,
+    steps: int,
+    generations: int = 3,
+    elites: int = 2,
+    angle: float = 0.3,
+    seed: int = 0,
+    finish: int = 0,
+) -> Search:
+    """Evolutionary search (He et al. 2025, arXiv 2505.17618): at a few points of the grid, the first one included,
+    the population is judged; the `elites` live on, and the others are replaced by mutations of tournament winners (the
+    better of two). Initial noise mutates by a turn towards fresh noise; a later particle by another step of the SDE
+    from the same parent.
+
+    Args:
+        nfe: budget of function evaluations; what division leaves over are further samples of the prior.
+        steps: points of the grid that are evaluated.
+        generations: points at which the population mutates, evenly spread over all but the last.
+        elites: particles that no mutation replaces; smaller populations keep one.
+        angle: of the turn of initial noise, in right angles.
+        seed: of the tournaments; a request's own.
+        finish: evaluations that the engine keeps for the finish of the chosen particle.
+
+    Raises:
+        RequestError: a bad option, or a budget that does not pay for one particle.
+    """
+    for name, value in (("nfe", nfe), ("steps", steps), ("generations", generations), ("elites", elites)):
+        whole(name, value, 1)
+    whole("finish", finish, 0)
+    require("evosearch", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
+    points = sorted({i * (steps - 1) // generations for i in range(generations)}) if steps > 1 else []
+    return _search(nfe - finish, steps, points, elites, turn(angle), np.random.default_rng(seed % 2**64))
+
+
+def population(budget: int, steps: int, points: int, elites: int) -> tuple[int, int]:
+    """How many particles the budget pays for, and how many of them are elites."""
+    count = max(n for n in range(1, budget // steps + 1) if n * steps + points * (n - min(elites, n)) <= budget)
+    return count, min(elites, count)
+
+
+def _search(budget: int, steps: int, points: list[int], elites: int, angle: float, rng: np.random.Generator) -> Search:
+    count, elites = population(budget, steps, len(points), elites)
+    extra = budget - count * steps - len(points) * (count - elites)
+    (drawn,) = yield [Draw(None, count + extra)]
+    particles = sorted(drawn, key=worth, reverse=True)[:count] if steps > 1 else list(drawn)
+    above: list[Evaluated | None] = [None] * count  # each particle's parent
+    for point, after in pairwise([*points, steps - 1]):
+        particles, above = yield from _mutate(particles, above, elites, angle, rng)
+        routes = [range(point + 1, after + 1)] * count
+        ways = yield from trails(particles, routes)
+        above = [[start, *way][-2] for start, way in zip(particles, ways, strict=True)]
+        particles = [way[-1] for way in ways]
+    return best(particles)
+
+
+def _mutate(
+    particles: list[Evaluated], above: list[Evaluated | None], elites: int, angle: float, rng: np.random.Generator
+) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], tuple[list[Evaluated], list[Evaluated | None]]]:
+    """The next generation, and each one's parent."""
+    order = sorted(range(len(particles)), key=lambda i: worth(particles[i]), reverse=True)
+    winners = [order[min(rng.integers(len(order), size=2))] for _ in order[elites:]]  # ranks: the smaller is better
+    draws = [Draw(particles[i], move="rotate", angle=angle) if above[i] is None else Draw(above[i]) for i in winners]
+    mutants = flat((yield draws)) if draws else []
+    kept = order[:elites]
+    return [*(particles[i] for i in kept), *mutants], [*(above[i] for i in kept), *(above[i] for i in winners)]
