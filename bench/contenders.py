@@ -70,6 +70,22 @@ CONTENDERS = (
 )
 
 
+SOLVERS = tuple(
+    Contender(
+        f"{solver}, {grid}, finish {finish}",
+        "rbf",
+        BRANCHING,
+        {**AS_PUBLISHED, "solver": solver, "grid": grid, "finish": finish},
+    )
+    for solver in ("euler", "cps")
+    for grid in ("paper", "uniform", "shifted")
+    for finish in (0, 2, 4)
+)
+NOISES = tuple(
+    Contender(f"g = {scale:g} t^2", "rbf", BRANCHING, {**AS_PUBLISHED, "diffusion": scale})
+    for scale in (0.5, 1.0, 2.0, 3.0, 4.0)
+)
+
 OURS = "RBF"
 FIXED = tuple(contender.label for contender in CONTENDERS if contender.nfe is not None)
 QUICK = (

@@ -15,7 +15,7 @@ from rollflow.errors import RequestError
 
 Row = dict[str, Any]
 MIXTURE = ((-1.5, 0.0, 0.25), (1.5, 0.8, 0.25), (0.6, -1.4, 0.25))  # x, y, deviation: equal weights
-TRAJECTORIES, FINE = 24, 400
+TRAJECTORIES, FINE = 10, 400
 
 
 def _pyplot() -> Any:

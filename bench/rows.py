@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollflow.engine import Engine
 from rollflow.request import Request, Result
 
 Row = dict[str, Any]
 KEY = ("part", "model", "reward", "label", "path", "set", "nfe", "seed", "prompts")
+
+
+class Job(NamedTuple):
+    """One row to compute: its key, the model's name or folder, the prompts, and the fields of their requests."""
+
+    key: Row
+    model: str
+    prompts: Sequence[str]
+    fields: dict[str, Any]
 
 
 class Rows:
@@ -32,24 +45,66 @@ class Rows:
             row = json.loads(line)
             self.rows[_key(row)] = row
 
-    def run(self, engine: Engine, key: Row, prompts: Sequence[str], fields: dict[str, Any]) -> Row:
-        """The row of a key: from the file, or by running one request a prompt, all of them together."""
-        key = {**key, "prompts": len(prompts)}
-        if _key(key) not in self.rows:
-            base = 1000 * key["seed"]
-            start = time.perf_counter()
-            results = engine.generate(
-                [Request(p, reward=key["reward"], seed=base + i, **fields) for i, p in enumerate(prompts)]
-            )
-            row = {**key, "fields": fields, **summary(results), "seconds": time.perf_counter() - start}
+    def run(self, jobs: Sequence[Job], workers: int = 1) -> Iterator[Row]:
+        """Computes what is missing, and yields each row when it is there.
+
+        With several workers each is a process with its share of the cores; rows come in the order they are ready.
+        """
+        missing = []
+        for job in jobs:
+            row = self.rows.get(_key(job.key))
+            if row is None:
+                missing.append(job)
+            else:
+                yield row
+        for row in _computed(missing, workers):
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             self.rows[_key(row)] = row
-        return self.rows[_key(key)]
+            yield row
 
 
 def _key(row: Row) -> tuple:
     return tuple(row[name] for name in KEY)
+
+
+def _computed(jobs: list[Job], workers: int) -> Iterator[Row]:
+    if workers == 1 or len(jobs) < 2:
+        yield from map(compute, jobs)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_limit, initargs=(threads,)) as pool:
+        try:
+            for done in as_completed([pool.submit(compute, job) for job in jobs]):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _limit(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def engine_of(model: str) -> Engine:
+    """The engine of this process, loaded once."""
+    from rollflow.cli import silence
+
+    silence()
+    return Engine.from_pretrained(model)
+
+
+def compute(job: Job) -> Row:
+    """One row: a request a prompt, all of them together."""
+    engine, base = engine_of(job.model), 1000 * job.key["seed"]
+    start = time.perf_counter()
+    results = engine.generate(
+        [Request(p, reward=job.key["reward"], seed=base + i, **job.fields) for i, p in enumerate(job.prompts)]
+    )
+    return {**job.key, "fields": job.fields, **summary(results), "seconds": time.perf_counter() - start}
 
 
 def summary(results: Sequence[Result]) -> Row:

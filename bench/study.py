@@ -6,7 +6,7 @@ What has been computed is kept, so that a study that was stopped goes on where i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,11 +20,10 @@ from rollflow.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rollflow.bench.rows import Row, Rows
-    from rollflow.engine import Engine
+    from rollflow.bench.rows import Job, Row, Rows
 
 Part = Literal["methods", "fidelity", "diversity", "solvers", "noise", "paths", "all"]
-SOLVER_SET, NOISE_SCALES, FINISHES = "medium", (0.5, 1.0, 2.0, 3.0, 4.0), (0, 2, 4)
+VARIANTS_ON = "medium"  # the prompt set on which the parts "solvers" and "noise" run
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Study:
     """Paths: linear-ODE, linear-SDE, VP-SDE."""
     quick: bool = False
     """One budget, 100, and the contenders that the paper's main table has."""
+    jobs: int = 1
+    """Processes that compute at the same time, each with its share of the cores."""
     out: Path = Path("out/study")
     """Folder for rows.jsonl, the tables and the plots; made if it is not there."""
 
@@ -68,26 +69,15 @@ class Study:
 
         from rollflow.bench import figures, probes
         from rollflow.bench.rows import Rows
-        from rollflow.cli import silence
-        from rollflow.engine import Engine
 
         asked, chosen = self._checked()
-        sets = self._prompts()
-        rows, console = Rows(self.out), Console()
-        loaded: list[Engine] = []
-
-        def engine() -> Engine:
-            if not loaded:
-                silence()
-                loaded.append(Engine.from_pretrained(self.model))
-            return loaded[0]
-
+        sets, rows, console = self._prompts(), Rows(self.out), Console()
         parts: dict[str, Callable[[], Any]] = {
-            "methods": lambda: asked._methods(rows, chosen, engine, sets, console),
-            "fidelity": lambda: asked._probe(probes.fidelity, "fidelity", engine(), sets, console),
-            "diversity": lambda: asked._probe(probes.diversity, "diversity", engine(), sets, console),
-            "solvers": lambda: asked._variants(rows, "solvers", engine, sets, console),
-            "noise": lambda: asked._variants(rows, "noise", engine, sets, console),
+            "methods": lambda: asked._rows(rows, asked._methods(chosen, sets), console),
+            "fidelity": lambda: asked._probe(probes.fidelity, "fidelity", sets, console),
+            "diversity": lambda: asked._probe(probes.diversity, "diversity", sets, console),
+            "solvers": lambda: asked._rows(rows, asked._variants("solvers", sets), console),
+            "noise": lambda: asked._rows(rows, asked._variants("noise", sets), console),
             "paths": lambda: figures.paths(self.out),
         }
         for name in parts if self.part == "all" else [self.part]:
@@ -109,8 +99,8 @@ class Study:
         for path in self.paths:
             if path not in PATHS:
                 raise RequestError(f"no path {path!r}: choose from {', '.join(PATHS)}")
-        if min(self.budgets, default=0) < 1 or self.seeds < 1:
-            raise RequestError(f"budgets={self.budgets}, seeds={self.seeds}: at least 1 each")
+        if min((*self.budgets, self.seeds, self.jobs)) < 1 or not self.budgets:
+            raise RequestError(f"budgets={self.budgets}, seeds={self.seeds}, jobs={self.jobs}: at least 1 each")
         wanted = self.methods or (contenders.QUICK if self.quick else tuple(known))
         return asked, [c for c in known.values() if c.label in wanted or c.method in wanted]
 
@@ -128,104 +118,69 @@ class Study:
             raise RequestError(f"there is no prompt in {str(self.prompt_file)!r}: one a line is expected")
         return {self.prompt_file.stem: prompts}
 
-    def _key(self, part: str, label: str, path: str, name: str, nfe: int, seed: int) -> Row:
+    def _job(
+        self, part: str, contender: Contender, path: str, name: str, nfe: int, seed: int, prompts: list[str]
+    ) -> Job:
+        from rollflow.bench.rows import Job
         from rollflow.models import BUILT_IN
 
-        model = self.model if self.model in BUILT_IN else Path(self.model).name
-        return {
-            "part": part, "model": model, "reward": self.reward, "label": label, "path": path, "set": name, "nfe": nfe,
-            "seed": seed,
+        key = {
+            "part": part, "model": self.model if self.model in BUILT_IN else Path(self.model).name,
+            "reward": self.reward, "label": contender.label, "path": path, "set": name, "nfe": contender.nfe or nfe,
+            "seed": seed, "prompts": len(prompts),
         }  # fmt: skip
+        return Job(key, self.model, prompts, contender.fields(path, nfe))
 
-    def _methods(
-        self,
-        rows: Rows,
-        chosen: list[Contender],
-        engine: Callable[[], Engine],
-        sets: dict[str, list[str]],
-        console: Console,
-    ) -> None:
-        from rich.progress import Progress
-
-        from rollflow.bench.tables import report
-
-        work = [
-            (contender, path, name, nfe, seed)
+    def _methods(self, chosen: list[Contender], sets: dict[str, list[str]]) -> list[Job]:
+        return [
+            self._job("methods", contender, path, name, nfe, seed, prompts)
             for nfe in self.budgets
-            for name in sets
+            for name, prompts in sets.items()
             for contender in chosen
             for path in contender.paths
             for seed in range(self.seeds)
             if path in self.paths and (contender.nfe is None or nfe == self.budgets[0])
         ]
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("study", total=len(work))
-            for contender, path, name, nfe, seed in work:
-                progress.update(task, description=f"{contender.label}, {path}, {name}, {nfe} NFE")
-                key = self._key("methods", contender.label, path, name, contender.nfe or nfe, seed)
-                rows.run(engine(), key, sets[name], contender.fields(path, nfe))
-                progress.advance(task)
-        report(rows, self.out, console)
 
-    def _variants(
-        self,
-        rows: Rows,
-        part: Literal["solvers", "noise"],
-        engine: Callable[[], Engine],
-        sets: dict[str, list[str]],
-        console: Console,
-    ) -> None:
+    def _variants(self, part: Literal["solvers", "noise"], sets: dict[str, list[str]]) -> list[Job]:
         """Variants of RBF on one prompt set: solver, grid and finish, or the scale of the noise."""
+        name = VARIANTS_ON if VARIANTS_ON in sets else next(iter(sets))
+        variants = contenders.SOLVERS if part == "solvers" else contenders.NOISES
+        return [
+            self._job(part, variant, path, name, self.budgets[0], 0, sets[name])
+            for path in self.paths
+            for variant in variants
+            if path in variant.paths
+        ]
+
+    def _rows(self, rows: Rows, jobs: list[Job], console: Console) -> None:
         from rich.progress import Progress
 
         from rollflow.bench.tables import report
 
-        name = SOLVER_SET if SOLVER_SET in sets else next(iter(sets))
-        work = list(_solvers(self.paths) if part == "solvers" else _noises(self.paths))
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(part, total=len(work))
-            for label, path, fields in work:
-                progress.update(task, description=f"{label}, {path}")
-                key = self._key(part, label, path, name, self.budgets[0], 0)
-                given = {**PATHS[path], "method": "rbf", "nfe": self.budgets[0], "options": {}, **fields}
-                rows.run(engine(), key, sets[name], given)
-                progress.advance(task)
+            task = progress.add_task("study", total=len(jobs))
+            for row in rows.run(jobs, self.jobs):
+                progress.update(task, advance=1, description=f"{row['label']}, {row['path']}, {row['set']}")
         report(rows, self.out, console)
 
     def _probe(
         self,
         probe: Callable[..., list[Row]],
         part: str,
-        engine: Engine,
         sets: dict[str, list[str]],
         console: Console,
     ) -> None:
         from rollflow.bench import figures
+        from rollflow.bench.rows import engine_of
         from rollflow.bench.tables import plain, save
 
         found = [
             {"model": self.model, "reward": self.reward, "path": path, "set": name, **row}
             for path in self.paths
             for name, prompts in sets.items()
-            for row in probe(engine, self.reward, prompts, PATHS[path])
+            for row in probe(engine_of(self.model), self.reward, prompts, PATHS[path])
         ]
         save(self.out, part, found)
         console.print(plain(part, found))
         figures.probe(self.out, part, found)
-
-
-def _solvers(paths: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path in paths:
-        for solver in ("euler", "cps"):
-            for grid in ("paper", "uniform", "shifted"):
-                for finish in FINISHES:
-                    if path != contenders.ODE:
-                        fields = {"solver": solver, "grid": grid, "finish": finish, "finalists": 1}
-                        yield f"{solver}, {grid}, finish {finish}", path, fields
-
-
-def _noises(paths: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path in paths:
-        for scale in NOISE_SCALES:
-            if path != contenders.ODE:
-                yield f"g = {scale:g} t^2", path, {"diffusion": scale, "finalists": 1}

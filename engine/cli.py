@@ -40,7 +40,8 @@ DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
     "seven red circles",
 )
 OWN = (
-    "initial", "children", "survivors", "lookahead", "block", "factor", "temperature", "threshold", "resampling",
+    "initial", "children", "survivors", "lookahead", "block", "factor", "first", "explore", "rounds", "temperature",
+    "threshold", "resampling",
     "potential", "gradient", "clip", "normalise", "back", "ahead", "neighbours", "angle", "generations", "elites",
     "width", "exploration", "bar",
 )  # fmt: skip
@@ -53,7 +54,8 @@ def _one_of(module: str, attribute: str, what: str = "one of", metavar: str = "N
 
     def hint(default: str) -> str:
         names = getattr(import_module(module), attribute)
-        return f"({what}: {', '.join(names() if callable(names) else names)}; default: {default})"
+        usual = "what suits the method" if default == "None" else default
+        return f"({what}: {', '.join(names() if callable(names) else names)}; default: {usual})"
 
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
@@ -65,8 +67,10 @@ def _by_default(what: str, **options: Any) -> object:
 
 Reward = Annotated[str, _one_of("rollflow.rewards", "names")]
 Method = Annotated[str, _one_of("rollflow.methods", "names")]
-Interpolant = Annotated[str, _one_of("rollflow.interpolant", "_NAMED")]
-Grid = Annotated[str, _one_of("rollflow.sde", "GRIDS")]
+Interpolant = Annotated[str | None, _one_of("rollflow.interpolant", "_NAMED")]
+Grid = Annotated[str | None, _one_of("rollflow.sde", "GRIDS")]
+Steps = Annotated[int | None, _by_default("what suits the method and the model")]
+Diffusion = Annotated[float | None, _by_default("what suits the method")]
 Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
 Own = Annotated[int | None, _by_default("the method's own choice")]
 OwnNumber = Annotated[float | None, _by_default("the method's own choice")]
@@ -88,21 +92,21 @@ class SearchOptions:
 
     reward: Reward = "count"
     """What an image is judged by."""
-    method: Method = "rbf"
+    method: Method = "sprout"
     """The search."""
     nfe: int = 100
     """Budget: function evaluations for each prompt, finish included."""
-    steps: int = 10
+    steps: Steps = None
     """Points of the time grid that are evaluated."""
-    interpolant: Interpolant = "vp"
+    interpolant: Interpolant = None
     """The path that the particles follow."""
     seed: int = 0
     """Seed of all noise."""
-    grid: Grid = "paper"
+    grid: Grid = None
     """Kind of time grid."""
     shift: float = 3.0
     """Shift of the grid "shifted"."""
-    diffusion: float = 3.0
+    diffusion: Diffusion = None
     """Scale s of the noise g(t) = s t^2; 0 is the ODE, under which methods that branch cannot work."""
     solver: Solver = "euler"
     """How a step is taken."""
@@ -123,7 +127,13 @@ class SearchOptions:
     block: Own = None
     """code: steps between two choices."""
     factor: OwnNumber = None
-    """psp: how many times fewer samples go on from each step."""
+    """sprout, psp: how many times fewer samples go on from each step."""
+    first: Own = None
+    """sprout, psp: the first point of the grid that is judged."""
+    explore: OwnNumber = None
+    """sprout: share of the budget for fresh noises."""
+    rounds: Own = None
+    """sprout: of neighbours of the best noises."""
     temperature: OwnNumber = None
     """smc, fk, das, dts: of the rewards; lower is greedier."""
     threshold: OwnNumber = None
@@ -145,11 +155,11 @@ class SearchOptions:
     neighbours: Own = None
     """zo: of the pivot in one round."""
     angle: OwnNumber = None
-    """zo, evosearch: of the turn towards fresh noise, in right angles."""
+    """sprout, zo, evosearch: of the turn towards fresh noise, in right angles."""
     generations: Own = None
     """ses, evosearch: how often the population is replaced."""
     elites: Own = None
-    """ses, evosearch: the best, which live on or are drawn around."""
+    """sprout, ses, evosearch: the best, which live on or are drawn around."""
     width: Own = None
     """dts: walks at the same time."""
     exploration: OwnNumber = None
@@ -234,15 +244,17 @@ class Generate:
 
 @dataclass(frozen=True)
 class Demo:
-    """Compare a plain sample with RBF on a few prompts; write a picture of both.
+    """Compare a plain sample with a search on a few prompts; write a picture of both.
 
     The plain sample is one path of the ODE. Writes demo.png.
     """
 
     prompts: Prompts = DEMO_PROMPTS
     """What the images should show."""
+    method: Method = "sprout"
+    """The search."""
     nfe: int = 100
-    """Budget of RBF for each prompt."""
+    """Its budget for each prompt."""
     seed: int = 0
     """Seed of all noise."""
     out: Path = Path("out")
@@ -253,11 +265,8 @@ class Demo:
         """Runs the command."""
         if not self.prompts:
             raise RequestError('give at least one prompt, in quotes: rollflow demo --prompts "two red circles"')
-        plain = SearchOptions(
-            method="bon", nfe=BASE_STEPS, steps=BASE_STEPS, interpolant="linear", diffusion=0.0, grid="uniform",
-            seed=self.seed,
-        )  # fmt: skip
-        search = SearchOptions(nfe=self.nfe, seed=self.seed)
+        plain = SearchOptions(method="bon", nfe=BASE_STEPS, steps=BASE_STEPS, seed=self.seed)
+        search = SearchOptions(method=self.method, nfe=self.nfe, seed=self.seed)
         requests = [options.request(prompt) for prompt in self.prompts for options in (plain, search)]
         results = _run(requests, self.runtime, self.out)
 
@@ -279,11 +288,13 @@ def commands() -> dict[str, Callable[..., Any]]:
 
 def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Result]:
     """Checks what it can before it loads the model, then searches under a progress bar."""
+    from rollflow.models import traits
     from rollflow.present import progress_bar
     from rollflow.request import plan
 
+    known = traits(runtime.model)
     for request in requests:
-        plan(request)
+        plan(request, known)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):  # find out now, not after the work

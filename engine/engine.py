@@ -18,7 +18,8 @@ from PIL import Image
 from rollflow import methods, rewards
 from rollflow.errors import RequestError
 from rollflow.methods.budget import whole
-from rollflow.models import FlowModel, Geometry
+from rollflow.models import FlowModel, Geometry, Traits
+from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load
 from rollflow.particle import ParticlePool
 from rollflow.profile import Ledger
@@ -51,6 +52,7 @@ class Engine:
             as far as its libraries compute a row alike at every place of a batch).
         slots: how many particles of one image size can live at once, the bound of their memory. By default 4096, or
             what fits into 1 GiB. A request is promised as many as its nfe, and waits until they are free.
+        traits: what searches should know of the model, see `rollflow.models.Traits`.
 
     Attributes:
         ledger: rows by kind and seconds by span since the engine was made.
@@ -62,13 +64,14 @@ class Engine:
         *,
         buckets: Sequence[int] = BUCKETS,
         slots: int | None = None,
+        traits: Traits | None = None,
     ):
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
             raise RequestError(f"buckets={buckets!r}: they must be ascending batch sizes of at least 1")
         self.model = FluxModel(model) if isinstance(model, FluxPipeline) or not hasattr(model, "velocity") else model
         if self.model.device.type == "cpu":
             _keep_pages()
-        self.ledger = Ledger()
+        self.ledger, self.traits = Ledger(), traits or Traits()
         self._slots = None if slots is None else whole("slots", slots, 1)
         self._runner = Runner(self.model, tuple(buckets), self.ledger)
         self._pools: dict[Geometry, ParticlePool] = {}
@@ -99,6 +102,7 @@ class Engine:
         if device.type not in ("cpu", "cuda"):
             raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        options.setdefault("traits", built_in_traits(name_or_path))
         return cls(load(name_or_path, device, dtype), **options)
 
     @overload
@@ -152,7 +156,7 @@ class Engine:
         return prepared
 
     def _check(self, request: Request) -> tuple[Plan, Geometry]:
-        checked = plan(request)
+        checked = plan(request, self.traits)
         if request.prompt not in self._conditioning:
             self.model.check_prompt(request.prompt)
         checked.reward.check(request.prompt)

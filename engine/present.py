@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import rollflow
+from rollflow.methods import title
 
 if TYPE_CHECKING:
     from rollflow.engine import Progress as State
@@ -116,8 +117,12 @@ def print_table(pairs: Sequence[Pair]) -> None:
     """Prints the scores of (base, search) results, a line a prompt, to standard output."""
     table = Table(box=SIMPLE_HEAD, caption="seconds from start to end of each search; all share the forwards")
     table.add_column("\nprompt")
-    for name in ("base\nreward", "RBF\nreward", "base\nheld-out", "RBF\nheld-out", "RBF\nNFE", "RBF\nseconds"):
-        table.add_column(name, justify="right", no_wrap=True)
+    method = title(pairs[0][1].request.method)
+    for judge in ("reward", "held-out"):
+        for name in ("base", method):
+            table.add_column(f"{name}\n{judge}", justify="right", no_wrap=True)
+    for name in ("NFE", "seconds"):
+        table.add_column(f"{method}\n{name}", justify="right", no_wrap=True)
     for base, search in pairs:
         scores = (base.reward, search.reward, base.held_out, search.held_out)
         row = [*map(number, scores), str(search.committed_nfe), f"{search.seconds:.1f}"]
@@ -132,8 +137,9 @@ def grid(pairs: Sequence[Pair]) -> Image.Image:
     blocks = [_block(base, search, width, font) for base, search in pairs]
     header = Image.new("RGB", (width, LINE + MARGIN), PAPER)
     pen = ImageDraw.Draw(header)
-    for column, (title, result) in enumerate(zip(("base sample", "RBF"), pairs[0], strict=True)):
-        text = f"{title}, {result.committed_nfe} NFE"
+    names = "base sample", title(pairs[0][1].request.method)
+    for column, (name, result) in enumerate(zip(names, pairs[0], strict=True)):
+        text = f"{name}, {result.committed_nfe} NFE"
         pen.text((MARGIN + column * (IMAGE + MARGIN), MARGIN), text, font=font, fill=FAINT)
     parts = [header, *blocks]
     sheet = Image.new("RGB", (width, sum(part.height for part in parts)), PAPER)

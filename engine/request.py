@@ -16,14 +16,17 @@ from rollflow import interpolant as interpolants
 from rollflow import methods, rewards, sde
 from rollflow.errors import RequestError
 from rollflow.methods.budget import number, whole
+from rollflow.models import Traits
 from rollflow.particle import Draw
-
-PAPER_SCALE = 3.0
 
 
 @dataclass(frozen=True)
 class Request:
     """One search: the best image for `prompt` by `reward` within `nfe` function evaluations.
+
+    Where `steps`, `interpolant`, `grid` or `diffusion` is None, it is what suits the method: the model's own ODE
+    ("linear", 0, "uniform", and as many steps as suit the model) for methods that do not branch, and the paper's SDE
+    ("vp", 3, "paper", 10 steps) for those that do; see `rollflow.methods.defaults`.
 
     Attributes:
         prompt: what the image should show.
@@ -58,15 +61,15 @@ class Request:
 
     prompt: str
     reward: Any = "count"
-    method: str | Callable[..., methods.Search] = "rbf"
+    method: str | Callable[..., methods.Search] = "sprout"
     nfe: int = 100
-    steps: int = 10
-    interpolant: str | interpolants.Interpolant = "vp"
+    steps: int | None = None
+    interpolant: str | interpolants.Interpolant | None = None
     seed: int = 0
-    grid: str = "paper"
+    grid: str | None = None
     shift: float = 3.0
     times: Sequence[float] | None = None
-    diffusion: Any = PAPER_SCALE
+    diffusion: Any = None
     solver: str = "euler"
     finish: int = 0
     finalists: int | None = None
@@ -162,12 +165,18 @@ class Plan:
     steps: tuple[Step, ...]
     finalists: int
     latents: torch.Tensor | None
+    options: dict[str, Any]
     _arrivals: dict[tuple, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def finish_nfe(self) -> int:
         """What the finish of all finalists costs."""
         return self.request.finish * self.finalists
+
+    def search(self) -> methods.Search:
+        """The request's method, ready to begin."""
+        request = self.request
+        return methods.make(request.method, request.nfe, len(self.steps), self.finish_nfe, request.seed, **self.options)
 
     def arrival(self, draw: Draw) -> Step:
         """The coefficients of one of the draw's children; see `rollflow.particle.Draw.move`."""
@@ -252,14 +261,24 @@ def _latents(request: Request) -> torch.Tensor | None:
     return latents.detach().float().reshape(-1, *latents.shape[-2:])
 
 
-def plan(request: Request) -> Plan:
+def _whole_request(request: Request, traits: Traits) -> Request:
+    """The request with what it leaves to the method and the model."""
+    given = {"steps": traits.steps, **methods.defaults(request.method)}
+    return replace(request, **{name: value for name, value in given.items() if getattr(request, name) is None})
+
+
+def plan(request: Request, traits: Traits | None = None) -> Plan:
     """Checks a request, but for what depends on the model, and computes every coefficient it will need.
+
+    `traits` are those of the model; by default those of any.
 
     Raises:
         RequestError: what was given, what is allowed, what to do.
     """
     if not isinstance(request.prompt, str) or not request.prompt.strip():
         raise RequestError(f"prompt={request.prompt!r}: it must be a sentence")
+    traits = traits or Traits()
+    request = _whole_request(request, traits)
     whole("nfe", request.nfe, 1), whole("finish", request.finish, 0)
     whole("seed", request.seed, -(2**63))
     if request.seed >= 2**63:
@@ -290,6 +309,9 @@ def plan(request: Request) -> Plan:
     if request.stop_at is not None:
         number("stop_at", request.stop_at)
     finalists = (1 if request.finish else 2) if request.finalists is None else whole("finalists", request.finalists, 1)
-    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request))
-    methods.make(request.method, request.nfe, len(steps), made.finish_nfe, request.seed, **request.options)  # a check
+    options = dict(request.options)
+    if "first" in methods.options_of(request.method):
+        options.setdefault("first", sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1]))
+    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request), options)
+    made.search()  # a check
     return made

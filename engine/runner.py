@@ -72,18 +72,17 @@ class Runner:
             latents = _unpack(p * x + q * u, geometry) / self.model.scaling + self.model.shift
             scores = self._score(rows, latents.to(self.model.dtype))
             with self.ledger.span("backward", self.model.device):
-                total = torch.stack([score for score in scores if score is not None]).sum()
-                if not total.requires_grad:
+                if not all(isinstance(score, Tensor) for score in scores):
                     raise RequestError(
                         f"the gradient of the reward {rows[0].search.plan.reward.name} does not reach the latents: "
                         "reward, decoder and model must be differentiable for a guided method"
                     )
-                (gradient,) = torch.autograd.grad(total, x)
+                (gradient,) = torch.autograd.grad(torch.stack(scores).sum(), x)
         with torch.no_grad():
             pool.u[live] = u.detach()[: len(rows)]
             for i, row in enumerate(rows):
                 pool.u[live[i]] += _move(row, gradient[i]) / row.step.q
-        return [float(score) for score in scores]
+        return torch.stack(scores).detach().tolist()
 
     def _propose(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """The model's input and the children's slots, both padded to the bucket."""

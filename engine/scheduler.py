@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-from rollflow import methods
 from rollflow.methods.budget import worth
 from rollflow.models import Geometry
 from rollflow.particle import Draw, Particle, ParticlePool
@@ -52,10 +51,7 @@ class Search:
 
     def __init__(self, plan: Plan, geometry: Geometry, conditioning: Any, pool: ParticlePool):
         self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
-        request = plan.request
-        self.method = methods.make(
-            request.method, request.nfe, len(plan.steps), plan.finish_nfe, request.seed, **request.options
-        )
+        self.method = plan.search()
         self.history: list[Record] = []
         self.best_reward = -math.inf
         self.committed = self.executed = self.turn = self.priors = self.invalid = 0

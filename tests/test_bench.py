@@ -1,5 +1,6 @@
 """The measuring commands, on a few prompts: what they print and write, not how fast anything is."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -7,53 +8,153 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rollflow.bench import prompt_sets, study
+from rollflow import methods
+from rollflow.bench import contenders, figures, intervals, probes, prompt_sets, tables
+from rollflow.bench.contenders import Contender
+from rollflow.bench.rows import KEY, Rows
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.errors import RequestError
 from rollflow.shapes import target_counts
 
 
+def study(out, **options):
+    return Study(**{"budgets": (14,), "sets": ("easy",), "prompts": 2, "out": out, **options})
+
+
 def test_study(tmp_path, capsys):
-    file = tmp_path / "study.json"
-    made = Study(quick=True, prompts=2, nfe=20, sets=("easy",), json=file, markdown=tmp_path / "study.md")
-    made.run()
-    shown, report = capsys.readouterr().out, json.loads(file.read_text())
-    assert [(r["method"], r["path"]) for r in report["rows"]] == list(made.rows())
-    for method in ("base", "BoN", "SVDD", "RBF"):
-        assert method in shown
+    chosen = ("base, 10 steps", "BoN, 3 steps", "rbf", "psp")
+    study(tmp_path, methods=chosen, seeds=2)()
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "methods.json").read_text())
     assert {"date", "commit", "torch", "device"} <= report["environment"].keys()
+    expected = {(c.label, p) for c in contenders.CONTENDERS if c.label in chosen or c.method in chosen for p in c.paths}
+    assert {(r["label"], r["path"]) for r in report["rows"]} == expected
     for row in report["rows"]:
-        low, high = row["accuracy_95"]
-        assert 0 <= low <= row["accuracy"] <= high <= 1
-        assert row["committed_nfe"] == {"base": 10, "base, 1 step": 1, "BoN, 3 steps": 18}.get(row["method"], 20)
-    assert report["rows"][0]["gain"] == 0
-    assert (tmp_path / "study.md").read_text().splitlines()[2].startswith("| base | linear-ODE | ")
+        low, high = row["score_95"]
+        assert 0 <= low <= row["score"] <= high <= 1 and row["seeds"] == row["prompts"] == 2
+        assert row["committed_nfe"] == (10 if row["label"].startswith("base") else 14)
+        assert row["label"].split(",")[0] in shown
+    with (tmp_path / "methods.csv").open() as file:
+        assert [r["label"] for r in csv.DictReader(file)] == [r["label"] for r in report["rows"]]
+    table = (tmp_path / "methods.md").read_text().splitlines()
+    assert table[2] == "| contender | path | easy, 14 |" and len(table) == 4 + len(report["rows"])
+    assert (tmp_path / "rollover.png").stat().st_size > 5000 < (tmp_path / "rollover.svg").stat().st_size
+
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * len(report["rows"])
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    study(tmp_path, methods=chosen, seeds=2)()  # what is there is not computed again, what is missing is
+    again = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert again[:-1] == lines[:-1]
+    known, computed = json.loads(lines[-1]), json.loads(again[-1])
+    assert all(known[key] == computed[key] for key in known if key != "seconds")
+
+
+def test_study_in_several_processes(tmp_path):
+    options = {"methods": ("BoN, 3 steps", "PSP, 3 steps"), "budgets": (9, 12)}
+    study(tmp_path / "one", **options)()
+    study(tmp_path / "two", jobs=2, **options)()
+    one, two = (
+        {tuple(r[k] for k in KEY): r["rewards"] for r in Rows(tmp_path / n).rows.values()} for n in ("one", "two")
+    )
+    assert one == two and len(one) == 4
+    assert (tmp_path / "one" / "methods-budgets.png").is_file()
+
+
+def test_study_of_ones_own_prompts_and_reward(tmp_path):
+    (tmp_path / "mine.txt").write_text("two red circles\n\none blue square\n")
+    study(tmp_path, prompt_file=tmp_path / "mine.txt", methods=("PSP, 3 steps",), reward="soft_count")()
+    (row,) = json.loads((tmp_path / "methods.json").read_text())["rows"]
+    assert row["set"] == "mine" and row["reward"] == "soft_count" and row["score"] < 0
+
+
+@pytest.mark.parametrize("part", ["fidelity", "diversity"])
+def test_probes(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "STEPS", 4)
+    study(tmp_path, part=part, prompts=4, sets=("medium",), paths=("linear-ODE", "VP-SDE"))()
+    rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
+    assert (tmp_path / f"{part}.png").is_file() and (tmp_path / f"{part}.svg").is_file()
+    if part == "fidelity":
+        assert all(-1 <= row["pearson"] <= 1 and row["prompts"] <= 4 for row in rows)
+        last = [row["pearson"] for row in rows if row["path"] == "linear-ODE"][-1]
+        assert last > 0.5  # under the ODE the last step but one is nearly the image
+    else:
+        far = {(row["path"], row["point"]): row["rms"] for row in rows}
+        assert far["linear-ODE", "last"] == 0 < far["VP-SDE", "first"] < far["VP-SDE", "last"]
+
+
+def test_variants(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "SOLVERS", contenders.SOLVERS[:2])
+    monkeypatch.setattr(contenders, "NOISES", contenders.NOISES[:1])
+    for part, count in (("solvers", 2), ("noise", 1)):
+        study(tmp_path, part=part, paths=("VP-SDE",))()
+        assert len(json.loads((tmp_path / f"{part}.json").read_text())["rows"]) == count
+        assert (tmp_path / f"{part}.png").is_file()
+
+
+def test_path_figures(tmp_path):
+    study(tmp_path, part="paths")()
+    assert all(
+        (tmp_path / f"{name}.{kind}").is_file() for name in ("log-snr", "trajectories") for kind in ("png", "svg")
+    )
+
+
+@pytest.mark.parametrize("name", ["linear", "vp"])
+def test_trajectories_end_on_the_mixture(name):
+    ends, tracks = figures.trajectories(name, 0.0)
+    means = np.array([part[:2] for part in figures.MIXTURE])
+    distance = np.linalg.norm(ends[:, None] - means, axis=2).min(1)
+    assert np.mean(distance < 4 * 0.25) > 0.99 and tracks.shape == (figures.TRAJECTORIES, figures.FINE + 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sets": ("simple",)}, "easy, medium, hard"),
+        ({"methods": ("RBFF",)}, "no contender 'RBFF': choose labels"),
+        ({"paths": ("VP",)}, "no path 'VP': choose from linear-ODE"),
+        ({"budgets": ()}, "at least 1 each"),
+        ({"jobs": 0}, "at least 1 each"),
+        ({"prompt_file": Path("nowhere.txt")}, "cannot be read"),
+    ],
+)
+def test_studies_that_cannot_be_done(options, message, tmp_path):
+    with pytest.raises(RequestError, match=message):
+        study(tmp_path, **options)()
+
+
+def test_contenders_exist_and_differ():
+    assert len(contenders.by_label()) == len(contenders.CONTENDERS)
+    assert {c.method for c in contenders.CONTENDERS} <= set(methods.names())
+    assert {contenders.OURS, *contenders.QUICK} <= contenders.by_label().keys()
+    for contender in contenders.CONTENDERS:
+        assert not (methods.branches(contender.method) and contenders.ODE in contender.paths)
+    twice = Contender("a", "bon", (contenders.ODE,), {"steps": 3}).fields(contenders.ODE, 9)
+    assert twice == {**contenders.PATHS[contenders.ODE], "method": "bon", "nfe": 9, "options": {}, "steps": 3}
+
+
+def test_gains_are_paired_by_prompt_and_seed(tmp_path):
+    rows = Rows(tmp_path)
+    made = {"part": "methods", "model": "m", "reward": "count", "path": "p", "set": "s", "nfe": 9, "prompts": 4}
+    for label, seed, given in ((contenders.OURS, 0, [0, 0, 0, -1]), ("x", 0, [0, -1, -2, -1]), ("x", 1, [0, 0, 0, 0])):
+        row = {**made, "label": label, "seed": seed, "rewards": given, "held_out": given}
+        rows.rows[label, seed] = row
+    (entry,) = tables.gains(rows, contenders.OURS)
+    assert entry["over"] == "x" and entry["gain"] == entry["held_out_gain"] == 0.5 and entry["seeds"] == 1
+    low, high = entry["gain_95"]
+    assert 0 <= low < 0.5 < high <= 1
 
 
 def test_throughput(tmp_path, capsys):
     file = tmp_path / "throughput.json"
-    Throughput(prompts=2, nfe=13, repetitions=1, json=file).run()
+    Throughput(prompts=2, nfe=13, repetitions=1, json=file)()
     packed, single = json.loads(file.read_text())["rows"]
     assert (packed["contender"], single["contender"]) == ("packed", "one by one")
     assert packed["committed_nfe"] == single["committed_nfe"] == 26
     assert packed["nfe_per_second"] == pytest.approx(26 / packed["seconds"][0])
     assert sum(packed["span_seconds_of_last"].values()) == pytest.approx(packed["seconds"][0])
     assert "packed costs" in capsys.readouterr().out
-
-
-def test_the_readme_shows_the_committed_results():
-    root = Path(__file__).parents[1]
-    readme = (root / "README.md").read_text()
-    results = root / "bench" / "results"
-    assert study.markdown(json.loads((results / "study-quick.json").read_text())["rows"]) in readme
-    ratio = json.loads((results / "throughput.json").read_text())["packed_over_one_by_one"]
-    assert f"cost {ratio:.2f} of the wall time" in readme
-
-
-def test_unknown_sets_are_refused():
-    with pytest.raises(RequestError, match="easy, medium, hard"):
-        Study(sets=("simple",)).run()
 
 
 def test_the_prompt_sets_are_100_different_readable_prompts():
@@ -64,8 +165,9 @@ def test_the_prompt_sets_are_100_different_readable_prompts():
 
 
 def test_intervals():
-    low, high = study._wilson(np.array([1.0] * 50 + [0.0] * 50))
+    low, high = intervals.wilson(np.array([1.0] * 50 + [0.0] * 50))
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
-    low, high = study._paired(np.random.default_rng(0).choice([0.0, 1.0], 1000))
+    low, high = intervals.bootstrap(np.random.default_rng(0).choice([0.0, 1.0], 1000))
     half = 1.96 * 0.5 / math.sqrt(1000)
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+    assert intervals.bootstrap([0.25, 0.25]) == (0.25, 0.25)

@@ -55,12 +55,15 @@ def run(model, capsys):
 
 def test_generate_writes_an_image_and_its_record(run, tmp_path):
     out = tmp_path / "new" / "folder"
-    code, printed, complaint = run("generate", PROMPT, *SMALL, "--seed", "3", "--initial", "2", "--out", out)
+    code, printed, complaint = run(
+        "generate", PROMPT, *SMALL, "--seed", "3", "--method", "rbf", "--initial", "2", "--out", out
+    )
     assert (code, complaint) == (0, "")
     assert Image.open(out / "two-red-circles-seed3.png").size == (64, 64)
     record = json.loads((out / "two-red-circles-seed3.json").read_text())
     assert record["request"] == {
-        **record["request"], "prompt": PROMPT, "method": "rbf", "nfe": 12, "seed": 3, "options": {"initial": 2}
+        **record["request"], "prompt": PROMPT, "method": "rbf", "interpolant": "vp", "nfe": 12, "seed": 3,
+        "options": {"initial": 2},
     }  # fmt: skip
     assert record["committed_nfe"] == len(record["history"]) == 12 <= record["executed_nfe"]
     assert [row["parent"] for row in record["history"][:2]] == [None, None]
@@ -116,9 +119,9 @@ WRONG = {
     "grid": (["generate", PROMPT, "--grid", "x"], ["'x'", *sde.GRIDS]),
     "solver": (["generate", PROMPT, "--solver", "x"], ["'x'", *sde.SOLVERS]),
     "budget of 0": (["generate", PROMPT, "--nfe", "0"], ["nfe=0"]),
-    "budget too small": (["generate", PROMPT, "--nfe", "5"], ["nfe=5", "10"]),
-    "demo's budget": (["demo", "--nfe", "5"], ["nfe=5", "10"]),
-    "another method's option": (["generate", PROMPT, "--children", "2"], ["children", "initial"]),
+    "budget too small": (["generate", PROMPT, "--nfe", "4"], ["nfe=4", "5"]),
+    "demo's budget": (["demo", "--nfe", "4"], ["nfe=4", "5"]),
+    "another method's option": (["generate", PROMPT, "--children", "2"], ["children", "explore"]),
     "no shapes": (["generate", "a red herring"], ["red herring", "circle"]),
     "dtype": (["generate", PROMPT, "--dtype", "int8"], ["int8", *cli.DTYPES]),
     "device": (["generate", PROMPT, "--device", "abacus"], ["abacus", "cpu"]),
@@ -154,16 +157,18 @@ def _one_line(outcome, expected):
         assert part in complaint
 
 
-@pytest.mark.parametrize("command", ["generate", "demo"])
+@pytest.mark.parametrize("command", ["generate", "demo", "study"])
 def test_help_is_complete(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     assert cli.main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    groups = [cli.COMMANDS[command], cli.ModelOptions, *([cli.SearchOptions] if command == "generate" else [])]
+    groups = [cli.commands()[command]]
+    groups += [cli.ModelOptions] * (command != "study") + [cli.SearchOptions] * (command == "generate")
     for option in (f for group in groups for f in fields(group)):
-        if option.name not in ("prompts", "search", "runtime"):
-            assert f"--{option.name} " in text
-    named = [*models.BUILT_IN, *cli.DTYPES]
+        if option.name not in ("search", "runtime", "part") and (option.name != "prompts" or command == "study"):
+            name = option.name.replace("_", "-")
+            assert f"--{name} " in text or f"--{name}, --no-{name} " in text
+    named = [] if command == "study" else [*models.BUILT_IN, *cli.DTYPES]
     if command == "generate":
         named += [*rewards.names(), *methods.names(), *interpolant._NAMED, *sde.GRIDS, *sde.SOLVERS]
     for name in named:

@@ -287,7 +287,7 @@ def test_an_error_leaves_the_engine_usable():
     [
         ({"nfe": 0}, "nfe=0: it must be a whole number of at least 1"),
         ({"nfe": 4}, "smallest budget is 5"),
-        ({"method": "rfb"}, "unknown method 'rfb': choose one of beam, bon, code, fk, psp, rbf, smc, svdd"),
+        ({"method": "rfb"}, "unknown method 'rfb': choose one of beam, bon, code, das, dps"),
         ({"interpolant": "vpp"}, "linear, vp"),
         ({"grid": "even"}, "paper, uniform, shifted"),
         ({"solver": "heun"}, "euler, cps"),
@@ -317,7 +317,7 @@ def test_bad_requests_are_refused_before_anything_runs(options, message):
     ("options", "message"),
     [
         ({"intepolant": "vp"}, "no option 'intepolant': did you mean 'interpolant'"),
-        ({"wings": 2}, "the method rbf has no option 'wings': its options are initial"),
+        ({"wings": 2}, "the method sprout has no option 'wings': its options are explore"),
         ({"prompt": "b"}, "give one"),
     ],
 )

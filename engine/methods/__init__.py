@@ -23,25 +23,19 @@ from rollflow.methods.rbf import rbf
 from rollflow.methods.ses import ses
 from rollflow.methods.smc import fk, smc
 from rollflow.methods.sop import sop
+from rollflow.methods.sprout import sprout
 from rollflow.methods.svdd import svdd
 from rollflow.methods.threshold import threshold
 from rollflow.methods.zo import zo
 
-_METHODS: dict[str, Callable[..., Search]] = {
-    f.__name__: f for f in (beam, bon, code, das, dps, dts, evosearch, fk, psp, rbf, ses, smc, sop, svdd, threshold, zo)
-}
-_UNBRANCHED = (
-    "bon",
-    "dps",
-    "psp",
-    "ses",
-    "sop",
-    "zo",
-)  # no particle has two children by a step of the SDE, so that an ODE will do
+_BRANCHING = (beam, code, das, dts, evosearch, fk, rbf, smc, svdd, threshold)  # children of one particle, by the SDE
+_UNBRANCHED = (bon, dps, psp, ses, sop, sprout, zo)  # for these an ODE will do
+_METHODS: dict[str, Callable[..., Search]] = {f.__name__: f for f in (*_BRANCHING, *_UNBRANCHED)}
+_NOISE: dict[str, Any] = {"interpolant": "vp", "diffusion": 3.0, "grid": "paper", "steps": 10}  # as in the paper
+_STRAIGHT: dict[str, Any] = {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}  # the model's own ODE
 
 __all__ = [
-    "Search", "beam", "bon", "branches", "code", "das", "dps", "dts", "evosearch", "fk", "guided", "make", "names",
-    "options_of", "psp", "rbf", "ses", "smc", "sop", "svdd", "threshold", "title", "zo",
+    "Search", "branches", "defaults", "guided", "make", "names", "options_of", "title", *sorted(_METHODS),
 ]  # fmt: skip
 
 
@@ -64,7 +58,14 @@ def options_of(method: str | Callable[..., Search]) -> list[str]:
 
 def branches(method: str | Callable[..., Search]) -> bool:
     """Whether the method draws several children of one particle, which under an ODE would all be the same."""
-    return method in _METHODS and method not in _UNBRANCHED
+    return _METHODS.get(method) in _BRANCHING if isinstance(method, str) else False
+
+
+def defaults(method: str | Callable[..., Search]) -> dict[str, Any]:
+    """How a request runs where it does not say: by the paper's VP-SDE for methods that branch and for your own, by the
+    model's own ODE, for as many steps as suit the model, for those that do not.
+    """
+    return _STRAIGHT if _METHODS.get(method) in _UNBRANCHED else _NOISE  # type: ignore[arg-type]
 
 
 def guided(method: str | Callable[..., Search], options: Mapping[str, Any]) -> bool:
@@ -72,9 +73,7 @@ def guided(method: str | Callable[..., Search], options: Mapping[str, Any]) -> b
     return method == "dps" or bool(options.get("gradient"))
 
 
-def make(
-    name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any
-) -> Search:
+def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any) -> Search:
     """Builds a search whose draws and finish together spend exactly `nfe` function evaluations.
 
     Args:

@@ -6,10 +6,11 @@ from itertools import pairwise
 
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.methods.paths import flat
 from rollflow.particle import Draw
 
 
-def psp(nfe: int, steps: int, factor: float = 2.0, finish: int = 0) -> Search:
+def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0, finish: int = 0) -> Search:
     """Progressive seed pruning by successive halving (arXiv 2607.21591): of the samples of one level, about one in
     `factor` goes on to the next. Nothing branches, so that it works under the ODE.
 
@@ -17,38 +18,46 @@ def psp(nfe: int, steps: int, factor: float = 2.0, finish: int = 0) -> Search:
         nfe: budget of function evaluations; what rounding leaves over goes to the first level.
         steps: evaluations of a sample that is never pruned.
         factor: how many times fewer samples each level has than the one before; 1 prunes nothing.
+        first: the first level that is judged, and after which samples are pruned: where posterior means do not foretell
+            the image yet, pruning by their rewards misleads. By default the engine's, see `rollflow.Engine`.
         finish: evaluations that the engine keeps for the finish of the chosen particle.
 
     Raises:
         RequestError: a factor below 1, or a budget that does not pay for one whole sample.
     """
-    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("first", first, 0), whole("finish", finish, 0)
     if number("factor", factor) < 1:
         raise RequestError(f"factor={factor!r}: each level has at most as many samples as the one before; at least 1")
     require("psp", nfe, steps + finish, f"one sample of {steps} steps and a finish of {finish}")
-    return _search(levels(nfe - finish, steps, factor))
+    return _search(levels(nfe - finish, steps, factor, first))
 
 
-def levels(budget: int, steps: int, factor: float) -> list[int]:
-    """How many samples each level evaluates: decreasing by `factor`, at least 1, `budget` in all."""
+def levels(budget: int, steps: int, factor: float, first: int = 0) -> list[int]:
+    """How many samples each level evaluates: as many up to level `first`, from there on fewer by `factor`, at least 1;
+    `budget` in all.
+    """
 
-    def counts(first: int) -> list[int]:
-        return [max(1, int(first * factor ** -float(level))) for level in range(steps)]
+    def counts(count: int) -> list[int]:
+        return [max(1, int(count * factor ** -float(max(0, level - first)))) for level in range(steps)]
 
     low, high = 1, budget + 1  # the most at the first level that the budget pays for, by bisection
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if sum(counts(middle)) <= budget else (low, middle)
     chosen = counts(low)
-    return [chosen[0] + budget - sum(chosen), *chosen[1:]]
+    left = budget - sum(chosen)
+    for level in range(
+        steps
+    ):  # spread over the levels from the first on, so that no level has more than the one before
+        chosen[level] += left // steps + (level < left % steps)
+    return chosen
 
 
 def _search(counts: list[int]) -> Search:
     judged = [after < count for count, after in pairwise([*counts, 0])]  # no level is judged that nothing is pruned at
-    (particles,) = yield [Draw(None, counts[0], scored=judged[0])]
+    particles = flat((yield [Draw(None, counts[0], scored=judged[0])]))
     for level in range(1, len(counts)):
         if judged[level - 1]:
             particles = sorted(particles, key=worth, reverse=True)[: counts[level]]
-        drawn = yield [Draw(particle, scored=judged[level]) for particle in particles]
-        particles = [child for (child,) in drawn]
+        particles = flat((yield [Draw(particle, scored=judged[level]) for particle in particles]))
     return best(particles)

@@ -32,6 +32,29 @@ class Geometry:
     channel: int
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What searches should know of a model, as `rollflow study fidelity` measures it.
+
+    Attributes:
+        steps: evaluations after which its samples are good.
+        trusted_from: the linear time from which on, towards the image, the reward of a posterior mean foretells that of
+            the final image. Near 1 for models that were distilled or rectified to a few steps; others draw blurred
+            posterior means for longer.
+    """
+
+    steps: int = 10
+    trusted_from: float = 1.0
+
+
+_TRAITS = {"shapes": Traits(5, 1.0), "shapes-base": Traits(10, 0.4)}
+
+
+def traits(name: str | Path) -> Traits:
+    """Those of a built-in model, and the defaults for any other."""
+    return _TRAITS.get(str(name), Traits())
+
+
 @runtime_checkable
 class FlowModel(Protocol):
     """A flow-matching model on the linear path, as the engine drives it.

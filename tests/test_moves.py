@@ -1,0 +1,338 @@
+"""The moves of a draw, through the whole engine, on a model whose flow is known in closed form."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rollflow import interpolant, sde
+from rollflow.engine import Engine
+from rollflow.errors import RequestError
+from rollflow.models import Geometry
+from rollflow.particle import Draw, Guide
+from rollflow.request import Request, plan
+
+MEAN, DEVIATION, TOKENS, CHANNELS = 0.5, 0.2, 16, 12
+
+
+class Gaussian:
+    """Data N(MEAN, DEVIATION^2) in every latent element, the exact velocity, an identity decoder."""
+
+    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+
+    def geometry(self, height=None, width=None):
+        return Geometry(8, 8, 8, 8, TOKENS, CHANNELS)
+
+    def check_prompt(self, prompt):
+        pass
+
+    def encode(self, prompts):
+        return [torch.zeros(1) for _ in prompts]
+
+    def velocity(self, x, tau, conditioning, guidance, geometry):
+        tau = tau.double()[:, None, None]
+        variance = (1 - tau) ** 2 * DEVIATION**2 + tau**2
+        centred = (x.double() - (1 - tau) * MEAN) / variance
+        return (tau * centred - MEAN - (1 - tau) * DEVIATION**2 * centred).float()
+
+    def decode(self, latents):
+        return latents
+
+
+class Emptied(interpolant.Linear):
+    """No data left from the middle on."""
+
+    def alpha(self, t):
+        return max(0.0, 1 - 2 * t)
+
+
+class Particle:
+    """All that a `Draw` looks at."""
+
+    def __init__(self, step):
+        self.step, self.reward = step, 0.0
+
+
+def state(particle):
+    return particle.slot._pool.x[particle.slot.index].clone()
+
+
+def run(draws_of, seeds=range(1), reward=lambda images, prompts: images.mean((1, 2, 3)), **options):
+    """Runs a method that yields the draws that `draws_of(particles so far)` gives; returns each request's states."""
+    found = []
+
+    def method(nfe, steps):
+        particles, states = [], []
+        while draws := draws_of(particles):
+            drawn = yield draws
+            new = [child for children in drawn for child in children]
+            particles += new
+            states += map(state, new)
+        found.append(torch.stack(states))
+        return particles[-1]
+
+    fields = {"nfe": 50, "steps": 5, "interpolant": "linear", "reward": reward, **options}
+    Engine(Gaussian()).generate([Request("a", method=method, seed=s, **fields) for s in seeds])
+    return torch.stack(found).double()
+
+
+def then(*draws):
+    """Draws one after another, each from the last particle."""
+
+    def draws_of(particles):
+        if len(particles) == len(draws) + 1:
+            return []
+        return [draws[len(particles) - 1](particles[-1]) if particles else Draw(None)]
+
+    return draws_of
+
+
+def test_a_rotation_is_noise_again_and_as_far_as_asked():
+    angle = 0.7
+    before, after = run(then(lambda p: Draw(p, move="rotate", angle=angle)), range(40)).transpose(0, 1)
+    n = before.numel()
+    assert abs(after.std() - 1) < 5 / math.sqrt(2 * n) and abs(after.mean()) < 5 / math.sqrt(n)
+    assert abs((before * after).mean() - math.cos(angle)) < 5 * math.sqrt(2 / n)
+
+
+def test_a_region_leaves_the_rest_alone():
+    before, after = run(then(lambda p: Draw(p, move="rotate", angle=1.0, region=0.5)), range(30)).transpose(0, 1)
+    changed = (before != after).any(-1).view(-1, 4, 4)
+    for mask in changed:
+        rows, columns = mask.any(1), mask.any(0)
+        assert rows.sum() == columns.sum() == 2 and mask.sum() == 4  # one rectangle
+        assert torch.equal(mask, rows[:, None] & columns)
+    assert len({tuple(mask.flatten().tolist()) for mask in changed}) > 4  # at places of their own
+    again = run(then(lambda p: Draw(p, move="rotate", angle=1.0, region=0.5)), range(30))
+    assert torch.equal(again[:, 1], after)
+
+
+def test_a_coarse_rotation_changes_patch_means_alone():
+    before, after = run(then(lambda p: Draw(p, move="rotate", angle=1.0, coarse=True)), range(20)).transpose(0, 1)
+    patches = (after - before).reshape(20, TOKENS, CHANNELS // 4, 4)
+    assert (patches - patches.mean(-1, keepdim=True)).abs().max() < 1e-5 and patches.abs().min() > 0
+    assert abs(after.std() - 1) < 5 / math.sqrt(2 * after.numel())
+
+
+def test_a_mixture_has_the_direction_of_the_sum_and_the_norm_of_the_parent():
+    def draws_of(particles):
+        if not particles:
+            return [Draw(None, 3)]
+        return [Draw(particles[0], move="rotate", mix=tuple(particles[1:3]))] if len(particles) == 3 else []
+
+    (first, second, third, child) = run(draws_of)[0]
+    total = first + second + third
+    assert torch.allclose(child, total * (first.norm() / total.norm()), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["linear", "vp"])
+def test_jumps_renoising_and_edits_apply_their_coefficients(path):
+    made = interpolant.make(path)
+    grid = sde.time_grid(5, "uniform")
+    moves = [
+        lambda p: Draw(p, move="ode", level=3),
+        lambda p: Draw(p, move="edit", level=3),
+        lambda p: Draw(p, move="edit", level=1),
+        lambda p: Draw(p, move="sde", level=4),
+    ]
+    start, there, same, back, _ = run(then(*moves), interpolant=path, grid="uniform")[0]
+
+    def velocity(x, t):
+        c, tau = made.scale(t), torch.tensor([made.linear_time(t)])
+        return Gaussian().velocity((x / c)[None].float(), tau, None, None, None)[0].double()
+
+    a, b, _ = sde.step_coefficients(made, grid[0], grid[3], sde.Zero(), "cps")
+    assert torch.allclose(there, a * start + b * velocity(start, grid[0]), atol=1e-4)
+    assert torch.allclose(same, there, atol=1e-5)  # an edit by no angle to where it is
+    a, b, k = sde.edit_coefficients(made, grid[3], grid[1], 0.0)
+    assert k == 0 and torch.allclose(back, a * same + b * velocity(same, grid[3]), atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["linear", "vp", "cosine"])
+def test_renoising_has_the_marginal_of_where_it_goes(path):
+    made, t, back = interpolant.make(path), 0.3, 0.8
+    a, b, k = sde.renoise_coefficients(made, t, back)
+    variance = made.alpha(t) ** 2 * DEVIATION**2 + made.sigma(t) ** 2
+    assert b == 0 and a * made.alpha(t) == pytest.approx(made.alpha(back))
+    assert a**2 * variance + k**2 == pytest.approx(made.alpha(back) ** 2 * DEVIATION**2 + made.sigma(back) ** 2)
+    moves = then(lambda p: Draw(p, move="ode", level=2), lambda p: Draw(p, move="renoise"))
+    states = run(moves, range(30), interpolant=path, times=[1.0, back, t])
+    assert abs(states[:, 2].std() / math.sqrt(made.alpha(back) ** 2 * DEVIATION**2 + made.sigma(back) ** 2) - 1) < 0.05
+    with pytest.raises(RequestError, match="towards the noise"):
+        sde.renoise_coefficients(made, 0.8, 0.3)
+    with pytest.raises(RequestError, match="nothing but noise"):
+        sde.renoise_coefficients(Emptied(), 0.5, 0.8)
+
+
+def test_edits_in_closed_form():
+    """Turned by a right angle, the posterior mean is noised afresh; a turn keeps the variance of exact noise."""
+    made = interpolant.make("vp")
+    a, b, k = sde.edit_coefficients(made, 0.4, 0.7, math.pi / 2)
+    p, q = sde.posterior_coefficients(made, 0.4)
+    assert (a, b, k) == (pytest.approx(made.alpha(0.7) * p), pytest.approx(made.alpha(0.7) * q), made.sigma(0.7))
+    step = sde.step_coefficients(made, 0.7, 0.4, sde.Zero(), "cps")
+    assert sde.edit_coefficients(made, 0.7, 0.4, 0.0) == pytest.approx(step)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        ({"parent": None, "count": 0}, "at least 1"),
+        ({"parent": None, "scored": False, "until": 1.0}, "must be scored"),
+        ({"parent": None, "scored": False, "guide": Guide()}, "must be scored"),
+        ({"parent": Particle(2), "level": 1}, "from point 2 of the grid to 1"),
+        ({"parent": Particle(0), "move": "renoise"}, "from point 0 of the grid to -1"),
+        ({"parent": Particle(1), "move": "rotate"}, "rotate stays at 0"),
+        ({"parent": None, "move": "ode"}, "from point -1 of the grid"),
+        ({"parent": None, "level": 1}, "the prior .* is at 0"),
+        ({"parent": Particle(1), "angle": 0.3}, "belong to the moves"),
+        ({"parent": Particle(1), "move": "edit", "coarse": True}, "belong to the move 'rotate'"),
+        ({"parent": Particle(0), "move": "rotate", "region": 0.0}, "a share of the latent"),
+        ({"parent": Particle(0), "move": "rotate", "mix": (Particle(1),)}, "first point"),
+    ],
+)
+def test_draws_that_make_no_sense(draw, message):
+    with pytest.raises(RequestError, match=message):
+        Draw(**draw)
+
+
+def test_a_draw_beyond_the_grid():
+    made = plan(Request("a", reward=lambda images, prompts: images.mean((1, 2, 3)), nfe=10, steps=3))
+    with pytest.raises(RequestError, match="point 3 of a grid of 3"):
+        made.arrival(Draw(Particle(2)))
+
+
+# Guidance: data N(m, v); target p(x0) exp(scale r(x0)).
+
+
+def linear_reward(images, prompts):
+    return images.sum((1, 2, 3))
+
+
+def quadratic(goal):
+    def reward(images, prompts):
+        return -(images - goal).square().sum((1, 2, 3)) / 2
+
+    return reward
+
+
+def guided_mean(reward, scale, path="linear", steps=80, **options):
+    reward.differentiable = True
+    requests = [
+        Request(
+            "a", reward=reward, method="dps", nfe=2 * steps - 1, steps=steps, seed=i, interpolant=path, diffusion=0.0,
+            grid="uniform", options={"gradient": scale, **options},
+        )
+        for i in range(16)
+    ]  # fmt: skip
+    results = Engine(Gaussian()).generate(requests)
+    assert all(r.committed_nfe == 2 * steps - 1 for r in results)
+    return torch.stack([r.pixels for r in results]).double().mean().item()
+
+
+@pytest.mark.parametrize("path", ["linear", "vp"])
+def test_guidance_reaches_the_tilted_mean_of_a_linear_reward(path):
+    """exp(s x0) moves N(m, v) to N(m + s v, v), and for it guidance through the posterior mean is exact."""
+    shift = guided_mean(linear_reward, 5.0, path, steps=160) - MEAN
+    assert shift == pytest.approx(5.0 * DEVIATION**2, rel=0.04)  # 0.2; discretisation of 160 steps
+
+
+def test_guidance_reaches_the_tilted_mean_of_a_quadratic_reward():
+    """Target mean (m lambda + g v) / (lambda + v). DPS takes r(x0_hat) for the mean reward, so it overshoots by at most
+    a factor of 1 + v / lambda, which vanishes for weak guidance."""
+    goal, v = 1.5, DEVIATION**2
+    for temperature in (1.0, 0.4):
+        closed = (MEAN * temperature + goal * v) / (temperature + v) - MEAN
+        shift = guided_mean(quadratic(goal), 1 / temperature) - MEAN
+        assert 0.97 < shift / closed < 1.03 + v / temperature
+
+
+def test_clipped_and_normalised_guidance():
+    small = guided_mean(linear_reward, 5.0, clip=1e-4) - MEAN
+    assert 0 < small < 0.02
+    one, two = (guided_mean(linear_reward, s, normalise=True) - MEAN for s in (0.01, 0.02))
+    assert two / one == pytest.approx(2, rel=0.1)
+
+
+def test_guided_particles_are_charged_and_recorded():
+    linear_reward.differentiable = True
+    e = Engine(Gaussian())
+    plain = Request("a", reward=linear_reward, nfe=21, steps=3)
+    guided = Request("a", reward=linear_reward, nfe=21, steps=3, method="svdd", options={"gradient": 1.0})
+    first, second = e.generate([plain, guided])
+    assert (first.committed_nfe, second.committed_nfe) == (21, 21)
+    kinds = [(r.kind, r.nfe, r.level) for r in second.history]
+    assert kinds == [("guided", 2, 0)] * 4 + [("guided", 2, 1)] * 4 + [("committed", 1, 2)] * 5
+    assert e.ledger.executed["guided"] == 8 and e.ledger.seconds["backward"] > 0
+    assert all(pool.live == 0 for pool in e._pools.values())
+
+
+def test_guided_methods_need_a_reward_with_a_gradient():
+    def plain(images, prompts):
+        return images.mean((1, 2, 3))
+
+    for method, options in (("dps", {}), ("rbf", {"gradient": 1.0}), ("svdd", {"gradient": 0.5})):
+        with pytest.raises(RequestError, match=f"{method} follows the gradient of the reward, and plain has none: use"):
+            Engine(Gaussian()).generate(Request("a", reward=plain, method=method, options=options))
+
+    def cut(images, prompts):
+        return images.detach().mean((1, 2, 3))
+
+    cut.differentiable = True
+    with pytest.raises(RequestError, match="does not reach the latents"):
+        Engine(Gaussian()).generate(Request("a", reward=cut, method="dps"))
+
+
+# How a search ends.
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("finish", [0, 3])
+def test_finalists_compete_in_the_end(finish):
+    results = {}
+    for finalists in (1, 4):
+        request = Request("a", reward=brightness, nfe=60, steps=5, finish=finish, finalists=finalists)
+        results[finalists] = result = Engine(Gaussian()).generate(request)
+        assert result.committed_nfe == 60 == len(result.history)
+        assert sum(r.kind == "finish" for r in result.history) == finish * finalists
+    judged = [r.reward for r in results[4].history if r.reward is not None and (not finish or r.kind == "finish")]
+    assert results[4].reward == pytest.approx(max(judged), abs=1 / 255)
+    by_default = Engine(Gaussian()).generate(Request("a", reward=brightness, nfe=60, steps=5, finish=finish))
+    kept = max(r.reward for r in by_default.history if r.reward is not None)
+    assert finish or by_default.reward == pytest.approx(kept, abs=1 / 255)  # it never loses what it saw
+
+
+def test_stop_at_ends_the_search_and_leaves_the_rest():
+    whole = Engine(Gaussian()).generate(Request("a", reward=brightness, nfe=60, steps=5))
+    bar = sorted(r.reward for r in whole.history)[-10]
+    for finish in (0, 2):
+        request = Request("a", reward=brightness, nfe=60, steps=5, stop_at=bar, finish=finish, finalists=2)
+        result = Engine(Gaussian()).generate(request)
+        searched = [r for r in result.history if r.kind != "finish"]
+        assert searched[-1].reward >= bar and all(r.reward < bar for r in searched[:-1])
+        assert result.committed_nfe == len(searched) + finish and result.unspent_nfe == 60 - result.committed_nfe > 0
+    never = Engine(Gaussian()).generate(Request("a", reward=brightness, nfe=60, steps=5, stop_at=9.0))
+    assert never.unspent_nfe == 0
+    with pytest.raises(RequestError, match="stop_at=nan"):
+        Engine(Gaussian()).generate(Request("a", reward=brightness, stop_at=math.nan))
+
+
+def test_rewards_that_are_no_numbers_are_counted_and_warned_of_once():
+    calls = itertools.count()
+
+    def odd(images, prompts):
+        scores = images.mean((1, 2, 3))
+        scores[0] = [math.nan, math.inf, -math.inf][next(calls) % 3]
+        return scores
+
+    e = Engine(Gaussian())
+    with pytest.warns(RuntimeWarning, match="no finite number: these count as worst") as warned:
+        first, second = e.generate([Request("a", reward=odd, nfe=40, steps=4, seed=s) for s in (0, 1)])
+    assert len(warned) == 1
+    for result in (first, second):
+        bad = sum(not math.isfinite(r.reward) for r in result.history)
+        assert result.invalid_rewards == bad > 0
