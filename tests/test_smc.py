@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from rollflow import interpolant, methods, sde
 from rollflow.errors import RequestError
 from rollflow.methods import resampling
+from rollflow.methods.das import tempered
 from rollflow.methods.smc import POTENTIALS, population
+
+das = import_module("rollflow.methods.das")  # the module, not the function of the same name
 
 MEAN, DEVIATION, GOAL, TEMPERATURE, STEPS = 0.5, 0.7, 1.2, 0.4, 6
 
@@ -118,6 +122,36 @@ def test_particles_follow_the_tilted_distribution(potential, threshold):
         errors[count] = math.sqrt(np.mean(np.square(np.array(means) - mean)))
         assert abs(np.mean(constants) / constant - 1) < 4.5 * np.std(constants) / constant / math.sqrt(repetitions)
     assert errors[128] < 0.06 and 2 < errors[8] / errors[128] < 8  # 4 is the square root of 128 / 8
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_tempered_particles_follow_the_tilted_distribution(threshold):
+    """Tempering adapts to the particles, so that the constant is only nearly unbiased: both errors fall with N."""
+    errors = {}
+    for count, repetitions in ((8, 200), (128, 40)):
+        means, constants = [], []
+        for seed in range(repetitions):
+            flow = Flow(seed)
+            search = tempered(count * STEPS + 3, STEPS, TEMPERATURE, "systematic", threshold, seed)
+            particles, log_weights, log_constant = flow.run(search)
+            means.append(np.dot(resampling.normalised(log_weights), [flow.image(p) for p in particles]))
+            constants.append(math.exp(log_constant))
+        mean, constant = flow.tilted()
+        errors[count] = math.sqrt(np.mean(np.square(np.array(means) - mean)))
+        standard_error = np.std(constants) / math.sqrt(repetitions)
+        assert abs(np.mean(constants) - constant) < 4.5 * standard_error + 0.2 * constant / math.sqrt(count)
+    assert errors[128] < 0.06 and 2 < errors[8] / errors[128] < 8  # 4 is the square root of 128 / 8
+
+
+def test_tempering_keeps_the_effective_sample_size():
+    rng = np.random.default_rng(0)
+    reward = rng.normal(size=50) * 20
+    base = np.zeros(50)
+    share = das.share_of(base, reward, 0.0, 0.5)
+    size = resampling.effective_sample_size(resampling.normalised(base + share * reward))
+    assert 0 < share < 1 and size == pytest.approx(25, rel=0.01)
+    assert das.share_of(base, reward / 1e6, 0.0, 0.5) == 1.0  # rewards that hardly differ
+    assert das.share_of(base, reward, 0.9, 0.5) == 0.9  # never back
 
 
 @settings(max_examples=150, deadline=None)

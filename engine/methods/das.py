@@ -66,7 +66,7 @@ def tempered(
     share, log_constant = 0.0, 0.0  # s
     for level in range(steps):
         reward = np.array([worth(p) for p in particles]) / temperature
-        share = 1.0 if level == steps - 1 else _share(base, reward, share, threshold)
+        share = 1.0 if level == steps - 1 else share_of(base, reward, share, threshold)
         log_weights = base + _scaled(reward, share)
         if level == steps - 1:
             break
@@ -84,7 +84,7 @@ def _scaled(reward: np.ndarray, share: float) -> np.ndarray:
     return share * reward if share else np.where(np.isneginf(reward), -np.inf, 0.0)
 
 
-def _share(base: np.ndarray, reward: np.ndarray, least: float, threshold: float) -> float:
+def share_of(base: np.ndarray, reward: np.ndarray, least: float, threshold: float) -> float:
     """The largest s in [least, 1] whose weights have an effective sample size of `threshold`; `least` if none has."""
 
     def enough(share: float) -> bool:

@@ -11,10 +11,13 @@ from rollflow.particle import Evaluated
 
 
 class Node:
-    """A particle in the tree (the root: none yet), with what became of its descendants."""
+    """A particle in the tree (the root: none yet), with what became of its descendants.
 
-    def __init__(self, particle: Evaluated | None, parent: Node | None):
-        self.particle, self.parent = particle, parent
+    It knows its children and not its parent: without cycles, particles give their memory back as soon as the tree goes.
+    """
+
+    def __init__(self, particle: Evaluated | None):
+        self.particle = particle
         self.children: list[Node] = []
         self.visits = self.pending = self.leaves = 0
         self.log_sum = -math.inf  # of exp(r / temperature) over the leaves below
@@ -54,19 +57,18 @@ def dts(
 
 
 def _search(left: int, steps: int, width: int, temperature: float, exploration: float) -> Search:
-    root, leaves = Node(None, None), list[Evaluated]()
+    root, leaves = Node(None), list[Evaluated]()
     while left:
-        nodes, lengths = list[Node](), list[int]()
-        while left and len(nodes) < width:
-            node = _descend(root, steps, temperature, exploration)
-            nodes.append(node)
-            lengths.append(min(left, steps - 1 - node.level))
+        ways, lengths = list[list[Node]](), list[int]()
+        while left and len(ways) < width:
+            ways.append(_descend(root, steps, temperature, exploration))
+            lengths.append(min(left, steps - 1 - ways[-1][-1].level))
             left -= lengths[-1]
-        routes = [_route(n, node.level, steps) for n, node in zip(lengths, nodes, strict=True)]
-        walks = yield from trails([node.particle for node in nodes], routes)
-        for node, particles in zip(nodes, walks, strict=True):
+        routes = [_route(n, way[-1].level, steps) for n, way in zip(lengths, ways, strict=True)]
+        walks = yield from trails([way[-1].particle for way in ways], routes)
+        for way, particles in zip(ways, walks, strict=True):
             leaves.append(particles[-1])
-            _join(node, particles, worth(particles[-1]) / temperature)
+            _join(way, particles, worth(particles[-1]) / temperature)
     return max(leaves, key=worth)
 
 
@@ -74,17 +76,19 @@ def _route(evaluations: int, level: int, steps: int) -> list[int]:
     return [0, *route(evaluations - 1, steps)] if level < 0 else route(evaluations, steps, level)
 
 
-def _descend(node: Node, steps: int, temperature: float, exploration: float) -> Node:
-    """The node that the next walk branches off from; every node on the way counts a visit."""
+def _descend(root: Node, steps: int, temperature: float, exploration: float) -> list[Node]:
+    """The nodes down to the one that the next walk branches off from; every node on the way counts a visit."""
+    way = [root]
     while True:
+        node = way[-1]
         node.visits += 1
         if len(node.children) + node.pending < math.sqrt(node.visits) or not node.children:
             node.pending += 1
-            return node
+            return way
         inner = [child for child in node.children if child.level < steps - 1]
         if not inner:
             node.pending += 1
-            return node
+            return way
         values = [temperature * (child.log_sum - math.log(max(1, child.leaves))) for child in inner]
         low, high = min(values), max(values)
         bounds = [
@@ -92,21 +96,19 @@ def _descend(node: Node, steps: int, temperature: float, exploration: float) -> 
             + exploration * math.sqrt(math.log(node.visits + 1) / (child.visits + 1))
             for child, value in zip(inner, values, strict=True)
         ]
-        node = inner[bounds.index(max(bounds))]
+        way.append(inner[bounds.index(max(bounds))])
 
 
-def _join(node: Node, particles: list[Evaluated], log_value: float) -> None:
-    """Adds a walk below `node`, and its leaf's reward to every node above the leaf."""
-    node.pending -= 1
+def _join(way: list[Node], particles: list[Evaluated], log_value: float) -> None:
+    """Adds a walk below the last node of `way`, and its leaf's reward to every node from the root to the leaf."""
+    way[-1].pending -= 1
     for particle in particles:
-        child = Node(particle, node)
-        node.children.append(child)
-        node = child
-    above: Node | None = node
-    while above is not None:
-        above.leaves += 1
-        above.log_sum = _log_add(above.log_sum, log_value)
-        above = above.parent
+        child = Node(particle)
+        way[-1].children.append(child)
+        way = [*way, child]
+    for node in way:
+        node.leaves += 1
+        node.log_sum = _log_add(node.log_sum, log_value)
 
 
 def _log_add(a: float, b: float) -> float:
