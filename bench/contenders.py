@@ -21,7 +21,7 @@ class Contender:
         label: what it is called there.
         method: a name of `rollflow.methods.names()`.
         paths: those of `PATHS` on which it makes sense.
-        request: further fields of its requests, such as the number of steps.
+        request: further fields of its requests, such as the number of steps; by default what suits method and model.
         options: the method's own options.
         nfe: its budget, whatever the study's; None: the study's.
     """
@@ -45,16 +45,17 @@ AS_PUBLISHED = {"finalists": 1}  # the last level's best, whatever was seen befo
 
 CONTENDERS = (
     Contender("base, 1 step", "bon", (ODE,), {"steps": 1}, nfe=1),
-    Contender("base, 10 steps", "bon", (ODE,), nfe=10),
-    Contender("BoN, 10 steps", "bon", (ODE, LINEAR, VP)),
+    Contender("base, 10 steps", "bon", (ODE,), {"steps": 10}, nfe=10),
+    Contender("BoN, 10 steps", "bon", (ODE, LINEAR, VP), {"steps": 10}),
     Contender("BoN, 5 steps", "bon", (ODE,), {"steps": 5}),
     Contender("BoN, 3 steps", "bon", (ODE,), FEW),
     Contender("BoN, 2 steps", "bon", (ODE,), {"steps": 2}),
-    Contender("PSP, 5 steps", "psp", (ODE,), {"steps": 5}),
+    Contender("PSP", "psp", (ODE,)),
     Contender("PSP, 3 steps", "psp", (ODE,), FEW),
+    Contender("sprout", "sprout", (ODE,)),
     Contender("ZO, 3 steps", "zo", (ODE,), FEW),
     Contender("SES, 3 steps", "ses", (ODE,), FEW),
-    Contender("SoP", "sop", (ODE, VP)),
+    Contender("SoP", "sop", (ODE, VP), {"steps": 10}),
     Contender("SMC", "smc", BRANCHING),
     Contender("FK, max", "fk", BRANCHING),
     Contender("DAS", "das", BRANCHING),
@@ -86,10 +87,11 @@ NOISES = tuple(
     for scale in (0.5, 1.0, 2.0, 3.0, 4.0)
 )
 
-OURS = "RBF"
+OURS = "sprout"
 FIXED = tuple(contender.label for contender in CONTENDERS if contender.nfe is not None)
 QUICK = (
-    "base, 1 step", "base, 10 steps", "BoN, 10 steps", "BoN, 3 steps", "SMC", "CoDe", "SVDD", "RBF", "RBF, as published"
+    "base, 1 step", "base, 10 steps", "BoN, 10 steps", "BoN, 3 steps", "PSP", "sprout", "SMC", "CoDe", "SVDD", "RBF",
+    "RBF, as published",
 )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ class Study:
             for contender in chosen
             for path in contender.paths
             for seed in range(self.seeds)
-            if path in self.paths and (contender.nfe is None or nfe == self.budgets[0])
+            if path in self.paths and (contender.nfe is None or nfe == self.budgets[0]) and _pays(contender, nfe)
         ]
 
     def _variants(self, part: Literal["solvers", "noise"], sets: dict[str, list[str]]) -> list[Job]:
@@ -184,3 +184,15 @@ class Study:
         save(self.out, part, found)
         console.print(plain(part, found))
         figures.probe(self.out, part, found)
+
+
+def _pays(contender: Contender, nfe: int) -> bool:
+    """Whether the budget is enough for the contender; those for which it is not are left out of the tables."""
+    from rollflow import methods
+
+    try:
+        steps = contender.request.get("steps", methods.defaults(contender.method).get("steps", 5))
+        methods.make(contender.method, contender.nfe or nfe, steps, **contender.options)
+    except RequestError:
+        return False
+    return True

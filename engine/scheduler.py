@@ -75,9 +75,9 @@ class Search:
 
     @property
     def chosen(self) -> Particle:
-        """The finalist with the best reward, on ties the method's own choice; for a search that is done."""
+        """The finalist with the best reward, on ties the least noisy one, then the method's own; when it is done."""
         assert self.finals, "only a search that is over has chosen"
-        return max((final.particle for final in self.finals), key=worth)
+        return max((final.particle for final in self.finals), key=_rank)
 
     def _open(self, i: int) -> bool:
         """Whether draw `i` may still need children: its count is not reached and no child has beaten `until`."""
@@ -141,7 +141,7 @@ class Search:
             return
         self.children[row.place].append(particle)
         if reward is not None:
-            self._best = sorted([*self._best, particle], key=worth, reverse=True)[: self.plan.finalists]
+            self._best = sorted([*self._best, particle], key=_rank, reverse=True)[: self.plan.finalists]
             stop_at = self.plan.request.stop_at
             if stop_at is not None and worth(particle) >= stop_at:
                 self._end([particle])
@@ -172,6 +172,11 @@ class Search:
         self.method.close()
         self.closed = True
         self.finals, self.draws, self.children, self._best = [], [], [], []
+
+
+def _rank(particle: Particle) -> tuple[float, int]:
+    """Better rewards first; of equal ones that of the later point of the grid, whose posterior mean is sharper."""
+    return worth(particle), particle.step
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from rollflow.particle import Draw, Evaluated
 def sprout(
     nfe: int,
     steps: int,
-    explore: float = 0.4,
+    explore: float = 0.5,
     rounds: int = 2,
     factor: float = 2.0,
     elites: int = 2,
