@@ -8,8 +8,8 @@ from typing import Any
 ODE, LINEAR, VP = "linear-ODE", "linear-SDE", "VP-SDE"
 PATHS: dict[str, dict[str, Any]] = {
     ODE: {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"},
-    LINEAR: {"interpolant": "linear"},
-    VP: {"interpolant": "vp"},
+    LINEAR: {"interpolant": "linear", "diffusion": 3.0, "grid": "paper"},
+    VP: {"interpolant": "vp", "diffusion": 3.0, "grid": "paper"},
 }
 
 

@@ -72,9 +72,10 @@ class Runner:
             latents = _unpack(p * x + q * u, geometry) / self.model.scaling + self.model.shift
             scores = self._score(rows, latents.to(self.model.dtype))
             with self.ledger.span("backward", self.model.device):
-                if not all(isinstance(score, Tensor) for score in scores):
+                cut = [row for row, score in zip(rows, scores, strict=True) if not isinstance(score, Tensor)]
+                if cut:
                     raise RequestError(
-                        f"the gradient of the reward {rows[0].search.plan.reward.name} does not reach the latents: "
+                        f"the gradient of the reward {cut[0].search.plan.reward.name} does not reach the latents: "
                         "reward, decoder and model must be differentiable for a guided method"
                     )
                 (gradient,) = torch.autograd.grad(torch.stack(scores).sum(), x)
