@@ -71,6 +71,16 @@ CONTENDERS = (
 )
 
 
+_PAPER = ("SMC", "CoDe", "SVDD", "RBF")
+CLAIMS: tuple[tuple[str, tuple[str, str], tuple[str, str]], ...] = (
+    ("a search on an SDE beats best-of-N on the ODE", ("RBF, as published", VP), ("BoN, 10 steps", ODE)),
+    ("... at its best step count", ("RBF, as published", VP), ("BoN, 3 steps", ODE)),
+    *(("VP beats linear", (label, VP), (label, LINEAR)) for label in _PAPER),
+    *(("RBF beats the rest", ("RBF", VP), (label, VP)) for label in ("SMC", "CoDe", "SVDD")),
+    ("gradients add to it", ("RBF + DPS", VP), ("RBF", VP)),
+    ("gradients add to SVDD", ("SVDD + DPS", VP), ("SVDD", VP)),
+    ("the best seen beats the last level's best", ("RBF", VP), ("RBF, as published", VP)),
+)
 SOLVERS = tuple(
     Contender(
         f"{solver}, {grid}, finish {finish}",

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from rollflow import interpolant
-from rollflow.bench import intervals
+from rollflow.bench import contenders, intervals
 from rollflow.engine import Engine
 from rollflow.methods.budget import Search
 from rollflow.methods.paths import flat
@@ -70,6 +70,22 @@ def fidelity(engine: Engine, reward: str, prompts: Sequence[str], path: dict[str
         for level in range(STEPS - 1)
         if len(pearson[level]) > 1
     ]
+
+
+def trusted_from(rows: Sequence[Row], least: float = 0.5) -> float:
+    """The linear time from which on, towards the image, the correlation is at least `least` at every point of the ODE,
+    on average over prompt sets; 0 if it never is. It is what `rollflow.models.Traits` asks for.
+    """
+    levels: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["path"] == contenders.ODE:
+            levels.setdefault(row["level"], []).append(row)
+    trusted = 0.0
+    for level in sorted(levels, reverse=True):
+        if np.mean([row["pearson"] for row in levels[level]]) < least:
+            break
+        trusted = levels[level][0]["linear_time"]
+    return trusted
 
 
 def linear_time(path: dict[str, Any], time: float) -> float:

@@ -171,7 +171,7 @@ class Study:
         sets: dict[str, list[str]],
         console: Console,
     ) -> None:
-        from rollflow.bench import figures
+        from rollflow.bench import figures, probes
         from rollflow.bench.rows import engine_of
         from rollflow.bench.tables import plain, save
 
@@ -184,6 +184,9 @@ class Study:
         save(self.out, part, found)
         console.print(plain(part, found))
         figures.probe(self.out, part, found)
+        if part == "fidelity" and contenders.ODE in self.paths:
+            time = probes.trusted_from(found)
+            console.print(f"rewards foretell the image from linear time {time:.2f} on: Traits(trusted_from={time:.2f})")
 
 
 def _pays(contender: Contender, nfe: int) -> bool:

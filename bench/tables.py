@@ -46,7 +46,7 @@ def pooled(rows: Rows, part: str) -> list[Row]:
                 "score_95": _interval(given, group[0]["reward"]),
                 "held_out": held.mean(),
                 "held_out_95": _interval(held, group[0]["reward"]),
-                "mean_reward": float(np.mean([row["rewards"] for row in group])),
+                "mean_reward": float(np.mean([reward for row in group for reward in row["rewards"]])),
                 "committed_nfe": committed / sum(row["prompts"] for row in group),
                 "executed_over_committed": sum(row["executed_nfe"] for row in group) / committed,
                 "milliseconds_per_nfe": 1000 * sum(row["seconds"] for row in group) / committed,
@@ -66,34 +66,78 @@ def _interval(values: np.ndarray, reward: str) -> tuple[float, float]:
     return intervals.wilson(values) if single else intervals.bootstrap(values)
 
 
-def gains(rows: Rows, label: str) -> list[Row]:
-    """By how much the contender `label` is ahead of every other, paired by prompt, with bootstrap intervals."""
-    found = []
+def paired(group: list[Row], ours: tuple[str, str], theirs: tuple[str, str]) -> Row | None:
+    """By how much one (contender, path) is ahead of another on the rows of one set and budget: mean difference of the
+    score and of the held-out one, paired by prompt and seed, with bootstrap intervals over prompts. None: no pair.
+    """
+    mine, others = ({r["seed"]: r for r in group if (r["label"], r["path"]) == which} for which in (ours, theirs))
+    seeds = sorted(mine.keys() & others.keys())
+    if not seeds:
+        return None
+    size = min(min(mine[s]["prompts"], others[s]["prompts"]) for s in seeds)
+    found: Row = {"prompts": size, "seeds": len(seeds)}
+    for judge, title in (("rewards", "gain"), ("held_out", "held_out_gain")):
+        values = np.stack([score(mine[s], judge)[:size] - score(others[s], judge)[:size] for s in seeds]).mean(0)
+        found[title] = float(values.mean())
+        found[f"{title}_95"] = (np.nan, np.nan) if np.isnan(values).any() else intervals.bootstrap(values)
+    return found
+
+
+def _cells(rows: Rows) -> dict[tuple, list[Row]]:
+    """The rows that can be compared: by model, reward, set and budget."""
     cells: dict[tuple, list[Row]] = {}
     for row in rows.rows.values():
         if row["part"] == "methods":
             cells.setdefault((row["model"], row["reward"], row["set"], row["nfe"]), []).append(row)
-    for (model, reward, name, nfe), group in cells.items():
-        ours = {row["seed"]: row for row in group if row["label"] == label}
-        for other, path in dict.fromkeys((r["label"], r["path"]) for r in group if r["label"] != label):
-            theirs = {r["seed"]: r for r in group if (r["label"], r["path"]) == (other, path)}
-            shared = sorted(ours.keys() & theirs.keys())
-            if not shared:
-                continue
-            size = min(min(ours[s]["prompts"], theirs[s]["prompts"]) for s in shared)
-            entry = {"model": model, "reward": reward, "set": name, "nfe": nfe, "over": other, "path": path}
-            for judge in ("rewards", "held_out"):
-                differences = np.stack(
-                    [score(ours[s], judge)[:size] - score(theirs[s], judge)[:size] for s in shared]
-                ).mean(0)
-                title = "gain" if judge == "rewards" else "held_out_gain"
-                entry |= {title: differences.mean(), f"{title}_95": _difference(differences)}
-            found.append(entry | {"prompts": size, "seeds": len(shared)})
+    return cells
+
+
+def gains(rows: Rows, label: str) -> list[Row]:
+    """By how much the contender `label` is ahead of every other on each set and at each budget."""
+    found = []
+    for (model, reward, name, nfe), group in _cells(rows).items():
+        mine = next(((r["label"], r["path"]) for r in group if r["label"] == label), None)
+        for other in dict.fromkeys((r["label"], r["path"]) for r in group if r["label"] != label):
+            entry = paired(group, mine, other) if mine else None
+            if entry:
+                key = {"model": model, "reward": reward, "set": name, "nfe": nfe}
+                found.append({**key, "ahead": label, "of": other[0], "path": other[1], **entry})
     return found
 
 
-def _difference(values: np.ndarray) -> tuple[float, float]:
-    return (np.nan, np.nan) if np.isnan(values).any() else intervals.bootstrap(values)
+def claims(rows: Rows) -> list[Row]:
+    """The comparisons of `rollflow.bench.contenders.CLAIMS`, wherever both sides were computed."""
+    found = []
+    for (model, reward, name, nfe), group in _cells(rows).items():
+        for claim, ours, theirs in contenders.CLAIMS:
+            entry = paired(group, ours, theirs)
+            if entry:
+                key = {"model": model, "reward": reward, "set": name, "nfe": nfe, "claim": claim}
+                sides = {"ahead": ", ".join(ours), "of": ", ".join(theirs)}
+                found.append({**key, **sides, **entry})
+    return found
+
+
+def differences(entries: list[Row]) -> str:
+    """Paired differences as a Markdown table: a row a comparison, a column a set; points of a hundred for shares."""
+    sets = sorted(dict.fromkeys(e["set"] for e in entries), key=list(_SETS).index)
+    lines = [f"| claim | difference | {' | '.join(sets)} |", "|---|---|" + "---|" * len(sets)]
+    for claim, ahead, of in dict.fromkeys((e["claim"], e["ahead"], e["of"]) for e in entries):
+        mine = {e["set"]: e for e in entries if (e["claim"], e["ahead"], e["of"]) == (claim, ahead, of)}
+        cells = [_difference(mine[name]) if name in mine else "" for name in sets]
+        lines.append(f"| {claim} | {ahead} less {of} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_SETS = ("easy", "medium", "hard")
+
+
+def _difference(entry: Row) -> str:
+    (low, high), scale, digits = entry["gain_95"], 1, 2
+    if entry["reward"] in SHARES:
+        scale, digits = 100, 0
+    middle, low, high = (f"{scale * x:+.{digits}f}" for x in (entry["gain"], low, high))
+    return f"{middle} [{low}, {high}]"
 
 
 def report(rows: Rows, out: Path, console: Console | None = None) -> None:
@@ -107,6 +151,7 @@ def report(rows: Rows, out: Path, console: Console | None = None) -> None:
                 console.print(table)
         figures.scores(out, part, entries)
     save(out, "gains", gains(rows, contenders.OURS))
+    save(out, "claims", claims(rows))
 
 
 def save(out: Path, name: str, entries: list[Row]) -> None:
@@ -159,15 +204,19 @@ def _ordered(entries: list[Row]) -> list[tuple[str, str]]:
 
 
 def markdown(entries: list[Row]) -> str:
-    """A table for each model and reward: a row a contender and path, a column a set and budget."""
+    """A table for each model and reward, under a line that names them."""
     text = []
     for model, reward in dict.fromkeys((e["model"], e["reward"]) for e in entries):
         mine = [e for e in entries if (e["model"], e["reward"]) == (model, reward)]
-        heads = ["contender", "path", *(f"{name}, {nfe}" for name, nfe in columns(mine))]
-        text.append(f"{model}, reward {reward}\n")
-        text += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        text += [f"| {' | '.join(line)} |" for line in _lines(mine)] + [""]
+        text.append(f"{model}, reward {reward}\n\n{grid(mine)}")
     return "\n".join(text)
+
+
+def grid(entries: list[Row]) -> str:
+    """The scores of one model and reward: a row a contender and path, a column a set and budget."""
+    heads = ["contender", "path", *(f"{name}, {nfe}" for name, nfe in columns(entries))]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in _lines(entries))]) + "\n"
 
 
 def _tables(entries: list[Row]) -> Iterator[Table]:

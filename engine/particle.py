@@ -20,7 +20,7 @@ from rollflow.errors import RequestError
 if TYPE_CHECKING:
     from rollflow.request import Step
 
-Move = Literal["sde", "ode", "renoise", "rotate", "edit"]
+Move = Literal["sde", "ode", "renoise", "rotate"]
 MOVES: tuple[str, ...] = get_args(Move)
 GUIDED_NFE = 2  # a forward, and a backward to the latent alone, which costs about as much
 
@@ -114,18 +114,14 @@ class Draw:
         move: "sde", a step of the request's solver and diffusion to a later point of the grid (`parent` None: the
             prior); "ode", the same without noise; "renoise", back to an earlier point by the Markov kernel of the
             interpolant, `x_t = (alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) z`;
-            "rotate", at the first point of the grid, `cos(angle) x + sin(angle) sigma z`, which is noise again; "edit",
-            to any point, `alpha_t x0_hat + sigma_t (cos(angle) eps_hat + sin(angle) z)`, which keeps the posterior mean
-            of the data and turns that of the noise.
+            "rotate", at the first point of the grid, `cos(angle) x + sin(angle) sigma z`, which is noise again.
         level: the children's point of the grid; by default the parent's next for "sde" and "ode", the one before for
-            "renoise", the parent's own for "edit".
-        angle: of "rotate" and "edit", in radians.
+            "renoise".
+        angle: of "rotate", in radians.
         mix: further particles at the first point, whose sum with the parent, brought back to the parent's norm, is what
             "rotate" starts from.
         coarse: of "rotate": change only the mean of each 2x2 patch of the latent (the low band of a one-level Haar
             wavelet), and keep what is finer.
-        region: of "rotate" and "edit": turn only the tokens of a rectangle, at a random place, whose sides are this
-            share of the latent's; 1 is all of it.
         guide: move the children's own velocities by the reward's gradient; `None` does not.
     """
 
@@ -138,7 +134,6 @@ class Draw:
     angle: float = 0.0
     mix: tuple[Evaluated, ...] = ()
     coarse: bool = False
-    region: float = 1.0
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
@@ -153,18 +148,13 @@ class Draw:
         where = -1 if self.parent is None else self.parent.step
         allowed = {"sde": self.arrives > where, "ode": self.arrives > where >= 0}
         allowed |= {"renoise": 0 <= self.arrives < where, "rotate": where == self.arrives == 0}
-        allowed |= {"edit": where >= 0 and self.arrives >= 0}
         if not allowed[self.move] or (self.parent is None and self.arrives):
             raise RequestError(
                 f"a draw by {self.move!r} from point {where} of the grid to {self.arrives}: sde and ode go to later "
-                "points, renoise to earlier ones, edit to any, rotate stays at 0, the prior (parent None) is at 0"
+                "points, renoise to earlier ones, rotate stays at 0, and the prior (parent None) is at 0"
             )
-        if (self.mix or self.coarse) and self.move != "rotate":
-            raise RequestError("`mix` and `coarse` belong to the move 'rotate'")
-        if (self.angle or self.region != 1.0) and self.move not in ("rotate", "edit"):
-            raise RequestError("`angle` and `region` belong to the moves 'rotate' and 'edit'")
-        if not 0 < self.region <= 1:
-            raise RequestError(f"a turn of a region of {self.region!r}: its sides are a share of the latent's")
+        if (self.angle or self.mix or self.coarse) and self.move != "rotate":
+            raise RequestError("`angle`, `mix` and `coarse` belong to the move 'rotate'")
         if any(particle.step for particle in self.mix):
             raise RequestError("only particles at the first point of the grid, where all is noise, can be mixed")
 
@@ -174,7 +164,7 @@ class Draw:
         if self.level is not None:
             return self.level
         where = -1 if self.parent is None else self.parent.step
-        return where + {"sde": 1, "ode": 1, "renoise": -1, "rotate": 0, "edit": 0}[self.move]
+        return where + {"sde": 1, "ode": 1, "renoise": -1, "rotate": 0}[self.move]
 
     @property
     def nfe(self) -> int:

@@ -202,8 +202,6 @@ class Plan:
             return sde.step_coefficients(path, start, end, sde.Zero(), "cps")
         if draw.move == "renoise":
             return sde.renoise_coefficients(path, start, end)
-        if draw.move == "edit":
-            return sde.edit_coefficients(path, start, end, draw.angle)
         return math.cos(draw.angle), 0.0, math.sin(draw.angle) * path.sigma(end)
 
     def finish(self, start: float, count: int) -> tuple[Step, ...]:

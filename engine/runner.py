@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -41,7 +39,7 @@ class Runner:
         self.ledger.rows(rows, bucket_of(len(rows), self.buckets))
         if rows[0].kind == "guided":
             return self._run_guided(rows)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what a reward loads at its first call may later need gradients
             return self._run_plain(rows)
 
     def _run_plain(self, rows: list[Row]) -> list[float | None]:
@@ -148,7 +146,7 @@ class Runner:
         with self.ledger.span("decode", self.model.device):
             return self.model.decode(latents)[:count]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def image(self, particle: Particle, search: Search) -> Float[Tensor, "3 height width"]:
         """The posterior mean of an evaluated particle, decoded."""
         bucket, pool, step = self.buckets[0], search.pool, particle.arrival
@@ -190,7 +188,7 @@ def _given(row: Row) -> Tensor | None:
 
 def _composed(row: Row) -> bool:
     """Whether the row's state is made of more than one particle's state and noise."""
-    return row.asked is not None and (bool(row.asked.mix) or row.asked.coarse or row.asked.region < 1)
+    return row.asked is not None and (bool(row.asked.mix) or row.asked.coarse)
 
 
 def _prepared(row: Row) -> Tensor | None:
@@ -198,38 +196,20 @@ def _prepared(row: Row) -> Tensor | None:
     latents = _given(row)
     if latents is not None:
         return latents * row.step.k
-    return _turned(row) if _composed(row) else None
+    return _rotated(row) if _composed(row) else None
 
 
-def _turned(row: Row) -> Float[Tensor, "token channel"]:
-    """The moves "rotate" and "edit" of `rollflow.particle.Draw`, with `mix`, `coarse` and `region`."""
+def _rotated(row: Row) -> Float[Tensor, "token channel"]:
+    """The move "rotate" of `rollflow.particle.Draw`, with `mix` and `coarse`."""
     pool, asked, step = row.search.pool, row.asked, row.step
     assert asked is not None and row.parent is not None
-    slot = row.parent.slot.index
-    source = still = pool.x[slot]  # still: what does not turn
+    source = x = pool.x[row.parent.slot.index]
     if asked.mix:
-        source = still + pool.x[[cast("Particle", other).slot.index for other in asked.mix]].sum(0)
-        source = source * (still.norm() / source.norm())
-    if asked.move == "edit":
-        a, b, _ = row.search.plan.move(replace(asked, angle=0.0, region=1.0))
-        still = a * source + b * pool.u[slot]
-    seed, key = (torch.tensor([v], device=source.device) for v in (row.search.plan.request.seed, row.noise_key))
-    turned = step.a * source + step.b * pool.u[slot] + step.k * kernels.noise(seed, key, *source.shape)[0]
-    change = _patch_means(turned - still) if asked.coarse else turned - still
-    return still + (change * _region(row).to(source.device) if asked.region < 1 else change)
-
-
-def _region(row: Row) -> Float[Tensor, "token 1"]:
-    """1 for the tokens of a rectangle at a place that depends on the request's seed and the row's noise key alone."""
-    assert row.asked is not None
-    geometry = row.search.geometry
-    rows, columns = geometry.latent_height // 2, geometry.latent_width // 2
-    height, width = (max(1, round(row.asked.region * side)) for side in (rows, columns))
-    rng = np.random.default_rng((row.search.plan.request.seed % 2**64, row.noise_key))
-    top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-    mask = torch.zeros(rows, columns)
-    mask[top : top + height, left : left + width] = 1.0
-    return mask.reshape(-1, 1)
+        source = x + pool.x[[cast("Particle", other).slot.index for other in asked.mix]].sum(0)
+        source = source * (x.norm() / source.norm())
+    seed, key = (torch.tensor([v], device=x.device) for v in (row.search.plan.request.seed, row.noise_key))
+    rotated = step.a * source + step.k * kernels.noise(seed, key, *x.shape)[0]
+    return x + _patch_means(rotated - x) if asked.coarse else rotated
 
 
 def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:

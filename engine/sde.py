@@ -271,21 +271,6 @@ def renoise_coefficients(interpolant: Interpolant, t: float, t_back: float) -> t
     return a, 0.0, math.sqrt((noise - kept) * (noise + kept))
 
 
-def edit_coefficients(interpolant: Interpolant, t: float, t_new: float, angle: float) -> tuple[float, float, float]:
-    """`(a, b, k)` of `alpha' x0_hat + sigma' (cos(angle) eps_hat + sin(angle) z)`, from time `t` to any `t_new`.
-
-    At angle 0 it is the DDIM step (arXiv 2010.02502), back in time its inversion; at a right angle it noises the
-    posterior mean afresh, as SDEdit does with an image (arXiv 2108.01073). `angle` is in radians.
-
-    Raises `RequestError` for times outside [0, 1].
-    """
-    t, t_new = check_time(t), check_time(t_new)
-    c, tau = interpolant.scale(t), interpolant.linear_time(t)
-    alpha, sigma = interpolant.alpha(t_new), interpolant.sigma(t_new)
-    kept = sigma * math.cos(angle)
-    return (alpha + kept) / c, kept * (1.0 - tau) - alpha * tau, sigma * math.sin(angle)
-
-
 def _given(diffusion: Diffusion, interpolant: Interpolant | None) -> Interpolant:
     if interpolant is None:
         raise RequestError(f"g of {diffusion} depends on the interpolant: call g(t, interpolant)")

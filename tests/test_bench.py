@@ -76,12 +76,22 @@ def test_probes(part, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
     assert (tmp_path / f"{part}.png").is_file() and (tmp_path / f"{part}.svg").is_file()
     if part == "fidelity":
+        assert 0 <= probes.trusted_from(rows) <= 1
         assert all(-1 <= row["pearson"] <= 1 and row["prompts"] <= 4 for row in rows)
         last = [row["pearson"] for row in rows if row["path"] == "linear-ODE"][-1]
         assert last > 0.5  # under the ODE the last step but one is nearly the image
     else:
         far = {(row["path"], row["point"]): row["rms"] for row in rows}
         assert far["linear-ODE", "last"] == 0 < far["VP-SDE", "first"] < far["VP-SDE", "last"]
+
+
+def test_rewards_are_trusted_from_where_they_correlate_to_the_end():
+    rows = [
+        {"path": contenders.ODE, "level": i, "linear_time": 1 - i / 5, "pearson": value}
+        for i, value in enumerate([0.2, 0.6, 0.4, 0.7, 0.9])
+    ]
+    assert probes.trusted_from(rows) == pytest.approx(0.4) and probes.trusted_from(rows, 0.95) == 0
+    assert probes.trusted_from(rows, 0.1) == 1
 
 
 def test_variants(tmp_path, monkeypatch):
@@ -141,9 +151,27 @@ def test_gains_are_paired_by_prompt_and_seed(tmp_path):
         row = {**made, "label": label, "seed": seed, "rewards": given, "held_out": given}
         rows.rows[label, seed] = row
     (entry,) = tables.gains(rows, contenders.OURS)
-    assert entry["over"] == "x" and entry["gain"] == entry["held_out_gain"] == 0.5 and entry["seeds"] == 1
+    assert entry["of"] == "x" and entry["gain"] == entry["held_out_gain"] == 0.5 and entry["seeds"] == 1
     low, high = entry["gain_95"]
     assert 0 <= low < 0.5 < high <= 1
+
+
+def test_claims_are_compared_where_both_sides_are_there(tmp_path):
+    rows = Rows(tmp_path)
+    made = {"part": "methods", "model": "m", "reward": "count", "set": "easy", "nfe": 9, "prompts": 4, "seed": 0}
+    for label, path, given in (
+        ("RBF", "VP-SDE", [0, 0, 0, 0]),
+        ("RBF", "linear-SDE", [-1, 0, -4, 0]),
+        ("SVDD", "VP-SDE", [0] * 4),
+    ):
+        rows.rows[label, path] = {**made, "label": label, "path": path, "rewards": given, "held_out": given}
+    found = tables.claims(rows)
+    assert [(e["claim"], e["of"], e["gain"]) for e in found] == [
+        ("VP beats linear", "RBF, linear-SDE", 0.5), ("RBF beats the rest", "SVDD, VP-SDE", 0.0)
+    ]  # fmt: skip
+    lines = tables.differences(found).splitlines()
+    assert lines[2] == "| VP beats linear | RBF, VP-SDE less RBF, linear-SDE | +50 [+0, +100] |"
+    assert lines[3].endswith("| +0 [+0, +0] |")
 
 
 def test_throughput(tmp_path, capsys):
@@ -162,6 +190,20 @@ def test_the_prompt_sets_are_100_different_readable_prompts():
     assert len(everything) == len(set(everything)) == 300
     for name, (least, most) in prompt_sets.SETS.items():
         assert all(least <= target_counts(prompt).sum() <= most for prompt in prompt_sets.load(name))
+
+
+def test_the_readme_shows_the_committed_results():
+    root = Path(__file__).parents[1]
+    readme, results = (root / "README.md").read_text(), root / "bench" / "results"
+    study = {
+        name: json.loads((results / "study" / f"{name}.json").read_text())["rows"] for name in ("methods", "claims")
+    }
+    shown = [e for e in study["methods"] if e["model"] == "shapes" and e["reward"] == "count"]
+    assert tables.grid([e for e in shown if e["nfe"] == 100 or e["label"] in contenders.FIXED]) in readme
+    claims = [e for e in study["claims"] if e["model"] == "shapes" and e["nfe"] == 100 and e["reward"] == "count"]
+    assert tables.differences(claims) in readme
+    ratio = json.loads((results / "throughput.json").read_text())["packed_over_one_by_one"]
+    assert f"cost {ratio:.2f} of the wall time" in readme
 
 
 def test_intervals():

@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from rollflow import models
-from rollflow.bench import prompt_sets
+from rollflow import methods, models
+from rollflow.bench import contenders, prompt_sets
 from rollflow.engine import Engine
 from rollflow.request import Request
 
-ODE = {"method": "bon", "interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}
+ODE = {"method": "bon", "interpolant": "linear", "diffusion": 0.0, "grid": "uniform", "steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_folder_is_small_and_loads_without_us(name):
 def test_it_is_a_few_step_model_and_sets_differ_in_difficulty(engine):
     ten = {name: accuracy(engine, prompt_sets.load(name), nfe=10, **ODE) for name in prompt_sets.SETS}
     assert 0.6 <= ten["easy"] <= 0.9 and 0.2 <= ten["medium"] <= 0.5 and 0.01 <= ten["hard"] <= 0.12, ten
-    one = {name: accuracy(engine, prompt_sets.load(name), nfe=1, steps=1, **ODE) for name in prompt_sets.SETS}
+    one = {name: accuracy(engine, prompt_sets.load(name), nfe=1, **{**ODE, "steps": 1}) for name in prompt_sets.SETS}
     assert one["easy"] >= ten["easy"] / 2 and sum(one.values()) >= sum(ten.values()) / 2, (one, ten)
 
 
@@ -43,3 +43,22 @@ def test_a_search_mends_what_the_base_model_gets_wrong(engine):
     prompts = prompt_sets.load("medium")[:24]
     base, found = accuracy(engine, prompts, nfe=10, **ODE), accuracy(engine, prompts)
     assert found >= base + 0.2, (base, found)
+
+
+def test_every_method_runs_on_every_path_that_makes_sense_for_it(engine):
+    """In one call, so that they share forwards; each spends its budget, and none harms another."""
+    requests = []
+    for i, name in enumerate(methods.names()):
+        for path, options in contenders.PATHS.items():
+            if not (path == contenders.ODE and methods.branches(name)):
+                options = {**options, "nfe": 20, "steps": 4, "seed": i, "method": name}
+                requests.append(
+                    Request("two red circles", reward="soft_count" if name == "dps" else "count", **options)
+                )
+    for name in ("svdd", "rbf"):
+        requests.append(Request("one blue square", reward="soft_count", method=name, nfe=21, options={"gradient": 0.1}))
+    results = engine.generate(requests)
+    assert len(results) == 3 * len(methods.names()) - 10 + 2  # ten of them branch
+    assert all(r.committed_nfe == r.request.nfe and r.reward <= 0 and r.held_out is not None for r in results)
+    alone = engine.generate(requests[0])
+    assert abs(alone.reward - results[0].reward) < 1e-3

@@ -59,7 +59,7 @@ def traits(name: str | Path) -> Traits:
 class FlowModel(Protocol):
     """A flow-matching model on the linear path, as the engine drives it.
 
-    For guided methods `velocity` and `decode` must let gradients through; for others they run in inference mode.
+    For guided methods `velocity` and `decode` must let gradients through; for others they run without.
     """
 
     device: torch.device
