@@ -33,6 +33,11 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
     nfe: int | None = None
 
+    @property
+    def guided(self) -> bool:
+        """Whether it follows the reward's gradient, so that the reward must have one."""
+        return "gradient" in self.options
+
     def fields(self, path: str, nfe: int) -> dict[str, Any]:
         """The fields of its requests on a path, at a budget."""
         given = {"method": self.method, "nfe": self.nfe or nfe, "options": self.options}
@@ -41,6 +46,7 @@ class Contender:
 
 BRANCHING = (LINEAR, VP)
 FEW = {"steps": 3}  # evaluations a sample at which best-of-N is at its best on the built-in models
+FOLLOW = {"gradient": 1.0, "clip": 0.05}  # the strength and the clip that did best on prompts of no set
 AS_PUBLISHED = {"finalists": 1}  # the last level's best, whatever was seen before
 
 CONTENDERS = (
@@ -68,6 +74,10 @@ CONTENDERS = (
     Contender("threshold", "threshold", BRANCHING),
     Contender("RBF", "rbf", BRANCHING),
     Contender("RBF, as published", "rbf", BRANCHING, AS_PUBLISHED),
+    # for differentiable rewards
+    Contender("DPS", "dps", (ODE, *BRANCHING), options=FOLLOW),
+    Contender("SVDD + DPS", "svdd", BRANCHING, options=FOLLOW),
+    Contender("RBF + DPS", "rbf", BRANCHING, options=FOLLOW),
 )
 
 
@@ -77,8 +87,9 @@ CLAIMS: tuple[tuple[str, tuple[str, str], tuple[str, str]], ...] = (
     ("... at its best step count", ("RBF, as published", VP), ("BoN, 3 steps", ODE)),
     *(("VP beats linear", (label, VP), (label, LINEAR)) for label in _PAPER),
     *(("RBF beats the rest", ("RBF", VP), (label, VP)) for label in ("SMC", "CoDe", "SVDD")),
-    ("gradients add to it", ("RBF + DPS", VP), ("RBF", VP)),
-    ("gradients add to SVDD", ("SVDD + DPS", VP), ("SVDD", VP)),
+    ("gradients add to the search", ("RBF + DPS", VP), ("RBF", VP)),
+    ("gradients add to the search", ("SVDD + DPS", VP), ("SVDD", VP)),
+    ("gradients add to best-of-N", ("DPS", ODE), ("BoN, 5 steps", ODE)),
     ("the best seen beats the last level's best", ("RBF", VP), ("RBF, as published", VP)),
 )
 SOLVERS = tuple(

@@ -86,7 +86,7 @@ class Study:
 
     def _checked(self) -> tuple[Study, list[Contender]]:
         """The study with what `quick` stands for, and its contenders."""
-        from rollflow import methods
+        from rollflow import methods, rewards
 
         asked = replace(self, budgets=(100,)) if self.quick else self
         known = contenders.by_label()
@@ -101,8 +101,9 @@ class Study:
                 raise RequestError(f"no path {path!r}: choose from {', '.join(PATHS)}")
         if min((*self.budgets, self.seeds, self.jobs)) < 1 or not self.budgets:
             raise RequestError(f"budgets={self.budgets}, seeds={self.seeds}, jobs={self.jobs}: at least 1 each")
-        wanted = self.methods or (contenders.QUICK if self.quick else tuple(known))
-        return asked, [c for c in known.values() if c.label in wanted or c.method in wanted]
+        wanted = {*self.methods} or {*(contenders.QUICK if self.quick else known)}
+        gradient = rewards.differentiable(rewards.make(self.reward))
+        return asked, [c for c in known.values() if wanted & {c.label, c.method} and (gradient or not c.guided)]
 
     def _prompts(self) -> dict[str, list[str]]:
         from rollflow.bench import prompt_sets
