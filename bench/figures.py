@@ -109,34 +109,34 @@ def _bars(out: Path, part: str, entries: list[Row]) -> None:
     _save(figure, out, part)
 
 
-def probe(out: Path, part: str, rows: list[Row]) -> None:
+def probe(out: Path, name: str, part: str, rows: list[Row]) -> None:
     """Correlation with the final reward by linear time, or distances of siblings, a panel a prompt set."""
     sets = list(dict.fromkeys(row["set"] for row in rows))
     figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.2 * len(sets), 3.4), squeeze=False, sharey=True)
-    for axis, name in zip(axes[0], sets, strict=True):
-        mine = [row for row in rows if row["set"] == name]
+    for axis, chosen in zip(axes[0], sets, strict=True):
+        mine = [row for row in rows if row["set"] == chosen]
         if part == "fidelity":
             for path in dict.fromkeys(row["path"] for row in mine):
                 curve = sorted((r["level"], r["pearson"], *r["pearson_95"]) for r in mine if r["path"] == path)
                 level, middle, low, high = np.array(curve).T
                 axis.plot(level, middle, "o-", ms=3, label=path)
                 axis.fill_between(level, low, high, alpha=0.15, lw=0)
-            axis.set(title=name, xlabel="point of the grid")
+            axis.set(title=chosen, xlabel="point of the grid")
         else:
             for point, color in (("first", "C0"), ("last", "C1")):
-                chosen = [row for row in mine if row["point"] == point]
-                at = np.arange(len(chosen)) + (0.2 if point == "last" else -0.2)
-                error = np.abs(np.array([r["rms_95"] for r in chosen]).T - [r["rms"] for r in chosen])
-                heights = [r["rms"] for r in chosen]
+                bars = [row for row in mine if row["point"] == point]
+                at = np.arange(len(bars)) + (0.2 if point == "last" else -0.2)
+                error = np.abs(np.array([r["rms_95"] for r in bars]).T - [r["rms"] for r in bars])
+                heights = [r["rms"] for r in bars]
                 axis.bar(at, heights, 0.38, yerr=error, color=color, alpha=0.6, label=f"{point} point")
-                axis.set_xticks(range(len(chosen)), [r["path"] for r in chosen])
-            axis.set(title=name)
+                axis.set_xticks(range(len(bars)), [r["path"] for r in bars])
+            axis.set(title=chosen)
     label = (
         "correlation with the final reward" if part == "fidelity" else "distance of two siblings (RMS, pixel values)"
     )
     axes[0][0].set_ylabel(label)
     axes[0][-1].legend(fontsize=8, frameon=False)
-    _save(figure, out, part)
+    _save(figure, out, name)
 
 
 def paths(out: Path) -> None:

@@ -11,10 +11,22 @@ RESAMPLES = 9999
 
 
 def wilson(hits: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Wilson's interval of the share of ones (scipy's `binomtest`)."""
-    hits = np.asarray(hits)
-    interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    """Wilson's score interval of a share (Wilson 1927), one value in [0, 1] a prompt.
+
+    Where a value is a mean over seeds, prompts count as the sample: the interval is then on the wide side.
+    """
+    hits = np.asarray(hits, dtype=float)
+    n, share, z = len(hits), float(hits.mean()), float(stats.norm.ppf(0.975))
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def sign_test(differences: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p-value of as many prompts better as worse, ties left out (scipy's `binomtest`)."""
+    differences = np.asarray(differences, dtype=float)
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def bootstrap(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

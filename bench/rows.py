@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rollflow.engine import Engine
+from rollflow.errors import RequestError
 from rollflow.request import Request, Result
 
 Row = dict[str, Any]
@@ -30,19 +32,29 @@ class Job(NamedTuple):
 
 
 class Rows:
-    """Rows in `folder/rows.jsonl`; a row that is there already is not computed again.
+    """Rows in `folder/rows.jsonl`; a row that is there already, of the same prompts and options, is not computed again.
 
-    A row holds its key (`KEY`), the requests' fields, and for each prompt the reward and the held-out score; the
-    committed and executed evaluations and the seconds of all prompts together; and the evaluations at each level.
+    A row holds its key (`KEY`), the requests' fields, a digest of the prompts and the model, and for each prompt the
+    reward and the held-out score; the committed and executed evaluations and the seconds of all prompts together; and
+    the evaluations at each level. Of two rows with one key the later counts.
+
+    Raises:
+        RequestError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: Path):
         self.file = folder / "rows.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file.touch()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file.touch()
+        except OSError as error:
+            raise RequestError(f"the folder {str(folder)!r} cannot be written to ({error.strerror})") from error
         self.rows: dict[tuple, Row] = {}
         for line in self.file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # of a study that was stopped while it wrote
+                continue
             self.rows[_key(row)] = row
 
     def run(self, jobs: Sequence[Job], workers: int = 1) -> Iterator[Row]:
@@ -53,15 +65,20 @@ class Rows:
         missing = []
         for job in jobs:
             row = self.rows.get(_key(job.key))
-            if row is None:
-                missing.append(job)
-            else:
+            if row and (row["fields"], row["digest"]) == (job.fields, digest(job)):
                 yield row
+            else:
+                missing.append(job)
         for row in _computed(missing, workers):
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             self.rows[_key(row)] = row
             yield row
+
+
+def digest(job: Job) -> str:
+    """Of the prompts and the model's full name, which the key shortens."""
+    return hashlib.sha256(json.dumps([job.model, *job.prompts]).encode()).hexdigest()[:16]
 
 
 def _key(row: Row) -> tuple:
@@ -104,7 +121,8 @@ def compute(job: Job) -> Row:
     results = engine.generate(
         [Request(p, reward=job.key["reward"], seed=base + i, **job.fields) for i, p in enumerate(job.prompts)]
     )
-    return {**job.key, "fields": job.fields, **summary(results), "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return {**job.key, "fields": job.fields, "digest": digest(job), **summary(results), "seconds": seconds}
 
 
 def summary(results: Sequence[Result]) -> Row:

@@ -33,7 +33,8 @@ class Study:
     Parts: "methods" compares the contenders; "fidelity" says how well the reward of a posterior mean foretells the
     final reward, by point of the grid and path; "diversity" how far children of one initial latent differ; "solvers"
     compares solvers, grids and finishes, "noise" scales of the diffusion g; "paths" draws log-SNR and trajectories, for
-    which no model is needed. What lies in the output folder is not computed again: a study that was stopped goes on.
+    which no model is needed. Rows of methods, solvers and noise that lie in the output folder are not computed again: a
+    study that was stopped goes on.
     """
 
     part: Positional[Part] = "methods"
@@ -140,8 +141,20 @@ class Study:
             for contender in chosen
             for path in contender.paths
             for seed in range(self.seeds)
-            if path in self.paths and (contender.nfe is None or nfe == self.budgets[0]) and _pays(contender, nfe)
+            if path in self.paths and (contender.nfe is None or nfe == self.budgets[0]) and self._pays(contender, nfe)
         ]
+
+    def _pays(self, contender: Contender, nfe: int) -> bool:
+        """Whether the budget is enough for the contender; those for which it is not are left out of the tables."""
+        from rollflow import methods
+        from rollflow.models import traits
+
+        given = {"steps": traits(self.model).steps, **methods.defaults(contender.method), **contender.request}
+        try:
+            methods.make(contender.method, contender.nfe or nfe, given["steps"], **contender.options)
+        except RequestError:
+            return False
+        return True
 
     def _variants(self, part: Literal["solvers", "noise"], sets: dict[str, list[str]]) -> list[Job]:
         """Variants of RBF on one prompt set: solver, grid and finish, or the scale of the noise."""
@@ -182,21 +195,12 @@ class Study:
             for name, prompts in sets.items()
             for row in probe(engine_of(self.model), self.reward, prompts, PATHS[path])
         ]
-        save(self.out, part, found)
-        console.print(plain(part, found))
-        figures.probe(self.out, part, found)
+        if not found:
+            raise RequestError(f"{part} needs rewards that vary on at least two prompts, and there are none here")
+        name = f"{part}-{Path(self.model).name}"
+        save(self.out, name, found)
+        console.print(plain(name, found))
+        figures.probe(self.out, name, part, found)
         if part == "fidelity" and contenders.ODE in self.paths:
             time = probes.trusted_from(found)
             console.print(f"rewards foretell the image from linear time {time:.2f} on: Traits(trusted_from={time:.2f})")
-
-
-def _pays(contender: Contender, nfe: int) -> bool:
-    """Whether the budget is enough for the contender; those for which it is not are left out of the tables."""
-    from rollflow import methods
-
-    try:
-        steps = contender.request.get("steps", methods.defaults(contender.method).get("steps", 5))
-        methods.make(contender.method, contender.nfe or nfe, steps, **contender.options)
-    except RequestError:
-        return False
-    return True

@@ -32,7 +32,7 @@ def pooled(rows: Rows, part: str) -> list[Row]:
         if row["part"] == part:
             groups.setdefault(tuple(row[k] for k in _GROUP), []).append(row)
     entries = []
-    for key, group in groups.items():
+    for key, group in ((key, list(by_seed(group).values())) for key, group in groups.items()):
         size = min(row["prompts"] for row in group)
         given = np.stack([score(row)[:size] for row in group]).mean(0)  # over seeds, a number a prompt
         held = np.stack([score(row, "held_out")[:size] for row in group]).mean(0)
@@ -56,21 +56,30 @@ def pooled(rows: Rows, part: str) -> list[Row]:
     return entries
 
 
+def by_seed(rows: list[Row]) -> dict[int, Row]:
+    """One row a seed, that of the most prompts: a study may have been run on a few prompts first."""
+    found: dict[int, Row] = {}
+    for row in rows:
+        if row["seed"] not in found or row["prompts"] > found[row["seed"]]["prompts"]:
+            found[row["seed"]] = row
+    return found
+
+
 _GROUP = ("part", "model", "reward", "label", "path", "set", "nfe")
 
 
 def _interval(values: np.ndarray, reward: str) -> tuple[float, float]:
     if np.isnan(values).any():
         return np.nan, np.nan
-    single = reward in SHARES and set(values.tolist()) <= {0.0, 1.0}
-    return intervals.wilson(values) if single else intervals.bootstrap(values)
+    return intervals.wilson(values) if reward in SHARES else intervals.bootstrap(values)
 
 
 def paired(group: list[Row], ours: tuple[str, str], theirs: tuple[str, str]) -> Row | None:
     """By how much one (contender, path) is ahead of another on the rows of one set and budget: mean difference of the
-    score and of the held-out one, paired by prompt and seed, with bootstrap intervals over prompts. None: no pair.
+    score and of the held-out one, paired by prompt and seed, with bootstrap intervals over prompts and the p-value of
+    the sign test, which is exact where few prompts differ. None: no pair.
     """
-    mine, others = ({r["seed"]: r for r in group if (r["label"], r["path"]) == which} for which in (ours, theirs))
+    mine, others = (by_seed([r for r in group if (r["label"], r["path"]) == which]) for which in (ours, theirs))
     seeds = sorted(mine.keys() & others.keys())
     if not seeds:
         return None
@@ -80,6 +89,7 @@ def paired(group: list[Row], ours: tuple[str, str], theirs: tuple[str, str]) -> 
         values = np.stack([score(mine[s], judge)[:size] - score(others[s], judge)[:size] for s in seeds]).mean(0)
         found[title] = float(values.mean())
         found[f"{title}_95"] = (np.nan, np.nan) if np.isnan(values).any() else intervals.bootstrap(values)
+        found[f"{title}_p"] = intervals.sign_test(values)
     return found
 
 
@@ -93,7 +103,7 @@ def _cells(rows: Rows) -> dict[tuple, list[Row]]:
 
 
 def gains(rows: Rows, label: str) -> list[Row]:
-    """By how much the contender `label` is ahead of every other on each set and at each budget."""
+    """By how much the contender `label` is ahead of every other of the same budget, on each set."""
     found = []
     for (model, reward, name, nfe), group in _cells(rows).items():
         mine = next(((r["label"], r["path"]) for r in group if r["label"] == label), None)
@@ -119,17 +129,17 @@ def claims(rows: Rows) -> list[Row]:
 
 
 def differences(entries: list[Row]) -> str:
-    """Paired differences as a Markdown table: a row a comparison, a column a set; points of a hundred for shares."""
-    sets = sorted(dict.fromkeys(e["set"] for e in entries), key=list(_SETS).index)
+    """Paired differences of one model, reward and budget as a Markdown table: a row a comparison, a column a set; in
+    points of a hundred for shares.
+    """
+    known = {name: i for i, name in enumerate(("easy", "medium", "hard"))}
+    sets = sorted(dict.fromkeys(e["set"] for e in entries), key=lambda name: known.get(name, len(known)))
     lines = [f"| claim | difference | {' | '.join(sets)} |", "|---|---|" + "---|" * len(sets)]
     for claim, ahead, of in dict.fromkeys((e["claim"], e["ahead"], e["of"]) for e in entries):
         mine = {e["set"]: e for e in entries if (e["claim"], e["ahead"], e["of"]) == (claim, ahead, of)}
         cells = [_difference(mine[name]) if name in mine else "" for name in sets]
         lines.append(f"| {claim} | {ahead} less {of} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-_SETS = ("easy", "medium", "hard")
 
 
 def _difference(entry: Row) -> str:
@@ -167,6 +177,7 @@ def save(out: Path, name: str, entries: list[Row]) -> None:
 def columns(entries: list[Row]) -> list[tuple[str, int]]:
     """The table's columns, set and budget; what has a budget of its own stands in all of its set."""
     budgets = sorted({e["nfe"] for e in entries if e["label"] not in contenders.FIXED})
+    budgets = budgets or sorted({e["nfe"] for e in entries})[:1]
     return [(name, nfe) for name in dict.fromkeys(e["set"] for e in entries) for nfe in budgets]
 
 

@@ -43,7 +43,7 @@ OWN = (
     "initial", "children", "survivors", "lookahead", "block", "factor", "first", "explore", "rounds", "temperature",
     "threshold", "resampling",
     "potential", "gradient", "clip", "normalise", "back", "ahead", "neighbours", "angle", "generations", "elites",
-    "width", "exploration", "bar",
+    "walks", "exploration", "bar",
 )  # fmt: skip
 BASE_STEPS = 10
 DTYPES = ("float32", "bfloat16", "float16")
@@ -160,8 +160,8 @@ class SearchOptions:
     """ses, evosearch: how often the population is replaced."""
     elites: Own = None
     """sprout, ses, evosearch: the best, which live on or are drawn around."""
-    width: Own = None
-    """dts: walks at the same time."""
+    walks: Own = None
+    """dts: how many at the same time."""
     exploration: OwnNumber = None
     """dts: weight of the confidence bound against the value."""
     bar: OwnNumber = None

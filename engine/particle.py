@@ -28,13 +28,19 @@ GUIDED_NFE = 2  # a forward, and a backward to the latent alone, which costs abo
 class Slot:
     """Ownership of one place in a pool; dropping the last reference gives the place back."""
 
-    __slots__ = ("_pool", "index")
+    __slots__ = ("__weakref__", "_pool", "index")
 
     def __init__(self, pool: ParticlePool, index: int):
-        self._pool, self.index = pool, index
+        self._pool: ParticlePool | None = pool
+        self.index = index
 
-    def __del__(self) -> None:
-        self._pool._free.append(self.index)
+    def release(self) -> None:
+        """Gives the place back, whoever may still refer to it."""
+        if self._pool is not None:
+            self._pool._free.append(self.index)
+            self._pool = None
+
+    __del__ = release
 
 
 class Particle:
@@ -47,13 +53,15 @@ class Particle:
         parent: the parent's place in the history, `None` for a sample of the prior.
         arrival: the step that led to it: its time, and the coefficients of its posterior mean.
         slot: its place in the pool.
+        shift: by how much its children's velocity `u` is moved by the reward's gradient; None for most.
     """
 
-    __slots__ = ("arrival", "index", "parent", "reward", "slot", "step")
+    __slots__ = ("arrival", "index", "parent", "reward", "shift", "slot", "step")
 
     def __init__(self, step: int, arrival: Step, slot: Slot, index: int, parent: int | None):
         self.step, self.arrival, self.slot, self.index, self.parent = step, arrival, slot, index, parent
         self.reward: float | None = None
+        self.shift: Float[Tensor, "token channel"] | None = None
 
     @property
     def time(self) -> float:
@@ -79,8 +87,9 @@ class Guide:
     With `G` the gradient of the reward of the decoded posterior mean with respect to the state `x`, the mean moves by
     `scale (sigma^2 / alpha) G`: by Tweedie's formula of second order that is the posterior covariance of the data times
     the gradient with respect to the data, which is guidance by the score of `exp(scale r(x0_hat))` (DPS, Chung et al.
-    2023, arXiv 2209.14687). It reaches the sampler as a change of `u`, so that steps stay affine in (x, u, z). Where
-    `alpha = 0` nothing moves: pure noise tells nothing of the image.
+    2023, arXiv 2209.14687). It reaches the children as a change of the particle's `u`, so that steps stay affine in
+    (x, u, z); the particle itself, its reward and its image stay unmoved. Where `alpha = 0` nothing moves: pure noise
+    tells nothing of the image.
 
     Attributes:
         scale: 1 / temperature of the target `p(x0) exp(scale r(x0))`.
@@ -93,10 +102,10 @@ class Guide:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise RequestError(f"a guide of scale {self.scale!r}: it must be finite and not negative")
-        if self.clip is not None and not self.clip > 0:
-            raise RequestError(f"a guide clipped at {self.clip!r}: the largest move must be above 0")
+        if not (isinstance(self.scale, int | float) and 0 <= self.scale < math.inf):
+            raise RequestError(f"a guide of scale {self.scale!r}: it must be a finite number and not negative")
+        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
+            raise RequestError(f"a guide clipped at {self.clip!r}: the largest move must be a number above 0")
 
 
 @dataclass(frozen=True)
@@ -137,8 +146,8 @@ class Draw:
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise RequestError(f"a draw of {self.count} children: it must be at least 1")
+        if not isinstance(self.count, int) or self.count < 1:
+            raise RequestError(f"a draw of {self.count!r} children: it must be a whole number of at least 1")
         if not self.scored and self.until != math.inf:
             raise RequestError("a draw with `until` must be scored: its stopping rule looks at rewards")
         if self.guide is not None and not self.scored:

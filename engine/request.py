@@ -48,10 +48,11 @@ class Request:
             the reward judged: sharp for a few-step model, blurred for others.
         finalists: how many particles compete in the end: the one that the method chose and the best others that were
             judged at any point of the grid, each finished at `finish` evaluations out of `nfe`; the best final reward
-            wins. 1 takes the method's choice (as published). By default 2 without a finish, where it costs nothing,
-            and 1 with one.
-        stop_at: a reward that is good enough: the first particle that reaches it ends the search, and the rest of the
-            budget is not spent.
+            wins, on ties the least noisy one. Only those count that were judged where rewards can be trusted, see
+            `rollflow.models.Traits`. 1 takes the method's choice (as published). By default 2 without a finish, where
+            it costs nothing, and 1 with one.
+        stop_at: a reward that is good enough: the first particle that reaches it, where rewards can be trusted, ends
+            the search, and the rest of the budget is not spent. A finish may still better it.
         latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
             `[n, token, channel]` for the first n; further samples come from the seed.
         guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
@@ -113,8 +114,10 @@ class Result:
         held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
         committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless `stop_at` ended
             the search.
-        executed_nfe: rows that the device ran for this request, its share of padding included.
-        invalid_rewards: how many particles had a reward that is no finite number; they count as worst.
+        executed_nfe: what the device ran for this request, its share of padding included; a row counts as much as it is
+            charged.
+        invalid_rewards: how many particles had a reward that is no finite number, and count as worst, or a gradient
+            that is none, and were not guided.
         history: a record for each evaluated particle, in the order of evaluation.
         seconds: wall time from admission to the end.
         request: what was asked.
@@ -165,7 +168,7 @@ class Plan:
     steps: tuple[Step, ...]
     finalists: int
     latents: torch.Tensor | None
-    options: dict[str, Any]
+    trusted_from: float
     _arrivals: dict[tuple, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -176,7 +179,9 @@ class Plan:
     def search(self) -> methods.Search:
         """The request's method, ready to begin."""
         request = self.request
-        return methods.make(request.method, request.nfe, len(self.steps), self.finish_nfe, request.seed, **self.options)
+        return methods.make(
+            request.method, request.nfe, len(self.steps), self.finish_nfe, request.seed, **request.options
+        )
 
     def arrival(self, draw: Draw) -> Step:
         """The coefficients of one of the draw's children; see `rollflow.particle.Draw.move`."""
@@ -292,24 +297,24 @@ def plan(request: Request, traits: Traits | None = None) -> Plan:
     reward = rewards.make(request.reward)
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)
+    if request.stop_at is not None:
+        number("stop_at", request.stop_at)
+    finalists = (1 if request.finish else 2) if request.finalists is None else whole("finalists", request.finalists, 1)
+    if methods.prunes(request.method):
+        first = sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1])
+        request = replace(request, options={"first": first, **request.options})
+    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request), traits.trusted_from)
+    made.search()  # a check
+    title = methods.title(request.method)
     if methods.branches(request.method) and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
         raise RequestError(
-            f"the method {methods.title(request.method)} branches, and under an ODE all children of a particle are the "
-            f"same: use one of {', '.join(name for name in methods.names() if not methods.branches(name))}, or a "
-            "diffusion above 0"
+            f"the method {title} branches, and under an ODE all children of a particle are the same: use one of "
+            f"{', '.join(name for name in methods.names() if not methods.branches(name))}, or a diffusion above 0"
         )
     if methods.guided(request.method, request.options) and not rewards.differentiable(reward):
         usable = [name for name in rewards.names() if rewards.differentiable(rewards.make(name))]
         raise RequestError(
-            f"the method {methods.title(request.method)} follows the gradient of the reward, and {reward.name} "
-            f"has none: use {', '.join(usable)}, or a reward with the attribute `differentiable = True`"
+            f"the method {title} follows the gradient of the reward, and {reward.name} has none: use "
+            f"{', '.join(usable)}, or a reward with the attribute `differentiable = True`"
         )
-    if request.stop_at is not None:
-        number("stop_at", request.stop_at)
-    finalists = (1 if request.finish else 2) if request.finalists is None else whole("finalists", request.finalists, 1)
-    options = dict(request.options)
-    if "first" in methods.options_of(request.method):
-        options.setdefault("first", sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1]))
-    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request), options)
-    made.search()  # a check
     return made

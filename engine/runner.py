@@ -52,9 +52,10 @@ class Runner:
         return self._score(rows, latents)
 
     def _run_guided(self, rows: list[Row]) -> list[float | None]:
-        """Also takes the gradient of the rewards through decoder and model, and moves the velocities by it.
+        """Also takes the gradient of the rewards through decoder and model, by which the particles' children move.
 
         The move of the posterior mean is that of `rollflow.particle.Guide`; `x0_hat = p x + q u` makes it one of `u`.
+        The particle itself stays what was judged.
         """
         pool, geometry = rows[0].search.pool, rows[0].search.geometry
         with torch.no_grad():
@@ -76,12 +77,11 @@ class Runner:
                         f"the gradient of the reward {cut[0].search.plan.reward.name} does not reach the latents: "
                         "reward, decoder and model must be differentiable for a guided method"
                     )
-                (gradient,) = torch.autograd.grad(torch.stack(scores).sum(), x)
-        with torch.no_grad():
-            pool.u[live] = u.detach()[: len(rows)]
-            for i, row in enumerate(rows):
-                pool.u[live[i]] += _move(row, gradient[i]) / row.step.q
-        return torch.stack(scores).detach().tolist()
+                (gradient,) = torch.autograd.grad(torch.stack([score.cpu() for score in scores]).sum(), x)
+        pool.u[live] = u.detach()[: len(rows)]
+        for i, row in enumerate(rows):
+            row.particle.shift = _move(row, gradient[i].detach()) / row.step.q
+        return [score.item() for score in scores]
 
     def _propose(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """The model's input and the children's slots, both padded to the bucket."""
@@ -191,11 +191,30 @@ def _composed(row: Row) -> bool:
     return row.asked is not None and (bool(row.asked.mix) or row.asked.coarse)
 
 
+def _noise(row: Row) -> Float[Tensor, "token channel"]:
+    x = row.search.pool.x
+    seed, key = (torch.tensor([v], device=x.device) for v in (row.search.plan.request.seed, row.noise_key))
+    return kernels.noise(seed, key, *x.shape[1:])[0]
+
+
+def _guided(row: Row) -> Float[Tensor, "token channel"]:
+    """A step from a guided particle: its velocity is moved by the reward's gradient, but for steps of the finish."""
+    pool, step = row.search.pool, row.step
+    assert row.parent is not None
+    slot, u = row.parent.slot.index, pool.u[row.parent.slot.index]
+    if row.kind != "finish":
+        u = u + row.parent.shift
+    state = step.a * pool.x[slot] + step.b * u
+    return state + step.k * _noise(row) if step.k else state
+
+
 def _prepared(row: Row) -> Tensor | None:
     """The child's state where it takes more than one parent's x and u and fresh noise z: given latents and mixtures."""
     latents = _given(row)
     if latents is not None:
         return latents * row.step.k
+    if row.parent is not None and row.parent.shift is not None:
+        return _guided(row)
     return _rotated(row) if _composed(row) else None
 
 
@@ -206,9 +225,9 @@ def _rotated(row: Row) -> Float[Tensor, "token channel"]:
     source = x = pool.x[row.parent.slot.index]
     if asked.mix:
         source = x + pool.x[[cast("Particle", other).slot.index for other in asked.mix]].sum(0)
-        source = source * (x.norm() / source.norm())
-    seed, key = (torch.tensor([v], device=x.device) for v in (row.search.plan.request.seed, row.noise_key))
-    rotated = step.a * source + step.k * kernels.noise(seed, key, *x.shape)[0]
+        band = _patch_means if asked.coarse else torch.Tensor.clone  # what turns, and has the norm of noise
+        source = source * (band(x).norm() / band(source).norm())
+    rotated = step.a * source + step.k * _noise(row)
     return x + _patch_means(rotated - x) if asked.coarse else rotated
 
 
@@ -221,7 +240,8 @@ def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token chan
 def _coefficients(row: Row) -> tuple[float, float, float, float]:
     """(a, b, k, 1 / scale) of propose; a prepared state is the child already."""
     step = row.step
-    a, b, k = (1.0, 0.0, 0.0) if _given(row) is not None or _composed(row) else (step.a, step.b, step.k)
+    prepared = _given(row) is not None or _composed(row) or (row.parent is not None and row.parent.shift is not None)
+    a, b, k = (1.0, 0.0, 0.0) if prepared else (step.a, step.b, step.k)
     return a, b, k, 1 / step.scale
 
 
@@ -233,6 +253,8 @@ def _move(row: Row, gradient: Float[Tensor, "token channel"]) -> Float[Tensor, "
         return torch.zeros_like(gradient)
     move = guide.scale * path.sigma(time) ** 2 / path.alpha(time) * gradient
     size = move.square().mean().sqrt()
+    if not size.isfinite():
+        row.search.invalid += 1
     if not size.isfinite() or size == 0:
         return torch.zeros_like(gradient)
     if guide.normalised:

@@ -13,10 +13,14 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
+from weakref import WeakSet
 
+from rollflow.errors import RequestError
+from rollflow.methods import title
 from rollflow.methods.budget import worth
+from rollflow.methods.paths import shared
 from rollflow.models import Geometry
-from rollflow.particle import Draw, Particle, ParticlePool
+from rollflow.particle import Draw, Particle, ParticlePool, Slot
 from rollflow.request import Kind, Plan, Record, Step
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
@@ -59,10 +63,15 @@ class Search:
         self.closed = False
         self.finals: list[Final] | None = None
         self._best: list[Particle] = []  # those judged best, at most as many as there are finalists
+        self._slots: WeakSet[Slot] = WeakSet()
         self._in_flight = 0
         self._begin(next(self.method))
 
     def _begin(self, draws: list[Draw]) -> None:
+        if not draws:
+            raise RequestError(
+                f"the method {title(self.plan.request.method)} yielded no draw: it must yield at least one, or return"
+            )
         self.draws = draws
         self.children: list[list[Particle]] = [[] for _ in draws]
         self.issued = [0] * len(draws)
@@ -116,8 +125,10 @@ class Search:
                 yield Row(self, step, self._particle(step, level, parent), parent, not left, "finish", place=i)
 
     def _particle(self, step: Step, level: int, parent: Particle | None) -> Particle:
+        slot = self.pool.take()
+        self._slots.add(slot)
         self._in_flight += 1
-        return Particle(level, step, self.pool.take(), -1, None if parent is None else parent.index)
+        return Particle(level, step, slot, -1, None if parent is None else parent.index)
 
     def deliver(self, row: Row, reward: float | None) -> None:
         """Takes an evaluated row back; rows of a draw come back in the order they were issued.
@@ -140,11 +151,12 @@ class Search:
             self.finals[row.place].particle, self.finals[row.place].waiting = particle, False
             return
         self.children[row.place].append(particle)
-        if reward is not None:
+        if reward is not None and particle.arrival.tau <= self.plan.trusted_from + 1e-9:
             self._best = sorted([*self._best, particle], key=_rank, reverse=True)[: self.plan.finalists]
             stop_at = self.plan.request.stop_at
-            if stop_at is not None and worth(particle) >= stop_at:
-                self._end([particle])
+            if stop_at is not None and worth(particle) >= stop_at:  # it stays in the race should its finish be worse
+                finish = self.plan.request.finish
+                self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0])
 
     def advance(self) -> None:
         """Hands the particles to the method once all its draws are complete, and takes its next draws."""
@@ -154,15 +166,16 @@ class Search:
                 self._begin(self.method.send(children))
             except StopIteration as stop:
                 others = [particle for particle in self._best if particle is not stop.value]
-                self._end([stop.value, *others][: self.plan.finalists])
+                finalists = [stop.value, *others][: self.plan.finalists]
+                if not self.plan.request.finish and stop.value.reward is None:
+                    finalists = [stop.value]  # it cannot be compared, and is what the method wants
+                self._end(finalists, shared(self.plan.finish_nfe, len(finalists)))
 
-    def _end(self, finalists: list[Particle]) -> None:
-        """Ends the search proper: the finish budget is shared evenly among those who compete."""
-        request, count = self.plan.request, len(finalists)
-        stopped = request.stop_at is not None and worth(finalists[0]) >= request.stop_at
-        share, more = (request.finish, 0) if stopped else divmod(self.plan.finish_nfe, count)
+    def _end(self, finalists: list[Particle], finish: list[int]) -> None:
+        """Ends the search proper: each of those who compete is finished by as many evaluations as `finish` says."""
         self.finals = [
-            Final(particle, self.plan.finish(particle.time, share + (i < more))) for i, particle in enumerate(finalists)
+            Final(particle, self.plan.finish(particle.time, count))
+            for particle, count in zip(finalists, finish, strict=True)
         ]
         self.method.close()
         self.draws, self.children, self._best = [], [], []
@@ -172,6 +185,8 @@ class Search:
         self.method.close()
         self.closed = True
         self.finals, self.draws, self.children, self._best = [], [], [], []
+        for slot in list(self._slots):  # of particles that a kept exception or the method's caller still refers to
+            slot.release()
 
 
 def _rank(particle: Particle) -> tuple[float, int]:
@@ -199,14 +214,15 @@ class Scheduler:
     def __init__(self, runner: Runner):
         self.runner = runner
         self.live: deque[Search] = deque()
-        self._guided = False
+        self._guided: dict[Geometry, bool] = {}  # which kind of rows is next
 
     def tick(self) -> list[Search]:
         """Runs one batch and returns the searches that are over."""
         geometry = self.live[0].geometry
         searches = [s for s in self.live if s.geometry == geometry]
-        rows = self._choose(searches, self._guided) or self._choose(searches, not self._guided)
-        self._guided = rows[0].kind != "guided"
+        guided = self._guided.get(geometry, False)
+        rows = self._choose(searches, guided) or self._choose(searches, not guided)
+        self._guided[geometry] = rows[0].kind != "guided"
         try:
             rewards = self.runner.run(rows)
         except BaseException:  # whoever keeps the exception must not keep the slots of these particles with it

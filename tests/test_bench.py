@@ -73,8 +73,8 @@ def test_study_of_ones_own_prompts_and_reward(tmp_path):
 def test_probes(part, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "STEPS", 4)
     study(tmp_path, part=part, prompts=4, sets=("medium",), paths=("linear-ODE", "VP-SDE"))()
-    rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
-    assert (tmp_path / f"{part}.png").is_file() and (tmp_path / f"{part}.svg").is_file()
+    rows = json.loads((tmp_path / f"{part}-shapes.json").read_text())["rows"]
+    assert (tmp_path / f"{part}-shapes.png").is_file() and (tmp_path / f"{part}-shapes.svg").is_file()
     if part == "fidelity":
         assert 0 <= probes.trusted_from(rows) <= 1
         assert all(-1 <= row["pearson"] <= 1 and row["prompts"] <= 4 for row in rows)
@@ -99,7 +99,7 @@ def test_variants(tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "NOISES", contenders.NOISES[:1])
     for part, count in (("solvers", 2), ("noise", 1)):
         study(tmp_path, part=part, paths=("VP-SDE",))()
-        assert len(json.loads((tmp_path / f"{part}.json").read_text())["rows"]) == count
+        assert len(json.loads((tmp_path / f"{part}-shapes.json").read_text())["rows"]) == count
         assert (tmp_path / f"{part}.png").is_file()
 
 

@@ -35,7 +35,7 @@ _NOISE: dict[str, Any] = {"interpolant": "vp", "diffusion": 3.0, "grid": "paper"
 _STRAIGHT: dict[str, Any] = {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}  # the model's own ODE
 
 __all__ = [
-    "Search", "branches", "defaults", "guided", "make", "names", "options_of", "title", *sorted(_METHODS),
+    "Search", "branches", "defaults", "guided", "make", "names", "options_of", "prunes", "title", *sorted(_METHODS),
 ]  # fmt: skip
 
 
@@ -49,28 +49,37 @@ def title(method: str | Callable[..., Search]) -> str:
     return method if isinstance(method, str) else str(getattr(method, "__name__", type(method).__name__))
 
 
+def _function(method: str | Callable[..., Search]) -> Callable[..., Search] | None:
+    return _METHODS.get(method) if isinstance(method, str) else method
+
+
 def options_of(method: str | Callable[..., Search]) -> list[str]:
     """The names of a method's own options; none for an unknown method."""
-    known = _METHODS.get(method) if isinstance(method, str) else method
+    known = _function(method)
     parameters = inspect.signature(known).parameters if known else ()
     return [p for p in parameters if p not in ("nfe", "steps", "finish", "seed")]
 
 
 def branches(method: str | Callable[..., Search]) -> bool:
     """Whether the method draws several children of one particle, which under an ODE would all be the same."""
-    return _METHODS.get(method) in _BRANCHING if isinstance(method, str) else False
+    return _function(method) in _BRANCHING
+
+
+def prunes(method: str | Callable[..., Search]) -> bool:
+    """Whether the method has the option `first`, the first point of the grid whose rewards are to be trusted."""
+    return _function(method) in (psp, sprout)
+
+
+def guided(method: str | Callable[..., Search], options: Mapping[str, Any]) -> bool:
+    """Whether the method, with these options, follows the gradient of the reward."""
+    return _function(method) is dps or bool(options.get("gradient"))
 
 
 def defaults(method: str | Callable[..., Search]) -> dict[str, Any]:
     """How a request runs where it does not say: by the paper's VP-SDE for methods that branch and for your own, by the
     model's own ODE, for as many steps as suit the model, for those that do not.
     """
-    return _STRAIGHT if _METHODS.get(method) in _UNBRANCHED else _NOISE  # type: ignore[arg-type]
-
-
-def guided(method: str | Callable[..., Search], options: Mapping[str, Any]) -> bool:
-    """Whether the method, with these options, follows the gradient of the reward."""
-    return method == "dps" or bool(options.get("gradient"))
+    return _STRAIGHT if _function(method) in _UNBRANCHED else _NOISE
 
 
 def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any) -> Search:

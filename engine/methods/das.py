@@ -70,6 +70,8 @@ def tempered(
         log_weights = base + _scaled(reward, share)
         if level == steps - 1:
             break
+        if log_weights.max() == -np.inf:  # no reward was a number: begin again from here, all alike
+            reward, log_weights = np.zeros(len(particles)), np.zeros(len(particles))
         weights = normalised(log_weights)
         if len(particles) != count or effective_sample_size(weights) < threshold * len(particles) * (1 + 1e-6):
             log_constant += log_mean(log_weights)

@@ -29,7 +29,7 @@ class Node:
 
 
 def dts(
-    nfe: int, steps: int, width: int = 4, temperature: float = 0.5, exploration: float = 0.5, finish: int = 0
+    nfe: int, steps: int, walks: int = 4, temperature: float = 0.5, exploration: float = 0.5, finish: int = 0
 ) -> Search:
     """Diffusion tree search (Jain et al. 2025, arXiv 2506.20701): each walk descends from the root by upper confidence
     bounds on the soft value `temperature log mean exp(r / temperature)` of the leaves below, branches off where a node
@@ -39,7 +39,7 @@ def dts(
     Args:
         nfe: budget of function evaluations; what is left after whole walks pays for one of fewer, longer steps.
         steps: evaluations from the root to a leaf.
-        width: walks at the same time.
+        walks: how many at the same time.
         temperature: of the soft value, in units of the reward; lower is greedier.
         exploration: weight of the bound against the value, which is scaled to [0, 1].
         finish: evaluations that the engine keeps for the finish of the chosen leaf.
@@ -47,20 +47,20 @@ def dts(
     Raises:
         RequestError: a bad option, or a budget that does not pay for one walk.
     """
-    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("width", width, 1), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("walks", walks, 1), whole("finish", finish, 0)
     if number("temperature", temperature) <= 0 or number("exploration", exploration) < 0:
         raise RequestError(
             f"temperature={temperature!r}, exploration={exploration!r}: a temperature is above 0, exploration not below"
         )
     require("dts", nfe, steps + finish, f"one walk of {steps} steps and a finish of {finish}")
-    return _search(nfe - finish, steps, width, temperature, exploration)
+    return _search(nfe - finish, steps, walks, temperature, exploration)
 
 
-def _search(left: int, steps: int, width: int, temperature: float, exploration: float) -> Search:
+def _search(left: int, steps: int, at_once: int, temperature: float, exploration: float) -> Search:
     root, leaves = Node(None), list[Evaluated]()
     while left:
         ways, lengths = list[list[Node]](), list[int]()
-        while left and len(ways) < width:
+        while left and len(ways) < at_once:
             ways.append(_descend(root, steps, temperature, exploration))
             lengths.append(min(left, steps - 1 - ways[-1][-1].level))
             left -= lengths[-1]
@@ -90,13 +90,18 @@ def _descend(root: Node, steps: int, temperature: float, exploration: float) -> 
             node.pending += 1
             return way
         values = [temperature * (child.log_sum - math.log(max(1, child.leaves))) for child in inner]
-        low, high = min(values), max(values)
         bounds = [
-            ((value - low) / (high - low) if high > low else 0.0)
-            + exploration * math.sqrt(math.log(node.visits + 1) / (child.visits + 1))
-            for child, value in zip(inner, values, strict=True)
+            value + exploration * math.sqrt(math.log(node.visits + 1) / (child.visits + 1))
+            for child, value in zip(inner, _scaled(values), strict=True)
         ]
         way.append(inner[bounds.index(max(bounds))])
+
+
+def _scaled(values: list[float]) -> list[float]:
+    """Values brought to [0, 1]; one of minus infinity, where every leaf's reward was no number, to -1."""
+    finite = [value for value in values if value > -math.inf]
+    low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
+    return [-1.0 if value == -math.inf else (value - low) / spread if spread else 0.0 for value in values]
 
 
 def _join(way: list[Node], particles: list[Evaluated], log_value: float) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
 from rollflow.methods.paths import flat
@@ -15,7 +13,8 @@ def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0, finish: int =
     `factor` goes on to the next. Nothing branches, so that it works under the ODE.
 
     Args:
-        nfe: budget of function evaluations; what rounding leaves over goes to the first level.
+        nfe: budget of function evaluations; what rounding leaves over goes to the first level, or, where that is not
+            judged, to later ones.
         steps: evaluations of a sample that is never pruned.
         factor: how many times fewer samples each level has than the one before; 1 prunes nothing.
         first: the first level that is judged, and after which samples are pruned: where posterior means do not foretell
@@ -29,7 +28,7 @@ def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0, finish: int =
     if number("factor", factor) < 1:
         raise RequestError(f"factor={factor!r}: each level has at most as many samples as the one before; at least 1")
     require("psp", nfe, steps + finish, f"one sample of {steps} steps and a finish of {finish}")
-    return _search(levels(nfe - finish, steps, factor, first))
+    return _search(levels(nfe - finish, steps, factor, first), first)
 
 
 def levels(budget: int, steps: int, factor: float, first: int = 0) -> list[int]:
@@ -46,18 +45,24 @@ def levels(budget: int, steps: int, factor: float, first: int = 0) -> list[int]:
         low, high = (middle, high) if sum(counts(middle)) <= budget else (low, middle)
     chosen = counts(low)
     left = budget - sum(chosen)
-    for level in range(
-        steps
-    ):  # spread over the levels from the first on, so that no level has more than the one before
-        chosen[level] += left // steps + (level < left % steps)
+    if not first:
+        chosen[0] += left
+        return chosen
+    for level in range(first + 1, steps):  # more survivors, where the level before has any
+        more = min(left, chosen[level - 1] - chosen[level])
+        chosen[level] += more
+        left -= more
+    for level in range(left):  # what is still left is not enough for a sample that is judged
+        chosen[level] += 1
     return chosen
 
 
-def _search(counts: list[int]) -> Search:
-    judged = [after < count for count, after in pairwise([*counts, 0])]  # no level is judged that nothing is pruned at
+def _search(counts: list[int], first: int) -> Search:
+    # No level is judged that nothing is pruned at, nor one whose rewards are not to be trusted.
+    last = len(counts) - 1
+    judged = [level == last or (level >= first and counts[level + 1] < counts[level]) for level in range(last + 1)]
     particles = flat((yield [Draw(None, counts[0], scored=judged[0])]))
     for level in range(1, len(counts)):
-        if judged[level - 1]:
-            particles = sorted(particles, key=worth, reverse=True)[: counts[level]]
+        particles = sorted(particles, key=worth, reverse=True)[: counts[level]]
         particles = flat((yield [Draw(particle, scored=judged[level]) for particle in particles]))
     return best(particles)

@@ -34,7 +34,8 @@ def rbf(
         RequestError: when the budget does not pay for the initial samples and one child a level.
     """
     whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
-    guide, cost = (Guide(gradient, clip=clip), GUIDED_NFE) if gradient and steps > 1 else (None, 1)
+    given = Guide(gradient, clip=clip)
+    guide, cost = (given, GUIDED_NFE) if gradient and steps > 1 else (None, 1)
     least = 1 if initial is None else whole("initial", initial, 1)
     after = cost * max(0, steps - 2) + (steps > 1)  # what one child at every later level costs
     need = cost * least + after + finish

@@ -90,6 +90,8 @@ def population(
     log_weights, spent = reward.copy(), reward.copy()  # spent: the logarithm of all potentials on the path
     log_constant = 0.0
     for level in range(1, steps):
+        if log_weights.max() == -np.inf:  # no reward was a number: begin again from here, all alike
+            reward, score, spent, log_weights = (np.zeros(len(particles)) for _ in range(4))
         weights = normalised(log_weights)
         if len(particles) != count or effective_sample_size(weights) < threshold * count * (1 - 1e-12):
             log_constant += log_mean(log_weights)

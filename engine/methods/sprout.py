@@ -30,7 +30,7 @@ def sprout(
     (neighbours of a noise).
 
     Args:
-        nfe: budget of function evaluations; what rounding leaves over goes to the first point of each round.
+        nfe: budget of function evaluations.
         steps: evaluations of a noise that is never pruned.
         explore: share of the budget for fresh noises; 1 is `psp`.
         rounds: of neighbours; fewer where the budget does not pay for a whole sample in each.
@@ -79,6 +79,6 @@ def _search(plan: list[list[int]], elites: int, angle: float, first: int) -> Sea
                 for (seed, _, top), child in zip(growing, children, strict=True)
             ]
         seeds += [(seed, top) for seed, _, top in growing]
-        seeds.sort(key=lambda pair: worth(pair[1]), reverse=True)
+        seeds.sort(key=lambda pair: (worth(pair[1]), pair[1].step), reverse=True)
         del seeds[elites:]
     return seeds[0][1]

@@ -30,7 +30,8 @@ def svdd(
         RequestError: when the budget does not pay for `children` at every level.
     """
     whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
-    guide, cost = (Guide(gradient, clip=clip), GUIDED_NFE) if gradient else (None, 1)
+    given = Guide(gradient, clip=clip)
+    guide, cost = (given, GUIDED_NFE) if gradient else (None, 1)
     each = cost * (steps - 1) + 1  # what one candidate at every level costs
     least = 1 if children is None else whole("children", children, 1)
     require("svdd", nfe, least * each + finish, f"{least} at each of {steps} levels and a finish of {finish}")

@@ -53,6 +53,4 @@ def _search(left: int, steps: int, bar: float | None, initial: int, children: in
             left -= len(drawn)
             current = best(drawn)
         ends.append(current)
-    if left:  # the last level stopped early, and what it saved does not pay for a search: more initial samples
-        ends += (yield [Draw(None, left)])[0]
     return best(ends)
