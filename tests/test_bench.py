@@ -62,6 +62,25 @@ def test_study_in_several_processes(tmp_path):
     assert (tmp_path / "one" / "methods-budgets.png").is_file()
 
 
+def test_rows_of_other_prompts_or_options_are_computed_again(tmp_path, monkeypatch):
+    for text in ("two red circles", "one blue square"):
+        (tmp_path / "easy.txt").write_text(text)
+        study(tmp_path, prompt_file=tmp_path / "easy.txt", methods=("PSP, 3 steps",))()
+    monkeypatch.setattr(contenders, "CONTENDERS", (Contender("PSP, 3 steps", "psp", (contenders.ODE,), {"steps": 2}),))
+    study(tmp_path, prompt_file=tmp_path / "easy.txt", methods=("PSP, 3 steps",))()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"part": "meth')  # a study that was stopped while it wrote
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and len({json.loads(line)["digest"] for line in lines[:3]}) == 2
+    (row,) = Rows(tmp_path).rows.values()
+    assert row["fields"]["steps"] == 2
+
+
+def test_a_seed_counts_once_with_its_most_prompts():
+    rows = [{"seed": 0, "prompts": n} for n in (20, 100, 50)] + [{"seed": 1, "prompts": 20}]
+    assert tables.by_seed(rows) == {0: rows[1], 1: rows[3]}
+
+
 def test_study_of_ones_own_prompts_and_reward(tmp_path):
     (tmp_path / "mine.txt").write_text("two red circles\n\none blue square\n")
     study(tmp_path, prompt_file=tmp_path / "mine.txt", methods=("PSP, 3 steps",), reward="soft_count")()
@@ -126,6 +145,7 @@ def test_trajectories_end_on_the_mixture(name):
         ({"paths": ("VP",)}, "no path 'VP': choose from linear-ODE"),
         ({"budgets": ()}, "at least 1 each"),
         ({"jobs": 0}, "at least 1 each"),
+        ({"out": Path("/proc/nowhere")}, "cannot be written to"),
         ({"prompt_file": Path("nowhere.txt")}, "cannot be read"),
     ],
 )
@@ -138,6 +158,8 @@ def test_contenders_exist_and_differ():
     assert len(contenders.by_label()) == len(contenders.CONTENDERS)
     assert {c.method for c in contenders.CONTENDERS} <= set(methods.names())
     assert {contenders.OURS, *contenders.QUICK} <= contenders.by_label().keys()
+    for _, *sides in contenders.CLAIMS:
+        assert all(path in contenders.by_label()[label].paths for label, path in sides)
     for contender in contenders.CONTENDERS:
         assert not (methods.branches(contender.method) and contenders.ODE in contender.paths)
     twice = Contender("a", "bon", (contenders.ODE,), {"steps": 3}).fields(contenders.ODE, 9)
@@ -213,3 +235,4 @@ def test_intervals():
     half = 1.96 * 0.5 / math.sqrt(1000)
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
     assert intervals.bootstrap([0.25, 0.25]) == (0.25, 0.25)
+    assert intervals.sign_test([0.5, 1, 1, 1, 0, 0]) == pytest.approx(0.125) and intervals.sign_test([0, 0]) == 1

@@ -24,6 +24,7 @@ class Fake:
     step: int
     parent: object = None
     nfe: int = 1
+    root: int = -1
 
 
 def drive(search, reward_of, log=None):
@@ -71,7 +72,7 @@ def smallest(name, steps, gradient=0.0, lookahead=0, **_):
     return steps + sum(min(lookahead, steps - 1 - level) for level in range(steps))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 1000), st.integers(1, 50), st.integers(0, 4), st.sampled_from(VARIANTS))
 def test_budget_is_spent_to_the_last_evaluation(nfe, steps, finish, variant):
     name, options = variant
@@ -289,7 +290,7 @@ def test_dts_returns_to_the_branch_whose_leaves_are_good():
             particle = particle.parent
         return roots.setdefault(id(particle), (particle, hashed(3, len(roots))))
 
-    search, reply, leaves = methods.dts(600, 4, width=2, exploration=0.2), None, []
+    search, reply, leaves = methods.dts(600, 4, walks=2, exploration=0.2), None, []
     try:
         while True:
             draws = search.send(reply)
@@ -307,6 +308,49 @@ def test_dts_returns_to_the_branch_whose_leaves_are_good():
     best = max(roots.values(), key=lambda pair: pair[1])[0]
     assert sum(root(leaf)[0] is best for leaf in leaves) == counts[-1] > 2 * np.mean(counts)
     assert len(roots) > 3  # and new branches are still opened
+
+
+def test_dts_leaves_a_branch_whose_rewards_are_no_numbers():
+    """All below the first root is NaN: few walks may go there."""
+    search, reply, roots, leaves = methods.dts(300, 4, walks=2), None, [], []
+    try:
+        while True:
+            draws = search.send(reply)
+            reply = []
+            for draw in draws:
+                child = Fake(None, draw.arrives, draw.parent)
+                child.root = len(roots) if draw.parent is None else draw.parent.root
+                roots += [child] * (draw.parent is None)
+                if draw.scored:
+                    child.reward = math.nan if child.root == 0 else hashed(1, child.root)
+                    leaves.append(child)
+                reply.append([child])
+    except StopIteration as stop:
+        assert math.isfinite(stop.value.reward)
+    assert sum(leaf.root == 0 for leaf in leaves) < len(leaves) / len(roots)
+
+
+@pytest.mark.parametrize("name", ["smc", "fk", "das"])
+def test_particles_select_again_after_a_level_without_numbers(name):
+    log = []
+    drive(methods.make(name, 200, 10, temperature=0.05), lambda step, n: hashed(step, n) if step else math.nan, log)
+    parents = [len({id(d.parent) for d in draws}) for draws, _ in log[1:]]
+    assert parents[0] == 20 and max(parents[2:]) < 20
+
+
+@given(st.integers(10, 400), st.integers(2, 12), st.integers(0, 11), st.floats(1, 4))
+def test_nothing_is_judged_where_rewards_are_not_to_be_trusted(nfe, steps, first, factor):
+    first = min(first, steps - 1)
+    for name in ("psp", "sprout"):
+        log = []
+        if nfe >= steps:
+            drive(methods.make(name, nfe, steps, factor=factor, first=first), hashed, log)
+            assert all(d.arrives >= first for draws, _ in log for d in draws if d.scored)
+
+
+def test_of_equal_noises_sprout_takes_the_one_that_went_furthest():
+    chosen, _ = drive(methods.sprout(100, 5), lambda step, n: 1.0)
+    assert chosen.step == 4
 
 
 def test_threshold_goes_on_at_once_and_starts_again():

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from rollflow import interpolant, sde
+from rollflow import interpolant, methods, sde
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
-from rollflow.models import Geometry
+from rollflow.models import Geometry, Traits
 from rollflow.particle import Draw, Guide
 from rollflow.request import Request, plan
 
@@ -101,6 +101,23 @@ def test_a_coarse_rotation_changes_patch_means_alone():
     patches = (after - before).reshape(20, TOKENS, CHANNELS // 4, 4)
     assert (patches - patches.mean(-1, keepdim=True)).abs().max() < 1e-5 and patches.abs().min() > 0
     assert abs(after.std() - 1) < 5 / math.sqrt(2 * after.numel())
+
+
+def test_a_coarse_mixture_keeps_the_variance_of_its_band():
+    """The fine band is shared, and adds up coherently: the norm is that of the coarse band alone."""
+
+    def draws_of(particles):
+        if not particles:
+            return [Draw(None)]
+        if len(particles) == 1:
+            return [Draw(particles[0], 2, move="rotate", coarse=True, angle=math.pi / 2)]
+        mix = tuple(particles[1:3])
+        return [Draw(particles[0], move="rotate", coarse=True, mix=mix, angle=0.5)] if len(particles) == 3 else []
+
+    states = run(draws_of, range(60))
+    means = states.reshape(60, 4, TOKENS, CHANNELS // 4, 4).mean(-1) * 2  # of unit variance for noise
+    for coarse in means.transpose(0, 1):
+        assert abs(coarse.std() - 1) < 5 / math.sqrt(2 * coarse.numel())
 
 
 def test_a_mixture_has_the_direction_of_the_sum_and_the_norm_of_the_parent():
@@ -248,6 +265,28 @@ def test_what_a_reward_loads_in_a_plain_search_can_be_used_in_a_guided_one():
         assert e.generate(Request("a", reward=lazy, method="rbf", nfe=30, steps=4, options=options)).committed_nfe == 30
 
 
+@pytest.mark.parametrize(("method", "options"), [("svdd", {"interpolant": "linear"}), ("dps", {"interpolant": "vp"})])
+def test_a_guided_particle_is_what_was_judged(method, options):
+    """Its children move, it does not: however strong the guidance, the image has the reward of the record."""
+    reward = quadratic(0.5)
+    reward.differentiable = True
+    fields = {"nfe": 31, "steps": 4, "diffusion": 3.0, "grid": "paper", "options": {"gradient": 100.0}, **options}
+    result = Engine(Gaussian()).generate(Request("a", reward=reward, method=method, **fields))
+    judged = [r for r in result.history if r.reward is not None]
+    assert max(judged, key=lambda r: r.reward).kind == "guided"
+    assert result.reward == pytest.approx(max(r.reward for r in judged), abs=0.1)  # 192 pixels in 8 bits
+
+
+def test_gradients_that_are_no_numbers_guide_nothing_and_are_counted():
+    def torn(images, prompts):
+        return (images.sum((1, 2, 3)) * 0).sqrt()  # 0, whose slope is infinite times 0
+
+    torn.differentiable = True
+    with pytest.warns(RuntimeWarning, match="no finite number"):
+        result = Engine(Gaussian()).generate(Request("a", reward=torn, method="dps", nfe=9, steps=5))
+    assert result.invalid_rewards == 3 and result.reward == 0  # of four guided ones; pure noise moves nothing
+
+
 def test_guided_methods_need_a_reward_with_a_gradient():
     def plain(images, prompts):
         return images.mean((1, 2, 3))
@@ -275,13 +314,16 @@ def brightness(images, prompts):
 def test_finalists_compete_in_the_end(finish):
     results = {}
     for finalists in (1, 4):
-        request = Request("a", reward=brightness, nfe=60, steps=5, finish=finish, finalists=finalists)
+        fields = {"method": "rbf", "nfe": 60, "steps": 5, "finish": finish, "finalists": finalists}
+        request = Request("a", reward=brightness, **fields)
         results[finalists] = result = Engine(Gaussian()).generate(request)
         assert result.committed_nfe == 60 == len(result.history)
         assert sum(r.kind == "finish" for r in result.history) == finish * finalists
     judged = [r.reward for r in results[4].history if r.reward is not None and (not finish or r.kind == "finish")]
     assert results[4].reward == pytest.approx(max(judged), abs=1 / 255)
-    by_default = Engine(Gaussian()).generate(Request("a", reward=brightness, nfe=60, steps=5, finish=finish))
+    by_default = Engine(Gaussian()).generate(
+        Request("a", reward=brightness, method="rbf", nfe=60, steps=5, finish=finish)
+    )
     kept = max(r.reward for r in by_default.history if r.reward is not None)
     assert finish or by_default.reward == pytest.approx(kept, abs=1 / 255)  # it never loses what it saw
 
@@ -295,6 +337,7 @@ def test_stop_at_ends_the_search_and_leaves_the_rest():
         searched = [r for r in result.history if r.kind != "finish"]
         assert searched[-1].reward >= bar and all(r.reward < bar for r in searched[:-1])
         assert result.committed_nfe == len(searched) + finish and result.unspent_nfe == 60 - result.committed_nfe > 0
+        assert result.reward >= bar - 1 / 255  # the particle that was good enough outlives a finish that is worse
     never = Engine(Gaussian()).generate(Request("a", reward=brightness, nfe=60, steps=5, stop_at=9.0))
     assert never.unspent_nfe == 0
     with pytest.raises(RequestError, match="stop_at=nan"):
@@ -316,3 +359,58 @@ def test_rewards_that_are_no_numbers_are_counted_and_warned_of_once():
     for result in (first, second):
         bad = sum(not math.isfinite(r.reward) for r in result.history)
         assert result.invalid_rewards == bad > 0
+
+
+def test_particles_compete_only_where_rewards_can_be_trusted():
+    def smoothness(images, prompts):
+        return -images.std((1, 2, 3))  # best where nothing is drawn yet
+
+    fields = {"method": "rbf", "nfe": 60, "steps": 10, "interpolant": "linear", "grid": "uniform", "reward": smoothness}
+    for trusted, level in ((1.0, 0), (0.4, 6)):
+        e = Engine(Gaussian(), traits=Traits(10, trusted))
+        result = e.generate(Request("a", **fields))
+        rewards = [r.reward for r in result.history if r.level >= level]
+        assert result.reward == pytest.approx(max(rewards), abs=1 / 255)
+
+
+def test_a_choice_that_was_not_judged_stands():
+    def mine(nfe, steps):
+        (particles,) = yield [Draw(None, nfe - 1)]
+        ((last,),) = yield [Draw(particles[0], scored=False)]
+        return last
+
+    one, two = (
+        Engine(Gaussian()).generate(Request("a", reward=brightness, method=mine, nfe=9, steps=2, finalists=n))
+        for n in (1, 2)
+    )
+    assert torch.equal(one.pixels, two.pixels) and one.history[-1].reward is None
+
+
+def test_methods_that_break_give_their_memory_back():
+    def empty(nfe, steps):
+        yield [Draw(None, 3)]
+        yield []
+
+    def beyond(nfe, steps):
+        (particles,) = yield [Draw(None, 3)]
+        yield [Draw(particles[0], level=7)]
+
+    e = Engine(Gaussian())
+    for method, message in ((empty, "the method empty yielded no draw"), (beyond, "point 7 of a grid of 3")):
+        with pytest.raises(RequestError, match=message) as kept:  # noqa: F841, its traceback must not hold slots
+            e.generate([Request("a", reward=brightness, method=m, nfe=9, steps=3) for m in ("rbf", method)])
+        assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
+
+
+def test_built_in_methods_can_be_given_as_functions():
+    with pytest.raises(RequestError, match="the method rbf branches"):
+        plan(Request("a", reward=brightness, method=methods.rbf, diffusion=0))
+    with pytest.raises(RequestError, match="dps follows the gradient"):
+        plan(Request("a", reward="count", method=methods.dps))
+    assert plan(Request("a", reward=brightness, method=methods.psp), Traits(5, 0.7)).request.options == {"first": 2}
+
+    def own(nfe, steps, first=7):
+        return (yield [Draw(None, nfe)])[0][0]
+
+    made = plan(Request("a", reward=brightness, method=own, nfe=10))
+    assert made.request.options == {} and made.steps[1].k > 0
