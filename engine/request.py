@@ -215,6 +215,7 @@ class Plan:
 
 
 def _grid(request: Request) -> tuple[float, ...]:
+    assert request.grid is not None, "plan() has filled it in"
     if request.times is None:
         return tuple(sde.time_grid(whole("steps", request.steps, 1), request.grid, number("shift", request.shift)))
     if not isinstance(request.times, Sequence | torch.Tensor | np.ndarray) or isinstance(request.times, str):
@@ -295,6 +296,7 @@ def plan(request: Request, traits: Traits | None = None) -> Plan:
             f"options={request.options!r}: they must be a mapping of the method's option names to values"
         )
     reward = rewards.make(request.reward)
+    assert request.interpolant is not None
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)
     if request.stop_at is not None:

@@ -200,7 +200,7 @@ def _noise(row: Row) -> Float[Tensor, "token channel"]:
 def _guided(row: Row) -> Float[Tensor, "token channel"]:
     """A step from a guided particle: its velocity is moved by the reward's gradient, but for steps of the finish."""
     pool, step = row.search.pool, row.step
-    assert row.parent is not None
+    assert row.parent is not None and row.parent.shift is not None
     slot, u = row.parent.slot.index, pool.u[row.parent.slot.index]
     if row.kind != "finish":
         u = u + row.parent.shift

@@ -24,6 +24,7 @@ from rollflow.particle import Draw, Particle, ParticlePool, Slot
 from rollflow.request import Kind, Plan, Record, Step
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
+_KINDS: tuple[Kind, Kind] = ("committed", "guided")
 
 
 @dataclass(eq=False)
@@ -110,7 +111,7 @@ class Search:
                     prior, self.priors = self.priors, self.priors + 1
                 self.issued[i] += 1
                 parent = cast("Particle | None", draw.parent)  # one that this scheduler handed to the method
-                step, kind = self.plan.arrival(draw), cast("Kind", "guided" if guided else "committed")
+                step, kind = self.plan.arrival(draw), _KINDS[guided]
                 particle = self._particle(step, draw.arrives, parent)
                 yield Row(self, step, particle, parent, draw.scored, kind, draw.nfe, key, prior, draw, i)
 
