@@ -40,10 +40,9 @@ def _save(figure: Any, out: Path, name: str) -> None:
 def scores(out: Path, part: str, entries: list[Row]) -> None:
     """Score against budget for each set, and where RBF spends its evaluations."""
     entries = [e for e in entries if e["label"] not in contenders.FIXED]
-    models = dict.fromkeys((e["model"], e["reward"]) for e in entries)
-    for model, reward in models:
+    for model, reward in dict.fromkeys((e["model"], e["reward"]) for e in entries):
         mine = [e for e in entries if (e["model"], e["reward"]) == (model, reward)]
-        suffix = "" if len(models) == 1 else f"-{model}-{reward}"
+        suffix = f"-{model}-{reward}"
         if len({e["nfe"] for e in mine}) > 1:
             _budgets(out, f"{part}-budgets{suffix}", mine)
         if part == "methods":
@@ -53,8 +52,13 @@ def scores(out: Path, part: str, entries: list[Row]) -> None:
 
 
 def _budgets(out: Path, name: str, entries: list[Row]) -> None:
-    sets = list(dict.fromkeys(e["set"] for e in entries))
-    figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.2 * len(sets), 3.6), squeeze=False, sharey=True)
+    budgets = {(e["set"], e["label"], e["path"]): set[int]() for e in entries}
+    for e in entries:
+        budgets[e["set"], e["label"], e["path"]].add(e["nfe"])
+    sets = list(dict.fromkeys(key[0] for key, found in budgets.items() if len(found) > 1))
+    if not sets:
+        return
+    figure, axes = _pyplot().subplots(1, len(sets), figsize=(max(5.5, 4 * len(sets)), 3.6), squeeze=False, sharey=True)
     curves: dict[tuple[str, str], None] = {}
     for axis, chosen in zip(axes[0], sets, strict=True):
         for label, path in dict.fromkeys((e["label"], e["path"]) for e in entries):

@@ -39,7 +39,7 @@ def test_study(tmp_path, capsys):
         assert [r["label"] for r in csv.DictReader(file)] == [r["label"] for r in report["rows"]]
     table = (tmp_path / "methods.md").read_text().splitlines()
     assert table[2] == "| contender | path | easy, 14 |" and len(table) == 4 + len(report["rows"])
-    assert (tmp_path / "rollover.png").stat().st_size > 5000 < (tmp_path / "rollover.svg").stat().st_size
+    assert all((tmp_path / f"rollover-shapes-count.{kind}").stat().st_size > 5000 for kind in ("png", "svg"))
 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert len(lines) == 2 * len(report["rows"])
@@ -59,7 +59,7 @@ def test_study_in_several_processes(tmp_path):
         {tuple(r[k] for k in KEY): r["rewards"] for r in Rows(tmp_path / n).rows.values()} for n in ("one", "two")
     )
     assert one == two and len(one) == 4
-    assert (tmp_path / "one" / "methods-budgets.png").is_file()
+    assert (tmp_path / "one" / "methods-budgets-shapes-count.png").is_file()
 
 
 def test_rows_of_other_prompts_or_options_are_computed_again(tmp_path, monkeypatch):
