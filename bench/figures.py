@@ -1,4 +1,4 @@
-"""The study's plots, from its tables: PNG and SVG. matplotlib is part of `pip install "rollflow[bench]"`."""
+"""The study's plots, from its tables: PNG and SVG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from rollflow import interpolant, sde
 from rollflow.bench import contenders
-from rollflow.errors import RequestError
 
 Row = dict[str, Any]
 MIXTURE = ((-1.5, 0.0, 0.25), (1.5, 0.8, 0.25), (0.6, -1.4, 0.25))  # x, y, deviation: equal weights
@@ -19,10 +18,9 @@ TRAJECTORIES, FINE = 10, 400
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RequestError('plots need matplotlib: pip install "rollflow[bench]"') from error
+    """matplotlib for files, imported when something is drawn."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
