@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rollflow.bench.rows import Job, Row, Rows
 
 Part = Literal["methods", "fidelity", "diversity", "solvers", "noise", "paths", "all"]
+BUDGETS = (50, 100, 200, 500)
 VARIANTS_ON = "medium"  # the prompt set on which the parts "solvers" and "noise" run
 
 
@@ -43,7 +44,7 @@ class Study:
     """A built-in model, a folder that FluxPipeline.save_pretrained wrote, or a hub id."""
     reward: str = "count"
     """What images are judged by."""
-    budgets: tuple[int, ...] = (50, 100, 200, 500)
+    budgets: tuple[int, ...] = BUDGETS
     """Function evaluations a prompt."""
     sets: tuple[str, ...] = ("easy", "medium", "hard")
     """Prompt sets: easy, medium, hard."""
@@ -58,7 +59,7 @@ class Study:
     paths: tuple[str, ...] = tuple(PATHS)
     """Paths: linear-ODE, linear-SDE, VP-SDE."""
     quick: bool = False
-    """One budget, 100, and the contenders that the paper's main table has."""
+    """One budget, 100 unless --budgets says otherwise, and the contenders that the paper's main table has."""
     jobs: int = 1
     """Processes that compute at the same time, each with its share of the cores."""
     out: Path = Path("out/study")
@@ -89,7 +90,7 @@ class Study:
         """The study with what `quick` stands for, and its contenders."""
         from rollflow import methods, rewards
 
-        asked = replace(self, budgets=(100,)) if self.quick else self
+        asked = replace(self, budgets=(100,)) if self.quick and self.budgets == BUDGETS else self
         known = contenders.by_label()
         for name in self.methods:
             if name not in known and name not in methods.names():

@@ -122,7 +122,7 @@ def print_table(pairs: Sequence[Pair]) -> None:
         for name in ("base", method):
             table.add_column(f"{name}\n{judge}", justify="right", no_wrap=True)
     for name in ("NFE", "seconds"):
-        table.add_column(f"{method}\n{name}", justify="right", no_wrap=True)
+        table.add_column(f"\n{name}", justify="right", no_wrap=True)
     for base, search in pairs:
         scores = (base.reward, search.reward, base.held_out, search.held_out)
         row = [*map(number, scores), str(search.committed_nfe), f"{search.seconds:.1f}"]

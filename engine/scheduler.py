@@ -69,10 +69,9 @@ class Search:
         self._begin(next(self.method))
 
     def _begin(self, draws: list[Draw]) -> None:
-        if not draws:
-            raise RequestError(
-                f"the method {title(self.plan.request.method)} yielded no draw: it must yield at least one, or return"
-            )
+        if not isinstance(draws, list | tuple) or not draws or not all(isinstance(draw, Draw) for draw in draws):
+            name = title(self.plan.request.method)
+            raise RequestError(f"the method {name} yielded {draws!r}: it must yield lists of at least one Draw")
         self.draws = draws
         self.children: list[list[Particle]] = [[] for _ in draws]
         self.issued = [0] * len(draws)
@@ -142,6 +141,11 @@ class Search:
             return
         particle.reward, particle.index = reward, len(self.history)
         self.committed += row.nfe
+        if self.committed > self.plan.request.nfe:
+            raise RequestError(
+                f"the method {title(self.plan.request.method)} drew more than its budget of {self.plan.request.nfe} "
+                "evaluations"
+            )
         self.history.append(
             Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind, row.nfe)
         )
@@ -166,6 +170,11 @@ class Search:
             try:
                 self._begin(self.method.send(children))
             except StopIteration as stop:
+                if not isinstance(stop.value, Particle):
+                    name = title(self.plan.request.method)
+                    raise RequestError(
+                        f"the method {name} returned {stop.value!r}: it must return one of its particles"
+                    ) from None
                 others = [particle for particle in self._best if particle is not stop.value]
                 finalists = [stop.value, *others][: self.plan.finalists]
                 if not self.plan.request.finish and stop.value.reward is None:

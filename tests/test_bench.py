@@ -28,7 +28,9 @@ def test_study(tmp_path, capsys):
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "methods.json").read_text())
     assert {"date", "commit", "torch", "device"} <= report["environment"].keys()
-    expected = {(c.label, p) for c in contenders.CONTENDERS if c.label in chosen or c.method in chosen for p in c.paths}
+    expected = {
+        (c.label, p) for c in contenders.CONTENDERS if {c.label, c.method} & {*chosen} and not c.guided for p in c.paths
+    }
     assert {(r["label"], r["path"]) for r in report["rows"]} == expected
     for row in report["rows"]:
         low, high = row["score_95"]
@@ -118,7 +120,7 @@ def test_variants(tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "NOISES", contenders.NOISES[:1])
     for part, count in (("solvers", 2), ("noise", 1)):
         study(tmp_path, part=part, paths=("VP-SDE",))()
-        assert len(json.loads((tmp_path / f"{part}-shapes.json").read_text())["rows"]) == count
+        assert len(json.loads((tmp_path / f"{part}.json").read_text())["rows"]) == count
         assert (tmp_path / f"{part}.png").is_file()
 
 
@@ -151,7 +153,7 @@ def test_trajectories_end_on_the_mixture(name):
 )
 def test_studies_that_cannot_be_done(options, message, tmp_path):
     with pytest.raises(RequestError, match=message):
-        study(tmp_path, **options)()
+        study(**{"out": tmp_path, **options})()
 
 
 def test_contenders_exist_and_differ():

@@ -395,8 +395,19 @@ def test_methods_that_break_give_their_memory_back():
         (particles,) = yield [Draw(None, 3)]
         yield [Draw(particles[0], level=7)]
 
+    def greedy(nfe, steps):
+        return (yield [Draw(None, nfe + 1)])[0][0]
+
+    def silent(nfe, steps):
+        yield [Draw(None, nfe)]
+
     e = Engine(Gaussian())
-    for method, message in ((empty, "the method empty yielded no draw"), (beyond, "point 7 of a grid of 3")):
+    for method, message in (
+        (greedy, "greedy drew more than its budget of 9"),
+        (silent, "silent returned None"),
+        (empty, r"the method empty yielded \[\]: it must yield lists"),
+        (beyond, "point 7 of a grid of 3"),
+    ):
         with pytest.raises(RequestError, match=message) as kept:  # noqa: F841, its traceback must not hold slots
             e.generate([Request("a", reward=brightness, method=m, nfe=9, steps=3) for m in ("rbf", method)])
         assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
