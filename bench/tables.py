@@ -243,6 +243,7 @@ def _tables(entries: list[Row]) -> Iterator[Table]:
 
 
 def plain(title: str, entries: list[Row]) -> Table:
+    """Entries as they are, for the screen."""
     table = Table(title=title)
     for head in entries[0]:
         table.add_column(head)
