@@ -7,10 +7,10 @@ from collections.abc import Generator, Sequence
 import numpy as np
 
 from rollflow.errors import RequestError
-from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.methods.budget import Search, number, require, whole, worth
 from rollflow.methods.paths import flat
 from rollflow.methods.resampling import effective_sample_size, normalised, scheme
-from rollflow.methods.smc import Population, less, log_mean
+from rollflow.methods.smc import Population, best_of, less, log_mean
 from rollflow.particle import Draw, Evaluated
 
 
@@ -46,12 +46,7 @@ def das(
         )
     scheme(resampling)
     require("das", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
-    return _best(tempered(nfe - finish, steps, temperature, resampling, threshold, seed))
-
-
-def _best(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]) -> Search:
-    particles, _, _ = yield from search
-    return best(particles)
+    return best_of(tempered(nfe - finish, steps, temperature, resampling, threshold, seed))
 
 
 def tempered(

@@ -68,10 +68,11 @@ def fk(
         )
     scheme(resampling)
     require("smc and fk", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
-    return _best(population(nfe - finish, steps, potential, temperature, resampling, threshold, seed))
+    return best_of(population(nfe - finish, steps, potential, temperature, resampling, threshold, seed))
 
 
-def _best(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]) -> Search:
+def best_of(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]) -> Search:
+    """A population's search that returns its best particle."""
     particles, _, _ = yield from search
     return best(particles)
 
