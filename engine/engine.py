@@ -5,29 +5,36 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from rollflow import methods, rewards
+from rollflow import methods, rewards, warmup
+from rollflow.cost import Odds
 from rollflow.errors import RequestError
+from rollflow.lanes import Lanes
 from rollflow.methods.budget import whole
-from rollflow.models import FlowModel, Geometry, Traits
+from rollflow.models import FlowModel, Geometry, Traits, tuning
 from rollflow.models import traits as built_in_traits
-from rollflow.models.flux import FluxModel, load
+from rollflow.models.flux import FluxModel, load, load_light
 from rollflow.particle import ParticlePool
 from rollflow.profile import Ledger
 from rollflow.request import Plan, Request, Result, plan
 from rollflow.runner import Runner
-from rollflow.scheduler import Scheduler, Search
+from rollflow.scheduler import Outcome, Scheduler
+from rollflow.search import Search
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
+CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+REPRODUCIBLE_BUCKET = 16
+MOST_LANES = 4  # on a CPU, where nothing was measured
 POOL_SLOTS = 4096
 POOL_BYTES = 2**30
 ENCODED_PROMPTS = 256  # kept for later calls
@@ -47,12 +54,24 @@ class Engine:
 
     Args:
         model: a diffusers `FluxPipeline`, or any `rollflow.models.FlowModel`.
-        buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. With a single bucket, a
+        buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. By default those of
+            `BUCKETS` that pay on this model and device, as measured before the first request. With a single bucket, a
             multiple of 8, a request's result does not depend on what runs beside it, bit for bit (on one CPU; on a GPU
             as far as its libraries compute a row alike at every place of a batch).
         slots: how many particles of one image size can live at once, the bound of their memory. By default 4096, or
             what fits into 1 GiB. A request is promised as many as its nfe, and waits until they are free.
         traits: what searches should know of the model, see `rollflow.models.Traits`.
+        lanes: how many batches may be on the device at a time: cohorts of searches alternate, so that one is decoded,
+            judged and decided on while another is in the transformer. On a CPU they run side by side, each on
+            `threads` cores.
+        threads: cores of a lane, on a CPU. By default lanes and threads are what measures fastest before the first
+            request.
+        preview: judge particles on the model's light decoder (`FlowModel.preview`), and decode only finalists in full.
+            Guided methods take their gradients through the full one.
+        reproducible: one bucket, and lanes and threads that do not depend on a measurement: a request's result is the
+            same, bit for bit, in every engine on this device and under any load.
+        graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
+            size. It takes a model of tensors alone (`FluxModel.collate` and `FluxModel.forward`); others run without.
 
     Attributes:
         ledger: rows by kind and seconds by span since the engine was made.
@@ -62,28 +81,49 @@ class Engine:
         self,
         model: FluxPipeline | FlowModel,
         *,
-        buckets: Sequence[int] = BUCKETS,
+        buckets: Sequence[int] | None = None,
         slots: int | None = None,
         traits: Traits | None = None,
+        lanes: int | None = None,
+        threads: int | None = None,
+        preview: bool = False,
+        reproducible: bool = False,
+        graphs: bool = True,
     ):
-        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        if buckets is not None and (not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1):
             raise RequestError(f"buckets={buckets!r}: they must be ascending batch sizes of at least 1")
+        if reproducible and buckets is not None and len(buckets) > 1:
+            raise RequestError(f"buckets={buckets!r}: a reproducible engine has a single batch size")
         self.model = FluxModel(model) if isinstance(model, FluxPipeline) or not hasattr(model, "velocity") else model
+        if preview and not _has_preview(self.model):
+            raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
         if self.model.device.type == "cpu":
             _keep_pages()
-        self.ledger, self.traits = Ledger(), traits or Traits()
+        self.ledger, self.traits, self.preview = Ledger(), traits or Traits(), preview
         self._slots = None if slots is None else whole("slots", slots, 1)
-        self._runner = Runner(self.model, tuple(buckets), self.ledger)
+        self._keep_buckets = reproducible or buckets is not None
+        usual = CPU_BUCKETS if self.model.device.type == "cpu" else BUCKETS
+        sizes = tuple(buckets) if buckets is not None else (REPRODUCIBLE_BUCKET,) if reproducible else usual
+        self._choose_lanes = lanes is None and threads is None and not reproducible and self.model.device.type == "cpu"
+        count, each = _lanes(self.model.device, lanes, threads)
+        self._runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
+        tensors_alone = hasattr(self.model, "collate") and hasattr(self.model, "forward")
+        self._graphs = graphs and tensors_alone and self.model.device.type == "cuda"
+        self._odds = Odds()
         self._pools: dict[Geometry, ParticlePool] = {}
         self._conditioning: dict[str, Any] = {}
-        self._warned = False
+        self._warned = self._released = False
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | Path = "shapes",
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        preview: bool | str | Path = False,
+        compile: str | None = None,
+        attention: str | None = None,
+        quantize: str | None = None,
         **options: Any,
     ) -> Engine:
         """An engine on a built-in model ("shapes", "shapes-base"), a local FluxPipeline folder, or a hub id.
@@ -91,7 +131,13 @@ class Engine:
         Args:
             name_or_path: which model.
             device: by default CUDA where there is one.
-            dtype: of the networks; by default bfloat16 on CUDA and float32 elsewhere. Particles are float32 always.
+            dtype: of the networks; by default bfloat16 on CUDA and float32 elsewhere; "auto" is float32 or bfloat16,
+                whichever measures faster on this device. Particles are float32 always.
+            preview: judge particles on a light decoder: True for the model's own (the built-in ones have one), or the
+                folder or hub id of an `AutoencoderTiny`; see `Engine`.
+            compile: "regional" compiles the transformer's repeated blocks (`torch.compile`), once for each batch size.
+            attention: pins the backend of torch's attention: "flash", "efficient", "cudnn" or "math".
+            quantize: "fp8" keeps the transformer's large matrices in 8-bit floats; takes torchao and a recent GPU.
             options: see `Engine`.
 
         Raises:
@@ -101,9 +147,15 @@ class Engine:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
+        if dtype == "auto":
+            dtype = warmup.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options.setdefault("traits", built_in_traits(name_or_path))
-        return cls(load(name_or_path, device, dtype), **options)
+        pipeline = load(name_or_path, device, dtype)
+        tuning.quantize(pipeline.transformer, quantize)
+        tuning.compile_blocks(pipeline.transformer, compile)
+        light = load_light("" if preview is True else preview, name_or_path, device, dtype) if preview else None
+        return cls(FluxModel(pipeline, light, attention), preview=light is not None, **options)
 
     @overload
     def generate(
@@ -148,12 +200,41 @@ class Engine:
                 prepared.append(self._check(request))
             except RequestError as error:
                 raise (error if len(requests) == 1 else RequestError(f"request {i}: {error}")) from None
-        for prompt in list(self._conditioning)[: max(0, len(self._conditioning) - ENCODED_PROMPTS)]:
-            del self._conditioning[prompt]
-        for prompt in dict.fromkeys(r.prompt for r in requests):
+        if not self._released:
+            for prompt in list(self._conditioning)[: max(0, len(self._conditioning) - ENCODED_PROMPTS)]:
+                del self._conditioning[prompt]
+        self._encode(dict.fromkeys(r.prompt for r in requests))
+        if hasattr(self.model, "signature"):
+            for geometry in dict.fromkeys(geometry for _, geometry in prepared):
+                self.warm_up(geometry.height, geometry.width)
+        return prepared
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts that requests will come for, each distinct one once.
+
+        Raises:
+            RequestError: a prompt that the model cannot read.
+        """
+        for prompt in prompts:
+            if prompt not in self._conditioning:
+                self.model.check_prompt(prompt)
+        self._encode(prompts)
+
+    def release_text_encoders(self) -> None:
+        """Frees the memory of the text encoders. From then on only prompts that were encoded before are accepted.
+
+        Raises:
+            RequestError: the model cannot do without them.
+        """
+        if not hasattr(self.model, "release_text_encoders"):
+            raise RequestError(f"a {type(self.model).__name__} has no text encoders that could be released")
+        self.model.release_text_encoders()
+        self._released = True
+
+    def _encode(self, prompts: Iterable[str]) -> None:
+        for prompt in prompts:
             if prompt not in self._conditioning:  # encoded alone, so that its bits do not depend on its company
                 (self._conditioning[prompt],) = self.model.encode([prompt])
-        return prepared
 
     def _check(self, request: Request) -> tuple[Plan, Geometry]:
         checked = plan(request, self.traits)
@@ -190,22 +271,48 @@ class Engine:
             self._pools[geometry] = ParticlePool(slots, geometry.token, geometry.channel, self.model.device)
         return self._pools[geometry]
 
+    def warm_up(self, height: int | None = None, width: int | None = None) -> None:
+        """Measures what batches of this image size cost, so that the first request does not have to wait for it.
+
+        The measured batch sizes, and on a CPU the numbers of lanes and threads, hold for the engine from then on.
+        """
+        geometry = self.model.geometry(height, width)
+        if geometry in self._runner.costs:
+            return
+        conditioning = next(iter(self._conditioning.values()), None) or self.model.encode([""])[0]
+        if self._choose_lanes:
+            count, threads = warmup.best_lanes(self.model, geometry, conditioning, self.preview)
+            if (count, threads) != (self._runner.threads.count, self._runner.threads.threads):
+                self._runner.use(Lanes(self.model.device, count, threads))
+            self._choose_lanes = False
+        runner, lanes = self._runner, self._runner.threads
+        known = (self.model, geometry, conditioning)
+        costs = warmup.cost_model(*known, runner.buckets, lanes, self.preview, self._keep_buckets)
+        if self._graphs:
+            lanes.run(runner.record, geometry, costs.seconds, self._pool(geometry), conditioning).result()
+            costs = warmup.replayed(costs, *known, lanes, self.preview, partial(runner.replay, geometry, conditioning))
+        runner.costs[geometry] = costs  # last: what failed is tried again, not skipped
+
     def _run(self, prepared: list[tuple[Plan, Geometry]], on_progress: Callable | None) -> list[Result]:
-        scheduler, waiting = Scheduler(self._runner), deque(range(len(prepared)))
+        order = sorted(range(len(prepared)), key=lambda i: -prepared[i][0].request.priority)
+        scheduler, waiting = Scheduler(self._runner), deque(order)
         searches: list[Search | None] = [None] * len(prepared)
+        places: dict[Search, int] = {}
         results: dict[int, Result] = {}
         try:
             while waiting or scheduler.live:
                 while waiting and (search := self._admit(*prepared[waiting[0]])) is not None:
-                    searches[waiting.popleft()] = search
-                    scheduler.live.append(search)
+                    places[search] = i = waiting.popleft()
+                    searches[i] = search
+                    scheduler.add(search)
                 over = scheduler.tick()
-                if on_progress is not None:
-                    on_progress(_progress(searches))
-                for search in over:
-                    results[searches.index(search)] = self._result(search)
+                for search, outcome in over:
+                    results[places[search]] = self._result(search, outcome)
                     self._release(search)
+                if on_progress is not None and scheduler.news:
+                    on_progress(_progress(searches))
         finally:  # after an error, in a reward say, give back what the searches hold
+            scheduler.drain()
             for search in searches:
                 if search is not None:
                     self._release(search)
@@ -216,15 +323,15 @@ class Engine:
         pool = self._pool(geometry)
         if not pool.reserve(checked.request.nfe):
             return None
-        return Search(checked, geometry, self._conditioning[checked.request.prompt], pool)
+        conditioning = self._conditioning[checked.request.prompt]
+        return Search(checked, geometry, conditioning, pool, self.ledger, self._odds)
 
     def _release(self, search: Search) -> None:
         if not search.closed:
             search.close()
             search.pool.unreserve(search.plan.request.nfe)
 
-    def _result(self, search: Search) -> Result:
-        """Decodes the chosen particle and judges the 8-bit image that is returned."""
+    def _result(self, search: Search, outcome: Outcome) -> Result:
         plan, request = search.plan, search.plan.request
         if search.invalid and not self._warned:
             self._warned = True
@@ -235,15 +342,11 @@ class Engine:
                 RuntimeWarning,
                 stacklevel=5,
             )
-        pixels = self._runner.image(search.chosen, search)
-        rounded = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-        judged = rounded[None].float() / 255
-        held_out = rewards.held_out(plan.reward)
         return Result(
-            image=Image.fromarray(rounded.permute(1, 2, 0).cpu().numpy()),
-            pixels=pixels.cpu(),
-            reward=plan.reward(judged, [request.prompt]).item(),
-            held_out=None if held_out is None else held_out(judged, [request.prompt]).item(),
+            image=Image.fromarray(outcome.rounded.permute(1, 2, 0).numpy()),
+            pixels=outcome.pixels,
+            reward=outcome.reward,
+            held_out=outcome.held_out,
             committed_nfe=search.committed,
             executed_nfe=search.executed,
             invalid_rewards=search.invalid,
@@ -251,6 +354,21 @@ class Engine:
             seconds=time.perf_counter() - search.start,
             request=request,
         )
+
+
+def _has_preview(model: FlowModel) -> bool:
+    return model.light is not None if isinstance(model, FluxModel) else hasattr(model, "preview")
+
+
+def _lanes(device: torch.device, lanes: int | None, threads: int | None) -> tuple[int, int]:
+    """Lanes and threads of each: on a CPU all cores, on a GPU two cohorts that alternate."""
+    if device.type != "cpu":
+        return whole("lanes", 2 if lanes is None else lanes, 1), 1
+    cores = torch.get_num_threads()
+    if lanes is None:
+        lanes = min(MOST_LANES, cores if threads is None else max(1, cores // whole("threads", threads, 1)))
+    lanes = whole("lanes", lanes, 1)
+    return lanes, max(1, cores // lanes) if threads is None else whole("threads", threads, 1)
 
 
 def _keep_pages() -> None:

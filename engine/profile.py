@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import nvtx
 import torch
@@ -14,27 +15,41 @@ import torch
 class Ledger:
     """Counts of executed rows by kind and seconds by span, over the life of an engine.
 
-    Spans are host times. On CUDA, work is asynchronous: set `synchronize` to make spans measure the device, at the
-    price of its pipelining.
+    Spans are host times of the thread that does the work; several threads' spans add up to more than the wall time. On
+    CUDA, work is asynchronous: set `synchronize` to make spans measure the device, at the price of its pipelining.
+
+    Attributes:
+        executed: rows by kind: committed, guided, finish, speculative (ran ahead and was not needed), padding.
+        ahead: rows that ran ahead of an answer, needed or not.
+        buckets: batches by size.
+        seconds: by span.
+        ticks: batches.
     """
 
     def __init__(self, synchronize: bool = False):
-        self.synchronize = synchronize
+        self.synchronize, self._lock = synchronize, Lock()
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
         self.executed: Counter[str] = Counter()
+        self.ahead = 0
         self.buckets: Counter[int] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.ticks = 0
 
     def rows(self, rows: list, bucket: int) -> None:
-        """Writes down one tick's rows and its padding."""
+        """Writes down one batch's rows and its padding."""
         self.executed.update(row.kind for row in rows)
         self.executed["padding"] += bucket - len(rows)
+        self.ahead += sum(row.ahead for row in rows)
         self.buckets[bucket] += 1
         self.ticks += 1
+
+    def wasted(self, kind: str) -> None:
+        """A row of this kind ran ahead of the answer and was not needed."""
+        self.executed[kind] -= 1
+        self.executed["speculative"] += 1
 
     @contextmanager
     def span(self, name: str, device: torch.device | None = None) -> Iterator[None]:
@@ -44,4 +59,5 @@ class Ledger:
             yield
             if self.synchronize and device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)
-        self.seconds[name] += time.perf_counter() - start
+        with self._lock:
+            self.seconds[name] += time.perf_counter() - start

@@ -55,6 +55,7 @@ class Request:
             the search, and the rest of the budget is not spent. A finish may still better it.
         latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
             `[n, token, channel]` for the first n; further samples come from the seed.
+        priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
         height, width: image size in pixels; by default the model's own.
         options: the method's own options, such as `{"initial": 25}` for rbf.
@@ -76,6 +77,7 @@ class Request:
     finalists: int | None = None
     stop_at: float | None = None
     latents: torch.Tensor | None = None
+    priority: int = 0
     guidance: float = 3.5
     height: int | None = None
     width: int | None = None
@@ -288,6 +290,7 @@ def plan(request: Request, traits: Traits | None = None) -> Plan:
     if request.seed >= 2**63:
         raise RequestError(f"seed={request.seed!r}: it must be a whole number of 64 bits, below 2^63")
     number("guidance", request.guidance)
+    whole("priority", request.priority, -(2**63))
     for name in ("height", "width"):
         if getattr(request, name) is not None:
             whole(name, getattr(request, name), 1)

@@ -1,160 +1,295 @@
-"""Runs a packed batch: propose, forward, finish, decode, reward."""
+"""Runs packed batches on a model: propose, forward, finish and decode on a lane, rewards beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow import kernels
+from rollflow import kernels, rewards
+from rollflow.cost import CostModel
 from rollflow.errors import RequestError
+from rollflow.graphs import Capture, Graphs
+from rollflow.lanes import Lanes, Locks
 from rollflow.models import FlowModel, Geometry
 from rollflow.particle import Particle, ParticlePool
+from rollflow.prepared import coefficients, move, prepared
 from rollflow.profile import Ledger
-from rollflow.request import Plan
 from rollflow.rewards import FunctionReward, Reward
-from rollflow.scheduler import Row, Search, bucket_of
+from rollflow.scheduler import Outcome, Report
+from rollflow.search import Row, Search
 
 PADDING = -1
+Reporter = Callable[[Report], None]
+
+
+class Tables(NamedTuple):
+    """What a batch tells the device of its rows, padded to the bucket, in two transfers.
+
+    `integers` are parent and child slots, seeds and noise keys; `floats` the coefficients of propose (4 a row) and of
+    the posterior mean (2), then linear times and guidance scales.
+    """
+
+    integers: Tensor
+    floats: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.integers.shape[1]
+
+    @property
+    def coefficients(self) -> Tensor:
+        return self.floats[: 4 * self.rows].view(self.rows, 4)
+
+    @property
+    def posterior(self) -> Tensor:
+        return self.floats[4 * self.rows : 6 * self.rows].view(self.rows, 2)
+
+    @property
+    def tau(self) -> Tensor:
+        return self.floats[6 * self.rows : 7 * self.rows]
+
+    @property
+    def guidance(self) -> Tensor:
+        return self.floats[7 * self.rows :]
 
 
 class Runner:
-    """Executes batches of rows on a model.
+    """Executes batches of rows on a model; see `rollflow.scheduler.Runner`.
 
     Args:
         model: the flow model.
         buckets: the batch sizes of a forward, ascending; a batch is padded up to the next.
         ledger: where rows and times are written.
+        lanes: the threads that work.
+        preview: judge particles on the model's light decoder; what is returned is decoded in full.
     """
 
-    def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger):
+    def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
         self.model, self.buckets, self.ledger = model, buckets, ledger
+        self.preview = preview
+        self.use(lanes)
+        self.costs: dict[Geometry, CostModel] = {}
+        self.graphs: dict[Geometry, Graphs] = {}
+        self._assumed = CostModel.assumed(buckets)
+        self._locks = Locks()
+        self._side: Any = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
-    def run(self, rows: list[Row]) -> list[float | None]:
-        """See `rollflow.scheduler.Runner`; either all rows are guided or none is."""
-        self.ledger.rows(rows, bucket_of(len(rows), self.buckets))
+    def use(self, lanes: Lanes) -> None:
+        """Works on these threads from now on; no batch may be on its way."""
+        self.threads, self.lanes, self.parallel = lanes, lanes.count, lanes.parallel
+
+    def cost(self, geometry: Geometry, guided: bool) -> CostModel:
+        """See `rollflow.scheduler.Runner`."""
+        return self.costs.get(geometry, self._assumed)
+
+    def record(
+        self,
+        geometry: Geometry,
+        buckets: Iterable[int],
+        pool: ParticlePool,
+        conditioning: Any,
+        capture: Capture | None = None,
+    ) -> None:
+        """Captures the step of every bucket of an image size as a CUDA graph; on a lane, before its first batch.
+
+        Args:
+            geometry: of the batches.
+            buckets: their sizes.
+            pool: the one pool that its particles live in.
+            conditioning: of any prompt.
+            capture: see `Graphs`.
+        """
+
+        def step(integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
+            tables = Tables(integers, floats)
+            x = self._propose(tables, pool)
+            u = self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
+            return self._finish(u, pool, integers[1], tables.posterior, geometry)
+
+        graphs = Graphs(step, capture)
+        graphs.record(buckets, partial(self._padding, conditioning))
+        self.graphs[geometry] = graphs
+
+    def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
+        """A batch of padding by its graph, for what it costs."""
+        return self.graphs[geometry].run(*self._padding(conditioning, bucket))
+
+    def _padding(self, conditioning: Any, bucket: int) -> tuple[Tensor, ...]:
+        tables = Tables(
+            torch.full((4, bucket), PADDING, device=self.model.device),
+            torch.zeros(8 * bucket, device=self.model.device),
+        )
+        tables.tau.fill_(1.0)
+        return *tables, *self.model.collate([conditioning] * bucket)  # type: ignore[attr-defined]
+
+    def submit(self, rows: list[Row], report: Reporter) -> None:
+        """See `rollflow.scheduler.Runner`."""
+        self.ledger.rows(rows, self._bucket(len(rows), rows[0].search.geometry))
+        self.threads.run(_reporting, partial(self._run, rows), rows, report)
+
+    def submit_images(self, searches: list[Search], report: Reporter) -> None:
+        """See `rollflow.scheduler.Runner`."""
+        self.threads.run(_reporting, partial(self._run_images, searches), searches, report)
+
+    def _run(self, rows: list[Row], report: Reporter) -> None:
         if rows[0].kind == "guided":
-            return self._run_guided(rows)
+            scores = self._run_guided(rows)
+            report(Report([]))
+            report(Report(rows, scores))
+            return
         with torch.no_grad():  # not inference mode: what a reward loads at its first call may later need gradients
-            return self._run_plain(rows)
+            latents = self._evaluate(rows)
+            judged = [row for row in rows if row.scored]
+            if unjudged := [row for row in rows if not row.scored]:
+                report(Report(unjudged, [None] * len(unjudged)))
+            if not judged:
+                report(Report([]))
+                return
+            if unjudged:
+                latents = latents[self._places([i for i, row in enumerate(rows) if row.scored])]
+            with self._beside(latents):
+                images = self._decode(latents, len(judged), rows[0])
+        parts: list[tuple[list[Row], Callable[[], Sequence[Any]]]] = []
+        for reward, group in _grouped([row.search.plan.reward for row in judged]):
+            part = [judged[i] for i in group]
+            parts.append((part, partial(self._judge_rows, part, reward, images, group)))
+        self._hand_over(parts, report)
 
-    def _run_plain(self, rows: list[Row]) -> list[float | None]:
+    def _hand_over(self, parts: Sequence[tuple[list[Any], Callable[[], Sequence[Any]]]], report: Reporter) -> None:
+        """Frees the lane, and lets judges' threads do the rest, each reward's on its own: it may take its time."""
+        done = None
+        if self._side is not None:  # the lane is free when the images are there
+            done = torch.cuda.Event()
+            done.record(self._side)
+        else:
+            report(Report([]))
+
+        def judge(work: list[Any], judging: Callable[[], Sequence[Any]], first: bool) -> None:
+            try:
+                if done is not None:
+                    done.synchronize()
+                    if first:
+                        report(Report([]))
+                with torch.no_grad(), self._beside():
+                    results = judging()
+            except BaseException as error:
+                report(Report(work, error=error))
+            else:
+                report(Report(work, results))
+
+        for i, (work, judging) in enumerate(parts):
+            self.threads.judge(judge, work, judging, i == 0)
+
+    def _beside(self, *used: Tensor) -> AbstractContextManager[Any]:
+        """On a GPU, the stream of decoding and rewards, after what has been asked of the main one so far."""
+        if self._side is None:
+            return nullcontext()
+        for tensor in used:
+            self._side.wait_stream(torch.cuda.current_stream(self.model.device))
+            tensor.record_stream(self._side)
+        return torch.cuda.stream(self._side)
+
+    def _evaluate(self, rows: list[Row]) -> Float[Tensor, "bucket channel height width"]:
+        """Advances and evaluates the rows; returns their posterior means, padded to the bucket."""
         pool, geometry = rows[0].search.pool, rows[0].search.geometry
-        x, child = self._propose(rows)
-        u = self._velocity(rows, x)
+        tables, conditioning = self._tables(rows)
+        if (graphs := self.graphs.get(geometry)) is not None:
+            with self.ledger.span("forward", self.model.device):  # and propose and finish, in the same launch
+                return graphs.run(*tables, *self.model.collate(conditioning))  # type: ignore[attr-defined]
+        with self.ledger.span("propose"):
+            x = self._propose(tables, pool)
+        with self.ledger.span("forward", self.model.device):
+            u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
         with self.ledger.span("finish"):
-            posterior = self._table([(r.step.p, r.step.q) for r in rows], len(child))
-            latents = self._finish(u, pool, child, posterior, geometry)
-        return self._score(rows, latents)
+            return self._finish(u, pool, tables.integers[1], tables.posterior, geometry)
 
-    def _run_guided(self, rows: list[Row]) -> list[float | None]:
+    def _run_guided(self, rows: list[Row]) -> list[float]:
         """Also takes the gradient of the rewards through decoder and model, by which the particles' children move.
 
         The move of the posterior mean is that of `rollflow.particle.Guide`; `x0_hat = p x + q u` makes it one of `u`.
-        The particle itself stays what was judged.
+        The particle itself stays what was judged. The full decoder judges: its gradients are the faithful ones.
         """
         pool, geometry = rows[0].search.pool, rows[0].search.geometry
         with torch.no_grad():
-            _, child = self._propose(rows)
-        live = child[: len(rows)]
-        column = partial(self._column, bucket=len(child))
+            tables, conditioning = self._tables(rows)
+            with self.ledger.span("propose"):
+                self._propose(tables, pool)
+        live, bucket = tables.integers[1][: len(rows)], tables.rows
         with torch.enable_grad():
-            x = torch.zeros(len(child), geometry.token, geometry.channel, device=pool.x.device)
+            x = torch.zeros(bucket, geometry.token, geometry.channel, device=pool.x.device)
             x[: len(rows)] = pool.x[live]
             x.requires_grad_(True)
-            u = self._velocity(rows, (x * column([1 / r.step.scale for r in rows])).to(self.model.dtype)).float()
-            p, q = column([r.step.p for r in rows]), column([r.step.q for r in rows])
+            entering = (x * tables.coefficients[:, 3, None, None]).to(self.model.dtype)
+            with self.ledger.span("forward", self.model.device):
+                u = self.model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
+            p, q = tables.posterior[:, :, None, None].unbind(1)
             latents = _unpack(p * x + q * u, geometry) / self.model.scaling + self.model.shift
-            scores = self._score(rows, latents.to(self.model.dtype))
-            with self.ledger.span("backward", self.model.device):
-                cut = [row for row, score in zip(rows, scores, strict=True) if not isinstance(score, Tensor)]
-                if cut:
+            images = self._decode(latents.to(self.model.dtype), len(rows), rows[0], preview=False)
+            scores = [0.0] * len(rows)
+            total = torch.zeros((), device=x.device)
+            for reward, group in _grouped([row.search.plan.reward for row in rows]):
+                with self.ledger.span("reward", self.model.device):
+                    prompts = [rows[i].search.plan.request.prompt for i in group]
+                    values = self._judge(reward, images[group], prompts)
+                if not values.requires_grad:
                     raise RequestError(
-                        f"the gradient of the reward {cut[0].search.plan.reward.name} does not reach the latents: "
-                        "reward, decoder and model must be differentiable for a guided method"
+                        f"the gradient of the reward {reward.name} does not reach the latents: reward, decoder and "
+                        "model must be differentiable for a guided method"
                     )
-                (gradient,) = torch.autograd.grad(torch.stack([score.cpu() for score in scores]).sum(), x)
+                total = total + values.sum().to(x.device)
+                for i, value in zip(group, values.detach().tolist(), strict=True):
+                    scores[i] = value
+            with self.ledger.span("backward", self.model.device):
+                (gradient,) = torch.autograd.grad(total, x)
         pool.u[live] = u.detach()[: len(rows)]
         for i, row in enumerate(rows):
-            row.particle.shift = _move(row, gradient[i].detach()) / row.step.q
-        return [score.item() for score in scores]
+            row.particle.shift = move(row, gradient[i].detach()) / row.step.q
+        return scores
 
-    def _propose(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        """The model's input and the children's slots, both padded to the bucket."""
-        pool, bucket = rows[0].search.pool, bucket_of(len(rows), self.buckets)
-        with self.ledger.span("propose"):
-            parent, child = self._slots(rows, bucket)
-            coefficients = self._table([_coefficients(row) for row in rows], bucket)
-            seed = self._integers([r.search.plan.request.seed for r in rows], bucket)
-            key = self._integers([r.noise_key for r in rows], bucket)
-            return kernels.propose(pool.x, pool.u, parent, child, coefficients, seed, key, self.model.dtype), child
-
-    def _velocity(self, rows: list[Row], x: Tensor) -> Tensor:
-        bucket = len(x)
-        with self.ledger.span("forward", self.model.device):
-            tau = self._table([(r.step.tau,) for r in rows], bucket, fill=1.0)[:, 0]
-            guidance = self._table([(r.search.plan.request.guidance,) for r in rows], bucket)[:, 0]
-            conditioning = [r.search.conditioning for r in rows]
-            conditioning += [conditioning[0]] * (bucket - len(rows))
-            return self.model.velocity(x, tau, conditioning, guidance, rows[0].search.geometry)
-
-    def _slots(self, rows: list[Row], bucket: int) -> tuple[Tensor, Tensor]:
-        """Parent and child slots; a prepared state is written to the child's slot, which is then its own parent."""
+    def _tables(self, rows: list[Row]) -> tuple[Tables, list[Any]]:
+        """The batch's tables and conditionings; prepared states are written to the children's slots."""
+        bucket = self._bucket(len(rows), rows[0].search.geometry)
+        padding = bucket - len(rows)
         parents = []
         for row in rows:
-            slot, state = row.particle.slot.index, _prepared(row)
-            if state is not None:
+            slot, state = row.particle.slot.index, prepared(row)
+            if state is not None:  # the child is there already, and its own parent
                 row.search.pool.x[slot].copy_(state)
                 parents.append(slot)
             else:
                 parents.append(PADDING if row.parent is None else row.parent.slot.index)
-        children = [row.particle.slot.index for row in rows]
-        return self._integers(parents, bucket, PADDING), self._integers(children, bucket, PADDING)
+        filler = [PADDING] * padding
+        integers = [
+            [*parents, *filler],
+            [*(row.particle.slot.index for row in rows), *filler],
+            [*(row.search.plan.request.seed for row in rows), *filler],
+            [*(row.noise_key for row in rows), *filler],
+        ]
+        floats = [value for row in rows for value in coefficients(row)] + [0.0] * 4 * padding
+        floats += [value for row in rows for value in (row.step.p, row.step.q)] + [0.0] * 2 * padding
+        floats += [row.step.tau for row in rows] + [1.0] * padding
+        floats += [float(row.search.plan.request.guidance) for row in rows] + [0.0] * padding
+        conditioning = [row.search.conditioning for row in rows]
+        conditioning += conditioning[:1] * padding
+        return Tables(self._device(torch.tensor(integers)), self._device(torch.tensor(floats))), conditioning
 
-    def _score(self, rows: list[Row], latents: Float[Tensor, "bucket channel height width"]) -> list[Any]:
-        """Decodes and judges the rows that are scored, each by its request's reward: floats, scalars with gradients."""
-        judged = [i for i, row in enumerate(rows) if row.scored]
-        scores: list[Any] = [None] * len(rows)
-        if not judged:
-            return scores
-        images = self._decode(latents if len(judged) == len(rows) else latents[judged], len(judged))
-        with self.ledger.span("reward", self.model.device):
-            for reward, group in _by_reward([rows[i].search.plan for i in judged]):
-                values = self._judge(reward, images[group], [rows[judged[j]].search.plan.request.prompt for j in group])
-                for j, value in zip(group, values if values.requires_grad else values.tolist(), strict=True):
-                    scores[judged[j]] = value
-        return scores
+    def _device(self, value: Tensor) -> Tensor:
+        return value if self._side is None else value.pin_memory().to(self.model.device, non_blocking=True)
 
-    def _judge(self, reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Tensor:
-        """The rewards of a group; padded to a single bucket, so that a network's scores depend on no other row."""
-        missing = self.buckets[-1] - len(prompts) if len(self.buckets) == 1 else 0
-        if missing <= 0:
-            return reward(images, prompts)
-        padded = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        return reward(padded, prompts + prompts[:1] * missing)[: len(prompts)]
+    def _propose(self, tables: Tables, pool: ParticlePool) -> Float[Tensor, "bucket token channel"]:
+        parent, child, seed, key = tables.integers.unbind(0)
+        return kernels.propose(pool.x, pool.u, parent, child, tables.coefficients, seed, key, self.model.dtype)
 
-    def _decode(self, latents: Tensor, count: int) -> Float[Tensor, "row 3 height width"]:
-        """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
-        bucket = bucket_of(count, self.buckets)
-        latents = latents[:bucket]
-        if len(latents) < bucket:
-            latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])
-        with self.ledger.span("decode", self.model.device):
-            return self.model.decode(latents)[:count]
-
-    @torch.no_grad()
-    def image(self, particle: Particle, search: Search) -> Float[Tensor, "3 height width"]:
-        """The posterior mean of an evaluated particle, decoded."""
-        bucket, pool, step = self.buckets[0], search.pool, particle.arrival
-        slots = self._integers([particle.slot.index], bucket, PADDING)
-        posterior = self._table([(step.p, step.q)], bucket)
-        return self._decode(self._finish(pool.u[slots.clamp(min=0)], pool, slots, posterior, search.geometry), 1)[0]
-
-    def _finish(self, u: Tensor, pool: ParticlePool, slots: Tensor, posterior: Tensor, geometry: Geometry) -> Tensor:
+    def _finish(
+        self, u: Tensor, pool: ParticlePool, slots: Tensor, posterior: Tensor, geometry: Geometry
+    ) -> Float[Tensor, "bucket channel height width"]:
         return kernels.finish(
             u,
             pool.x,
@@ -168,98 +303,116 @@ class Runner:
             self.model.dtype,
         )
 
-    def _integers(self, values: list[int], bucket: int, fill: int = 0) -> Tensor:
-        values = values + [fill] * (bucket - len(values))
-        return torch.tensor(values, dtype=torch.int64).to(self.model.device, non_blocking=True)
+    def _decode(
+        self, latents: Tensor, count: int, row: Row, preview: bool | None = None
+    ) -> Float[Tensor, "row 3 height width"]:
+        """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
+        bucket = self._bucket(count, row.search.geometry)
+        latents = latents[:bucket]
+        if len(latents) < bucket:
+            latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])
+        light = self.preview if preview is None else preview
+        with self.ledger.span("decode", self.model.device):
+            decode = self.model.preview if light else self.model.decode  # type: ignore[attr-defined]
+            return decode(latents)[:count]
 
-    def _column(self, values: list[float], bucket: int) -> Float[Tensor, "bucket 1 1"]:
-        return self._table([(value,) for value in values], bucket)[:, :, None]
+    def _judge_rows(
+        self, rows: list[Row], reward: Reward, images: Float[Tensor, "image 3 height width"], group: list[int]
+    ) -> list[float]:
+        """Scores of rows that share a reward; `group` are their places among the images."""
+        with self.ledger.span("reward", self.model.device):
+            prompts = [row.search.plan.request.prompt for row in rows]
+            own = images if len(group) == len(images) else images[self._places(group)]
+            return self._judge(reward, own, prompts).tolist()
 
-    def _table(self, rows: list[tuple[float, ...]], bucket: int, fill: float = 0.0) -> Float[Tensor, "bucket column"]:
-        rows = rows + [(fill,) * len(rows[0])] * (bucket - len(rows))
-        return torch.tensor(rows, dtype=torch.float32).to(self.model.device, non_blocking=True)
+    def _judge(self, reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Tensor:
+        """The rewards of a group; padded to a single bucket, so that a network's scores depend on no other row.
+
+        Rewards that do not say that they are `concurrent` are called by one thread at a time.
+        """
+        missing = self.buckets[-1] - len(prompts) if len(self.buckets) == 1 else 0
+        if missing > 0:
+            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        judged = reward.function if isinstance(reward, FunctionReward) else reward
+        free: AbstractContextManager[Any] = nullcontext()
+        with free if getattr(judged, "concurrent", False) else self._locks.of(judged):
+            return reward(images, prompts + prompts[:1] * max(0, missing))[: len(prompts)]
+
+    @torch.no_grad()
+    def _run_images(self, searches: list[Search], report: Reporter) -> None:
+        """Decodes what the searches chose in full and judges the 8-bit images that are returned.
+
+        Where particles were judged on previews, all finalists are decoded and the best of the images is returned.
+        """
+        pool, geometry = searches[0].pool, searches[0].geometry
+        finalists = [(s, p) for s in searches for p in (s.finalists if self.preview else [s.chosen])]
+        decoded = []
+        size = self.cost(geometry, False).largest
+        for start in range(0, len(finalists), size):
+            part = finalists[start : start + size]
+            padding = self._bucket(len(part), geometry) - len(part)
+            slots = [p.slot.index for _, p in part] + [PADDING] * padding
+            posterior = [[p.arrival.p, p.arrival.q] for _, p in part] + [[0.0, 0.0]] * padding
+            slot = self._device(torch.tensor(slots))
+            u = pool.u[slot.clamp(min=0)]
+            latents = self._finish(u, pool, slot, self._device(torch.tensor(posterior)), geometry)
+            with self._beside(latents), self.ledger.span("decode", self.model.device):
+                decoded.append(self.model.decode(latents)[: len(part)])
+        with self._beside():
+            images = torch.cat(decoded)
+        parts: list[tuple[list[Search], Callable[[], Sequence[Any]]]] = []
+        for reward, group in _grouped([search.plan.reward for search in searches]):
+            own = [searches[i] for i in group]
+            places = [i for i, (search, _) in enumerate(finalists) if search in own]
+            judging = partial(self._outcomes, own, reward, [finalists[i] for i in places], images, places)
+            parts.append((own, judging))
+        self._hand_over(parts, report)
+
+    def _outcomes(
+        self,
+        searches: list[Search],
+        reward: Reward,
+        finalists: list[tuple[Search, Particle]],
+        images: Float[Tensor, "image 3 height width"],
+        places: list[int],
+    ) -> list[Outcome]:
+        """The best of each search's finalists, as an 8-bit image, and what its reward and the held-out judge say."""
+        pixels = images.cpu()[places]
+        rounded = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+        scores = self._scores(reward, [search for search, _ in finalists], rounded)
+        ranks = [(_worth(score), particle.step) for score, (_, particle) in zip(scores, finalists, strict=True)]
+        mine = {search: [i for i, (owner, _) in enumerate(finalists) if owner is search] for search in searches}
+        chosen = [max(mine[search], key=ranks.__getitem__) for search in searches]
+        judge = rewards.held_out(reward)
+        held = [None] * len(chosen) if judge is None else self._scores(judge, searches, rounded[chosen])
+        return [Outcome(pixels[i], rounded[i], scores[i], other) for i, other in zip(chosen, held, strict=True)]
+
+    def _scores(self, judge: Reward, searches: Sequence[Search], images: Tensor) -> list[float]:
+        """Scores of 8-bit images."""
+        with self.ledger.span("reward", self.model.device):
+            shown = self._device(images).float() / 255
+            return self._judge(judge, shown, [search.plan.request.prompt for search in searches]).tolist()
+
+    def _places(self, places: list[int]) -> Tensor:
+        """Indices on the device, without waiting for it."""
+        return self._device(torch.tensor(places))
+
+    def _bucket(self, rows: int, geometry: Geometry) -> int:
+        return self.cost(geometry, False).bucket(rows)
 
 
-def _given(row: Row) -> Tensor | None:
-    """The latents that the request gives for this row, if it is one of the first samples of the prior."""
-    latents = row.search.plan.latents
-    return latents[row.prior] if latents is not None and row.prior is not None and row.prior < len(latents) else None
+def _reporting(work: Callable[[Reporter], None], of: list[Any], report: Reporter) -> None:
+    """Does a lane's work; an error frees the lane and is reported."""
+    try:
+        work(report)
+    except BaseException as error:
+        report(Report([]))
+        report(Report(of, error=error))
 
 
-def _composed(row: Row) -> bool:
-    """Whether the row's state is made of more than one particle's state and noise."""
-    return row.asked is not None and (bool(row.asked.mix) or row.asked.coarse)
-
-
-def _noise(row: Row) -> Float[Tensor, "token channel"]:
-    x = row.search.pool.x
-    seed, key = (torch.tensor([v], device=x.device) for v in (row.search.plan.request.seed, row.noise_key))
-    return kernels.noise(seed, key, *x.shape[1:])[0]
-
-
-def _guided(row: Row) -> Float[Tensor, "token channel"]:
-    """A step from a guided particle: its velocity is moved by the reward's gradient, but for steps of the finish."""
-    pool, step = row.search.pool, row.step
-    assert row.parent is not None and row.parent.shift is not None
-    slot, u = row.parent.slot.index, pool.u[row.parent.slot.index]
-    if row.kind != "finish":
-        u = u + row.parent.shift
-    state = step.a * pool.x[slot] + step.b * u
-    return state + step.k * _noise(row) if step.k else state
-
-
-def _prepared(row: Row) -> Tensor | None:
-    """The child's state where it takes more than one parent's x and u and fresh noise z: given latents and mixtures."""
-    latents = _given(row)
-    if latents is not None:
-        return latents * row.step.k
-    if row.parent is not None and row.parent.shift is not None:
-        return _guided(row)
-    return _rotated(row) if _composed(row) else None
-
-
-def _rotated(row: Row) -> Float[Tensor, "token channel"]:
-    """The move "rotate" of `rollflow.particle.Draw`, with `mix` and `coarse`."""
-    pool, asked, step = row.search.pool, row.asked, row.step
-    assert asked is not None and row.parent is not None
-    source = x = pool.x[row.parent.slot.index]
-    if asked.mix:
-        source = x + pool.x[[cast("Particle", other).slot.index for other in asked.mix]].sum(0)
-        band = _patch_means if asked.coarse else torch.Tensor.clone  # what turns, and has the norm of noise
-        source = source * (band(x).norm() / band(source).norm())
-    rotated = step.a * source + step.k * _noise(row)
-    return x + _patch_means(rotated - x) if asked.coarse else rotated
-
-
-def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
-    """The mean of each 2x2 patch in place of its four elements; a token is one patch of channel / 4 latent channels."""
-    patches = x.view(len(x), -1, 4)
-    return patches.mean(2, keepdim=True).expand_as(patches).reshape(x.shape)
-
-
-def _coefficients(row: Row) -> tuple[float, float, float, float]:
-    """(a, b, k, 1 / scale) of propose; a prepared state is the child already."""
-    step = row.step
-    prepared = _given(row) is not None or _composed(row) or (row.parent is not None and row.parent.shift is not None)
-    a, b, k = (1.0, 0.0, 0.0) if prepared else (step.a, step.b, step.k)
-    return a, b, k, 1 / step.scale
-
-
-def _move(row: Row, gradient: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
-    """How far the reward's gradient moves the posterior mean; see `rollflow.particle.Guide`."""
-    assert row.asked is not None and row.asked.guide is not None
-    guide, path, time = row.asked.guide, row.search.plan.path, row.step.time
-    if path.alpha(time) == 0.0:
-        return torch.zeros_like(gradient)
-    move = guide.scale * path.sigma(time) ** 2 / path.alpha(time) * gradient
-    size = move.square().mean().sqrt()
-    if not size.isfinite():
-        row.search.invalid += 1
-    if not size.isfinite() or size == 0:
-        return torch.zeros_like(gradient)
-    if guide.normalised:
-        move, size = move * (guide.scale / size), size.new_tensor(guide.scale)
-    return move if guide.clip is None else move * (guide.clip / size).clamp(max=1)
+def _worth(score: float) -> float:
+    """A score that is no finite number is worst."""
+    return score if math.isfinite(score) else -math.inf
 
 
 def _unpack(
@@ -270,10 +423,10 @@ def _unpack(
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x0), -1, geometry.latent_height, geometry.latent_width)
 
 
-def _by_reward(plans: list[Plan]) -> Iterable[tuple[Reward, list[int]]]:
+def _grouped(judges: Sequence[Reward]) -> Iterable[tuple[Reward, list[int]]]:
     """Rows grouped by reward, so that each reward is called once a batch: (reward, row indices)."""
     groups: dict[int, tuple[Reward, list[int]]] = {}
-    for i, plan in enumerate(plans):
-        judge = plan.reward.function if isinstance(plan.reward, FunctionReward) else plan.reward
-        groups.setdefault(id(judge), (plan.reward, []))[1].append(i)
+    for i, reward in enumerate(judges):
+        judge = reward.function if isinstance(reward, FunctionReward) else reward
+        groups.setdefault(id(judge), (reward, []))[1].append(i)
     return groups.values()

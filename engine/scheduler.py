@@ -1,277 +1,279 @@
-"""Packs the draws of all live searches into batches.
+"""Packs the rows of all live searches into batches, several of which are on their way at a time.
 
-Each tick collects the draws that can run now, takes rows fairly, runs them in one forward and hands the evaluated
-particles back to the methods, whose next draws are there at the next tick. Rows of one batch belong to different
-prompts at different times.
+While one batch is decoded, judged and decided on, the other searches' rows are in the transformer: searches fall into
+cohorts that alternate. Rows of one batch belong to different prompts at different times.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
-from weakref import WeakSet
+from heapq import heappop, heappush, nlargest
+from itertools import count, islice
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, runtime_checkable
 
-from rollflow.errors import RequestError
-from rollflow.methods import title
-from rollflow.methods.budget import worth
-from rollflow.methods.paths import shared
+from torch import Tensor
+
+from rollflow.cost import NEGLIGIBLE, SURE, CostModel
 from rollflow.models import Geometry
-from rollflow.particle import Draw, Particle, ParticlePool, Slot
-from rollflow.request import Kind, Plan, Record, Step
+from rollflow.search import Row, Search
 
-_CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
-_KINDS: tuple[Kind, Kind] = ("committed", "guided")
+Kind = tuple[Geometry, bool]  # rows of one batch share an image size, and either all are guided or none is
 
 
-@dataclass(eq=False)
-class Row:
-    """One row of a batch: advance `parent` by `step` (or sample the prior) and evaluate the child."""
+@dataclass(frozen=True)
+class Report:
+    """What a runner says of its work: that a lane is free (no work), or what came of a part of what it was given.
 
-    search: Search
-    step: Step
-    particle: Particle
-    parent: Particle | None
-    scored: bool
-    kind: Kind
-    nfe: int = 1
-    noise_key: int = 0
-    prior: int | None = None  # which sample of the prior this is, counted over the request
-    asked: Draw | None = None  # what the method asked for; None for a step of the finish
-    place: int = 0  # of the draw among the turn's draws, or of the finalist among the finalists
+    Attributes:
+        work: rows, or searches that are over and whose images are made; a batch may come back in parts.
+        results: of rows their rewards, None for a row that is not scored; of searches an `Outcome` each.
+        error: what went wrong instead.
+    """
+
+    work: list[Row] | list[Search]
+    results: Sequence[Any] | None = None
+    error: BaseException | None = None
 
 
-class Final:
-    """A finalist on its way: the particle that it has become and the steps that are left."""
+@dataclass(frozen=True)
+class Outcome:
+    """The image of a search that is over: float32 and 8-bit pixels [3, height, width] on the CPU, and its scores."""
 
-    def __init__(self, particle: Particle, steps: tuple[Step, ...]):
-        self.particle, self.steps, self.waiting = particle, steps, False
-
-
-class Search:
-    """One live request: its generator, the draws it waits for, its history and its counts."""
-
-    def __init__(self, plan: Plan, geometry: Geometry, conditioning: Any, pool: ParticlePool):
-        self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
-        self.method = plan.search()
-        self.history: list[Record] = []
-        self.best_reward = -math.inf
-        self.committed = self.executed = self.turn = self.priors = self.invalid = 0
-        self.start = time.perf_counter()
-        self.closed = False
-        self.finals: list[Final] | None = None
-        self._best: list[Particle] = []  # those judged best, at most as many as there are finalists
-        self._slots: WeakSet[Slot] = WeakSet()
-        self._in_flight = 0
-        self._begin(next(self.method))
-
-    def _begin(self, draws: list[Draw]) -> None:
-        if not isinstance(draws, list | tuple) or not draws or not all(isinstance(draw, Draw) for draw in draws):
-            name = title(self.plan.request.method)
-            raise RequestError(f"the method {name} yielded {draws!r}: it must yield lists of at least one Draw")
-        self.draws = draws
-        self.children: list[list[Particle]] = [[] for _ in draws]
-        self.issued = [0] * len(draws)
-        self.turn += 1
-
-    @property
-    def done(self) -> bool:
-        """Whether every finalist is finished."""
-        return self.finals is not None and not self._in_flight and not any(final.steps for final in self.finals)
-
-    @property
-    def chosen(self) -> Particle:
-        """The finalist with the best reward, on ties the least noisy one, then the method's own; when it is done."""
-        assert self.finals, "only a search that is over has chosen"
-        return max((final.particle for final in self.finals), key=_rank)
-
-    def _open(self, i: int) -> bool:
-        """Whether draw `i` may still need children: its count is not reached and no child has beaten `until`."""
-        draw, children = self.draws[i], self.children[i]
-        return self.issued[i] < draw.count and not (children and worth(children[-1]) > draw.until)
-
-    def ready(self, guided: bool) -> Iterator[Row]:
-        """The rows that can run now, in draw order, either guided or not; taking one issues it."""
-        if self.finals is not None:
-            if not guided:
-                yield from self._finishing()
-            return
-        for i, draw in enumerate(self.draws):
-            sequential = draw.until != math.inf
-            if (draw.guide is not None) is not guided:
-                continue
-            while self._open(i) and not (sequential and self.issued[i] > len(self.children[i])):
-                key = (self.turn * _DRAWS + i) * _CHILDREN + self.issued[i]
-                prior = None
-                if draw.parent is None:
-                    prior, self.priors = self.priors, self.priors + 1
-                self.issued[i] += 1
-                parent = cast("Particle | None", draw.parent)  # one that this scheduler handed to the method
-                step, kind = self.plan.arrival(draw), _KINDS[guided]
-                particle = self._particle(step, draw.arrives, parent)
-                yield Row(self, step, particle, parent, draw.scored, kind, draw.nfe, key, prior, draw, i)
-
-    def _finishing(self) -> Iterator[Row]:
-        """The next step of every finalist; only what a last step leads to is judged."""
-        assert self.finals is not None
-        for i, final in enumerate(self.finals):
-            if final.steps and not final.waiting:
-                step, *left = final.steps
-                final.steps, final.waiting, parent = tuple(left), True, final.particle
-                level = max(parent.step + 1, len(self.plan.steps))
-                yield Row(self, step, self._particle(step, level, parent), parent, not left, "finish", place=i)
-
-    def _particle(self, step: Step, level: int, parent: Particle | None) -> Particle:
-        slot = self.pool.take()
-        self._slots.add(slot)
-        self._in_flight += 1
-        return Particle(level, step, slot, -1, None if parent is None else parent.index)
-
-    def deliver(self, row: Row, reward: float | None) -> None:
-        """Takes an evaluated row back; rows of a draw come back in the order they were issued.
-
-        What comes back after `stop_at` has been reached is dropped: for the search it does not exist.
-        """
-        particle = row.particle
-        self._in_flight -= 1
-        if self.finals is not None and row.kind != "finish":
-            return
-        particle.reward, particle.index = reward, len(self.history)
-        self.committed += row.nfe
-        if self.committed > self.plan.request.nfe:
-            raise RequestError(
-                f"the method {title(self.plan.request.method)} drew more than its budget of {self.plan.request.nfe} "
-                "evaluations"
-            )
-        self.history.append(
-            Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind, row.nfe)
-        )
-        self.invalid += reward is not None and not math.isfinite(reward)
-        self.best_reward = max(self.best_reward, worth(particle))
-        if row.kind == "finish":
-            assert self.finals is not None
-            self.finals[row.place].particle, self.finals[row.place].waiting = particle, False
-            return
-        self.children[row.place].append(particle)
-        if reward is not None and particle.arrival.tau <= self.plan.trusted_from + 1e-9:
-            self._best = sorted([*self._best, particle], key=_rank, reverse=True)[: self.plan.finalists]
-            stop_at = self.plan.request.stop_at
-            if stop_at is not None and worth(particle) >= stop_at:  # it stays in the race should its finish be worse
-                finish = self.plan.request.finish
-                self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0])
-
-    def advance(self) -> None:
-        """Hands the particles to the method once all its draws are complete, and takes its next draws."""
-        if self.finals is None and not self._in_flight and not any(self._open(i) for i in range(len(self.draws))):
-            children, self.children = self.children, []
-            try:
-                self._begin(self.method.send(children))
-            except StopIteration as stop:
-                if not isinstance(stop.value, Particle):
-                    name = title(self.plan.request.method)
-                    raise RequestError(
-                        f"the method {name} returned {stop.value!r}: it must return one of its particles"
-                    ) from None
-                others = [particle for particle in self._best if particle is not stop.value]
-                finalists = [stop.value, *others][: self.plan.finalists]
-                if not self.plan.request.finish and stop.value.reward is None:
-                    finalists = [stop.value]  # it cannot be compared, and is what the method wants
-                self._end(finalists, shared(self.plan.finish_nfe, len(finalists)))
-
-    def _end(self, finalists: list[Particle], finish: list[int]) -> None:
-        """Ends the search proper: each of those who compete is finished by as many evaluations as `finish` says."""
-        self.finals = [
-            Final(particle, self.plan.finish(particle.time, count))
-            for particle, count in zip(finalists, finish, strict=True)
-        ]
-        self.method.close()
-        self.draws, self.children, self._best = [], [], []
-
-    def close(self) -> None:
-        """Drops every particle, so that their slots are free."""
-        self.method.close()
-        self.closed = True
-        self.finals, self.draws, self.children, self._best = [], [], [], []
-        for slot in list(self._slots):  # of particles that a kept exception or the method's caller still refers to
-            slot.release()
-
-
-def _rank(particle: Particle) -> tuple[float, int]:
-    """Better rewards first; of equal ones that of the later point of the grid, whose posterior mean is sharper."""
-    return worth(particle), particle.step
+    pixels: Tensor
+    rounded: Tensor
+    reward: float
+    held_out: float | None
 
 
 @runtime_checkable
 class Runner(Protocol):
-    """What the scheduler needs of a runner: the rewards of a batch of rows of one geometry."""
+    """What the scheduler needs of a runner.
 
-    buckets: tuple[int, ...]
+    Attributes:
+        lanes: how many batches may be on the device at a time.
+        parallel: whether lanes compute side by side (threads of a CPU) or one after another (one GPU, where a second
+            batch only keeps the device busy while the first is decided on).
+    """
 
-    def run(self, rows: list[Row]) -> list[float | None]:
-        """Advances and evaluates the rows; a row that is not scored has no reward."""
+    lanes: int
+    parallel: bool
+
+    def cost(self, geometry: Geometry, guided: bool) -> CostModel:
+        """What batches of this kind cost; its buckets are the batch sizes."""
+        ...
+
+    def submit(self, rows: list[Row], report: Callable[[Report], None]) -> None:
+        """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
+        ...
+
+    def submit_images(self, searches: list[Search], report: Callable[[Report], None]) -> None:
+        """Starts making the images of searches of one geometry; reports a free lane once, and every search once."""
         ...
 
 
 class Scheduler:
-    """Runs live searches in shared batches, one geometry a tick, round robin between requests.
+    """Runs live searches in shared batches: by priority, round robin between requests of the same priority.
 
-    Guided rows need a backward, so that they have batches of their own, in turn with the others.
+    Its work a batch does not depend on how many searches are live: what can run waits in a queue.
     """
 
     def __init__(self, runner: Runner):
         self.runner = runner
-        self.live: deque[Search] = deque()
-        self._guided: dict[Geometry, bool] = {}  # which kind of rows is next
+        self.live: dict[Search, None] = {}
+        self._queues: dict[Kind, list[tuple[int, int, Search]]] = {}
+        self._order: deque[Kind] = deque()  # kinds take turns
+        self._ahead: dict[Search, None] = {}  # those whose answers others of their rows could run ahead of
+        self._tickets = count()
+        self._reports: SimpleQueue[Report] = SimpleQueue()
+        self._lanes = 0  # taken
+        self._flying: dict[Kind, int] = {}  # rows whose rewards are not here yet
+        self._away = 0  # rows and searches with a runner
+        self.news = False  # whether the last tick brought rewards
+        self._done: list[Search] = []  # searches whose images are to be made
 
-    def tick(self) -> list[Search]:
-        """Runs one batch and returns the searches that are over."""
-        geometry = self.live[0].geometry
-        searches = [s for s in self.live if s.geometry == geometry]
-        guided = self._guided.get(geometry, False)
-        rows = self._choose(searches, guided) or self._choose(searches, not guided)
-        self._guided[geometry] = rows[0].kind != "guided"
-        try:
-            rewards = self.runner.run(rows)
-        except BaseException:  # whoever keeps the exception must not keep the slots of these particles with it
-            for row in rows:
-                del row.particle.slot
-            rows.clear()
-            raise
-        for row, reward in zip(rows, rewards, strict=True):
-            row.search.deliver(row, reward)
-        self._account(rows)
-        touched = list(dict.fromkeys(row.search for row in rows))
-        del rows
-        for search in touched:
-            search.advance()
-        self.live.rotate(-1)
-        over = [search for search in self.live if search.done]
-        for search in over:
-            self.live.remove(search)
+    def add(self, search: Search) -> None:
+        """Makes a search live."""
+        self.live[search] = None
+        self._enqueue(search)
+
+    def tick(self) -> list[tuple[Search, Outcome]]:
+        """Fills the free lanes, waits until something comes back, and returns the searches that are over."""
+        self.news = False
+        self._launch()
+        if not self._away:
+            raise RuntimeError(f"{len(self.live)} live searches wait for nothing")
+        over: list[tuple[Search, Outcome]] = []
+        report: Report | None = self._reports.get()
+        while report is not None:
+            over += self._take_back(report)
+            try:
+                report = self._reports.get_nowait()
+            except Empty:
+                report = None
+        for search, _ in over:
+            del self.live[search]
         return over
 
-    def _choose(self, searches: list[Search], guided: bool) -> list[Row]:
-        """Rows in turns, one of each search, until the largest bucket is full."""
-        waiting = deque(search.ready(guided) for search in searches)
-        rows: list[Row] = []
-        while waiting and len(rows) < self.runner.buckets[-1]:
-            source = waiting.popleft()
-            row = next(source, None)
-            if row is not None:
-                rows.append(row)
-                waiting.append(source)
+    def drain(self) -> None:
+        """Waits for all that is on its way and drops what it gives: after an error or an interruption."""
+        while self._away:
+            report = self._reports.get()
+            self._land(report)
+            for work in report.work:
+                if isinstance(work, Row):
+                    work.search.in_flight -= 1
+            report.work.clear()
+
+    def _take_back(self, report: Report) -> list[tuple[Search, Outcome]]:
+        if not report.work:
+            self._lanes -= 1
+            return []
+        self._land(report)
+        if report.error is not None:
+            for work in report.work:
+                if isinstance(work, Row):  # whoever keeps the exception must not keep these particles' slots with it
+                    work.search.in_flight -= 1
+                    del work.particle.slot
+            report.work.clear()
+            raise report.error
+        assert report.results is not None
+        over, touched = [], {}
+        for work, result in zip(report.work, report.results, strict=True):
+            if isinstance(work, Search):
+                over.append((work, result))
+            else:
+                work.search.deliver(work, result)
+                self.news = True
+                touched[work.search] = None
+        report.work.clear()  # the thread that ran it may still hold the list, and with it slots
+        for search in touched:
+            self._enqueue(search)
+            if search.done:
+                self._done.append(search)
+        return over
+
+    def _land(self, report: Report) -> None:
+        """Gives back what rows hold while they are on their way, but for their slots."""
+        self._away -= len(report.work)
+        for work in report.work:
+            if isinstance(work, Row):
+                self._flying[_kind(work)] -= 1
+                if work.ahead:
+                    work.search.pool.unreserve(1)
+
+    def _enqueue(self, search: Search) -> None:
+        """Puts a search that has rows to run into the queue of their kind, once."""
+        for guided in (False, True):
+            if search.waiting(guided) and not search.queued[guided]:
+                kind = (search.geometry, guided)
+                if kind not in self._queues:
+                    self._queues[kind], self._flying[kind] = [], 0
+                    self._order.append(kind)
+                search.queued[guided] = True
+                heappush(self._queues[kind], (-search.plan.request.priority, next(self._tickets), search))
+            self._may_run_ahead(search, guided)
+
+    def _may_run_ahead(self, search: Search, guided: bool) -> None:
+        if next(search.chances(guided), None):
+            self._ahead[search] = None
+
+    def _launch(self) -> None:
+        """Starts images and batches while lanes are free and there are rows worth running."""
+        while self._lanes < self.runner.lanes:
+            if self._done:
+                self._start(self._take_done(), self.runner.submit_images)
+                continue
+            free = self.runner.lanes - self._lanes if self.runner.parallel else 1
+            rows = self._choose(free)
+            if not rows:
+                return
+            self._flying[_kind(rows[0])] += len(rows)
+            lanes = min(free, len(rows))
+            for lane in range(lanes):
+                batch = rows[lane::lanes]
+                self._account(batch)
+                self._start(batch, self.runner.submit)
+
+    def _start(self, work: list, submit: Callable[[Any, Callable[[Report], None]], None]) -> None:
+        self._lanes += 1
+        self._away += len(work)
+        submit(work, self._reports.put)
+
+    def _take_done(self) -> list[Search]:
+        """Searches of one geometry whose images are to be made."""
+        geometry = self._done[0].geometry
+        most = self.runner.cost(geometry, False).largest
+        taken = [search for search in self._done if search.geometry == geometry][:most]
+        self._done = [search for search in self._done if search not in taken]
+        return taken
+
+    def _choose(self, lanes: int) -> list[Row]:
+        """The rows to run now on `lanes` free lanes, of the first kind in turn that has any."""
+        for _ in range(len(self._order)):
+            kind = self._order[0]
+            self._order.rotate(-1)
+            if rows := self._choose_of(kind, lanes):
+                return rows
+        return []
+
+    def _choose_of(self, kind: Kind, lanes: int) -> list[Row]:
+        """Rows that are needed, in turns, and where that pays, rows that run ahead of the answer."""
+        queue, cost = self._queues[kind], self.runner.cost(*kind)
+        most, certain = self.runner.lanes * cost.largest, 0
+        for _, _, search in queue:
+            certain += search.waiting(kind[1])
+            if certain >= most:
+                break
+        if lanes < self.runner.lanes:  # leave the other lanes their share, or cohorts of unequal size would stay so
+            certain = min(certain, -(-(certain + self._flying[kind]) // self.runner.lanes))
+        rows = self._take(kind, cost.rows(certain, [], lanes)) if certain else []
+        if queue:
+            return rows
+        chances = self._chances(kind, lanes * cost.largest - len(rows), NEGLIGIBLE if rows else SURE)
+        wanted = cost.rows(len(rows), [chance for chance, *_ in chances], lanes) if rows or chances else 0
+        for _, _, search, draw in chances[: wanted - len(rows)]:
+            if search.pool.reserve(1):  # what runs ahead takes slots that nobody is promised
+                rows.append(search.take_ahead(draw))
         return rows
+
+    def _take(self, kind: Kind, wanted: int) -> list[Row]:
+        """That many rows, one of each search in turn, searches of the highest priority first."""
+        queue, guided = self._queues[kind], kind[1]
+        rows: list[Row] = []
+        while queue and len(rows) < wanted:
+            priority, _, search = heappop(queue)
+            if search.waiting(guided):
+                rows.append(search.take(guided))
+            search.queued[guided] = bool(search.waiting(guided))
+            if search.queued[guided]:
+                heappush(queue, (priority, next(self._tickets), search))
+            self._may_run_ahead(search, guided)
+        while queue and not queue[0][2].waiting(guided):
+            heappop(queue)[2].queued[guided] = False
+        return rows
+
+    def _chances(self, kind: Kind, most: int, least: float) -> list[tuple[float, int, Search, int]]:
+        """The rows that may run ahead, those most likely to be needed first: chance, minus place, search, draw."""
+        found: list[tuple[float, int, Search, int]] = []
+        geometry, guided = kind
+        for search in list(islice(self._ahead, 2 * most)):
+            if search.geometry != geometry:
+                continue
+            chances = [(chance, draw) for chance, draw in search.chances(guided) if chance >= least]
+            found += [(chance, -len(found) - i, search, draw) for i, (chance, draw) in enumerate(chances)]
+            if not chances and not next(search.chances(not guided), None):
+                del self._ahead[search]
+        return nlargest(most, found)
 
     def _account(self, rows: list[Row]) -> None:
         """Counts executed rows; the bucket's padding is shared out in turns."""
-        bucket = bucket_of(len(rows), self.runner.buckets)
-        for i in range(bucket):
-            rows[i % len(rows)].search.executed += rows[0].nfe
+        for i in range(self.runner.cost(*_kind(rows[0])).bucket(len(rows))):
+            row = rows[i % len(rows)]
+            row.search.executed += rows[0].nfe
 
 
-def bucket_of(rows: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds `rows`."""
-    return next(bucket for bucket in buckets if bucket >= rows)
+def _kind(row: Row) -> Kind:
+    return row.search.geometry, row.kind == "guided"

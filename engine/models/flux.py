@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+import threading
+import weakref
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError, RequestError
-from rollflow.models import BUILT_IN, Geometry, folder
+from rollflow.models import BUILT_IN, Geometry, folder, tuning
 
 # Pixels that the decoder takes at a time, on a CPU and on a GPU: a bound on its memory, and on a CPU a size whose
 # activations are not handed back to the system after each batch (see `rollflow.engine`).
@@ -46,18 +50,54 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> FluxPipe
     return pipeline.to(device)
 
 
+def load_light(
+    name: str | Path, model: str | Path, device: torch.device, dtype: torch.dtype
+) -> AutoencoderKL | AutoencoderTiny:
+    """A light decoder: `name`, a folder or a hub id, or where that is empty the `preview` folder of `model`.
+
+    Raises:
+        ModelError: nothing there, or something that is no autoencoder.
+    """
+    path = name or (folder(str(model)) if str(model) in BUILT_IN else Path(model)) / "preview"
+    if not name and not Path(path).is_dir():
+        raise ModelError(
+            f"the model {str(model)!r} has no folder 'preview' with a light decoder: pass the folder or hub id of an "
+            "AutoencoderTiny for its latents (madebyollin/taef1 for FLUX.1), or leave preview out"
+        )
+    try:
+        light = AutoModel.from_pretrained(path, torch_dtype=dtype).to(device)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise ModelError(f"{str(path)!r} is no autoencoder that can be loaded: {str(error)[:200]}") from error
+    if not isinstance(light, AutoencoderKL | AutoencoderTiny):
+        raise ModelError(
+            f"{str(path)!r} is a {type(light).__name__}: a light decoder is an AutoencoderTiny or AutoencoderKL"
+        )
+    return light
+
+
 class FluxModel:
     """Drives the parts of a `FluxPipeline` with rows of different prompts at different times.
 
     Args:
         pipeline: a complete FluxPipeline; its modules are used where they are, without gradients of their weights, and
             the autoencoder's weights are laid out channels last, in which a CPU convolves faster.
+        light: a small decoder of the same latents that particles may be judged by, such as TAESD's for FLUX.1 (its
+            `scaling_factor` and `shift_factor` are heeded). Its output is an image, or has 3 n^2 channels, for cells of
+            n x n pixels.
+        attention: the backend of torch's attention, one of `rollflow.models.tuning.ATTENTION`; by default torch's own
+            choice among those that CUDA graphs can hold.
 
     Raises:
         ModelError: the object is no FluxPipeline, or parts of it are missing.
+        RequestError: an unknown attention.
     """
 
-    def __init__(self, pipeline: FluxPipeline):
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        light: AutoencoderKL | AutoencoderTiny | None = None,
+        attention: str | None = None,
+    ):
         if not isinstance(pipeline, FluxPipeline):
             raise ModelError(f"a {type(pipeline).__name__} is no pipeline that rollflow knows: pass a FluxPipeline")
         missing = [
@@ -67,14 +107,23 @@ class FluxModel:
         ]
         if missing:
             raise ModelError(f"the pipeline lacks {', '.join(missing)}: load it whole")
-        self.pipeline = pipeline
+        tuning.check_attention(attention)
+        self.pipeline, self.attention = pipeline, attention
         self.transformer = pipeline.transformer.eval().requires_grad_(False)
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)
+        self.light = light
+        if light is not None:
+            light.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
         self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
+        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
+        # hook hands the embedding the exact one of the thread's own batch.
+        self._exact = threading.local()
+        hook = self.transformer.time_text_embed.register_forward_pre_hook(partial(_exact_time, self._exact))
+        weakref.finalize(self, hook.remove)
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
         """See `FlowModel.geometry`; sizes are multiples of two latent pixels."""
@@ -87,6 +136,17 @@ class FluxModel:
         rows, columns = height // factor, width // factor
         return Geometry(height, width, rows, columns, rows * columns // 4, self.transformer.config.in_channels)
 
+    @cached_property
+    def signature(self) -> str:
+        """The networks' configurations: models of the same signature cost the same."""
+        return repr((dict(self.transformer.config), dict(self.vae.config)))
+
+    def release_text_encoders(self) -> None:
+        """Drops the text encoders, and their memory with them; prompts that were not encoded before are refused."""
+        self.pipeline.text_encoder = self.pipeline.text_encoder_2 = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """See `FlowModel.encode`."""
@@ -97,6 +157,11 @@ class FluxModel:
 
     def check_prompt(self, prompt: str) -> None:
         """See `FlowModel.check_prompt`."""
+        if self.pipeline.text_encoder is None:
+            raise RequestError(
+                f"the prompt {prompt[:60]!r} was not encoded before the text encoders were released: encode all "
+                "prompts first (Engine.encode), or make a new engine"
+            )
         tokenizer = self.pipeline.tokenizer_2
         ids = tokenizer(prompt).input_ids
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
@@ -127,27 +192,60 @@ class FluxModel:
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """See `FlowModel.velocity`; `guidance` is FLUX.1-dev's embedded guidance and is not used by other models."""
-        sequence = torch.stack([c.sequence for c in conditioning])
+        return self.forward(x, tau, self.collate(conditioning), guidance, geometry)
+
+    def collate(self, conditioning: Sequence[Conditioning]) -> tuple[Tensor, Tensor]:
+        """The conditionings of a batch's rows as the tensors that `forward` takes: pooled, sequence."""
+        return torch.stack([c.pooled for c in conditioning]), torch.stack([c.sequence for c in conditioning])
+
+    def forward(
+        self,
+        x: Float[Tensor, "row token channel"],
+        tau: Float[Tensor, " row"],
+        collated: tuple[Tensor, ...],
+        guidance: Float[Tensor, " row"],
+        geometry: Geometry,
+    ) -> Float[Tensor, "row token channel"]:
+        """`velocity` of collated conditionings: a function of tensors alone, which a CUDA graph can hold."""
+        pooled, sequence = collated
         text_ids, image_ids = self._position_ids(geometry, sequence.shape[1])
-        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
-        # hook hands the embedding the exact one.
-        exact = self.transformer.time_text_embed.register_forward_pre_hook(lambda _, args: (tau * 1000, *args[1:]))
-        with exact:
-            return self.transformer(
-                hidden_states=x,
-                timestep=tau,
-                guidance=guidance if self.transformer.config.guidance_embeds else None,
-                pooled_projections=torch.stack([c.pooled for c in conditioning]),
-                encoder_hidden_states=sequence,
-                txt_ids=text_ids,
-                img_ids=image_ids,
-                return_dict=False,
-            )[0]
+        self._exact.tau = tau
+        try:
+            with tuning.attention(self.attention, self.device):
+                return self.transformer(
+                    hidden_states=x,
+                    timestep=tau,
+                    guidance=guidance if self.transformer.config.guidance_embeds else None,
+                    pooled_projections=pooled,
+                    encoder_hidden_states=sequence,
+                    txt_ids=text_ids,
+                    img_ids=image_ids,
+                    return_dict=False,
+                )[0]
+        finally:
+            self._exact.tau = None
 
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """See `FlowModel.decode`."""
-        latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
+        return self._decode(self.vae, latents)
+
+    def preview(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
+        """`decode` by the light decoder."""
+        assert self.light is not None, "the engine asks for previews only where there is a light decoder"
+        own = (latents - self.shift) * self.scaling  # as the transformer has them
+        return self._decode(self.light, own / self.light.config.scaling_factor + self.light.config.shift_factor)
+
+    def _decode(self, decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+        """In chunks; what comes in cells of n x n pixels (3 n^2 channels) is spread out."""
+        latents = latents.to(decoder.dtype, memory_format=torch.channels_last)
         pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
         chunk = max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
-        images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in latents.split(chunk)])
+        images = torch.cat([decoder.decode(part, return_dict=False)[0] for part in latents.split(chunk)])
+        if images.shape[1] > 3:
+            images = torch.nn.functional.pixel_shuffle(images, math.isqrt(images.shape[1] // 3))
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _exact_time(exact: threading.local, module: torch.nn.Module, args: tuple) -> tuple | None:
+    tau = getattr(exact, "tau", None)
+    return None if tau is None else (tau * 1000, *args[1:])

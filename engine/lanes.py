@@ -1,0 +1,76 @@
+"""The threads that work for an engine: lanes, which run batches, and judges, which call rewards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+JUDGES = 8  # rewards that may be waited for at a time
+T = TypeVar("T")
+
+
+class Lanes:
+    """Threads that run batches side by side on a CPU; on a GPU, the one thread that talks to it.
+
+    A model of many small operations gains little from several threads an operation: two batches on a thread each are
+    nearly twice as fast on two cores as one batch on two threads.
+
+    Args:
+        device: where the batches run.
+        count: how many batches may be on the device at a time.
+        threads: cores that an operation of a lane uses, on a CPU.
+    """
+
+    def __init__(self, device: torch.device, count: int, threads: int):
+        self.count, self.threads = count, threads
+        self.parallel = device.type == "cpu"
+        workers, usual = (count if self.parallel else 1), torch.get_num_threads()
+        ready = threading.Barrier(workers + 1)
+
+        def start() -> None:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            else:
+                torch.get_num_threads()  # or the first operation would set the thread's number to the usual one
+                torch.set_num_threads(threads)  # of this thread ...
+
+        self._lanes = ThreadPoolExecutor(workers, "rollflow-lane", start)
+        self._judges = ThreadPoolExecutor(JUDGES, "rollflow-judge", start)
+        for _ in range(workers):
+            self._lanes.submit(ready.wait)
+        ready.wait()
+        torch.set_num_threads(usual)  # ... and not of threads that others start later
+
+    def run(self, work: Callable[..., T], *args: Any) -> Future[T]:
+        """Does `work` on a lane."""
+        return self._lanes.submit(work, *args)
+
+    def judge(self, work: Callable[..., T], *args: Any) -> Future[T]:
+        """Does `work` on a judge's thread: what may take its time."""
+        return self._judges.submit(work, *args)
+
+    def close(self) -> None:
+        """Ends the threads when they are idle."""
+        self._lanes.shutdown(wait=False)
+        self._judges.shutdown(wait=False)
+
+
+class Locks:
+    """A lock for each object that may be called by one thread at a time only."""
+
+    def __init__(self) -> None:
+        self._locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+        self._any = threading.Lock()
+
+    def of(self, target: Any) -> threading.Lock:
+        """The target's lock; objects that cannot be told apart weakly share one."""
+        target = getattr(target, "__self__", target)
+        try:
+            return self._locks.setdefault(target, threading.Lock())
+        except TypeError:
+            return self._any

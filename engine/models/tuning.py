@@ -1,0 +1,83 @@
+"""Ways to make a transformer faster that libraries provide: compiled blocks, pinned attention, 8-bit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rollflow.errors import ModelError, RequestError
+
+COMPILE = ("regional",)
+QUANTIZE = ("fp8",)
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# What a GPU may choose from where nothing is pinned. cuDNN's is left out: its versions 9.13 and 9.14 fault under CUDA
+# graphs for keys longer than 1024 (TransformerEngine #2344).
+_USUAL = [ATTENTION["flash"], ATTENTION["efficient"], ATTENTION["math"]]
+_RECOMPILES = 64  # batch sizes times kinds of block; torch gives up at 8
+
+
+def compile_blocks(transformer: nn.Module, how: str | None) -> None:
+    """Compiles the blocks that a diffusers transformer repeats, each kind once for each batch size.
+
+    Raises:
+        RequestError: an unknown `how`.
+        ModelError: the transformer does not say which blocks it repeats.
+    """
+    if how is None:
+        return
+    if how not in COMPILE:
+        raise RequestError(f"compile={how!r}: choose {', '.join(COMPILE)}, or None for no compilation")
+    if not getattr(transformer, "_repeated_blocks", None):
+        raise ModelError(f"compile={how!r}: a {type(transformer).__name__} does not say which blocks it repeats")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILES)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
+def quantize(transformer: nn.Module, how: str | None) -> None:
+    """Stores weights in 8-bit floats and multiplies by them, with activations scaled as they come (torchao).
+
+    Raises:
+        RequestError: an unknown `how`.
+        ModelError: torchao is not installed, or the transformer is not on a GPU that multiplies 8-bit floats.
+    """
+    if how is None:
+        return
+    if how not in QUANTIZE:
+        raise RequestError(f"quantize={how!r}: choose {', '.join(QUANTIZE)}, or None for the weights as they are")
+    device = next(transformer.parameters()).device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ModelError(f"quantize={how!r}: it takes a GPU of compute capability 8.9 or later, and this is {device}")
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+    except ImportError as error:
+        raise ModelError(f"quantize={how!r}: it takes torchao, which is not installed: pip install torchao") from error
+    quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(), _is_block_matrix)
+
+
+def _is_block_matrix(module: nn.Module, name: str) -> bool:
+    """The large matrices: those of the blocks, whose sides are multiples of 16."""
+    sides: Sequence[int] = module.weight.shape if isinstance(module, nn.Linear) else ()
+    return "transformer_blocks" in name and bool(sides) and all(side % 16 == 0 for side in sides)
+
+
+def check_attention(backend: str | None) -> None:
+    """Raises `RequestError` for an unknown backend."""
+    if backend is not None and backend not in ATTENTION:
+        raise RequestError(f"attention={backend!r}: choose one of {', '.join(ATTENTION)}, or None")
+
+
+def attention(backend: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, attention runs on this backend; without one, on a GPU on any that CUDA graphs can hold."""
+    if backend is not None:
+        return sdpa_kernel(ATTENTION[backend])
+    return sdpa_kernel(_USUAL) if device.type == "cuda" else nullcontext()

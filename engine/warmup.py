@@ -1,0 +1,142 @@
+"""Measures what batches cost, before any request runs: which batch sizes pay, and on a CPU how its cores are best used.
+
+Measurements are kept for the process: by model, image size, dtype, device, threads and kind of decoder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollflow.cost import CostModel
+from rollflow.lanes import Lanes
+from rollflow.models import FlowModel, Geometry
+
+GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or two in a row end the search
+TIMED = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sizes that are timed; what lies between is interpolated
+PROBE = 16  # rows of the batch by which a CPU's lanes are chosen
+_costs: dict[tuple, CostModel] = {}
+_lanes: dict[tuple, tuple[int, int]] = {}
+
+
+def cost_model(
+    model: FlowModel, geometry: Geometry, conditioning: Any, buckets: tuple[int, ...], lanes: Lanes, preview: bool,
+    keep_all: bool,
+) -> CostModel:  # fmt: skip
+    """Seconds of forward and decode at each bucket, on a lane.
+
+    Args:
+        model: the model.
+        geometry: of the batches.
+        conditioning: of any prompt.
+        buckets: batch sizes, ascending.
+        lanes: the threads that will run the batches.
+        preview: whether the light decoder is the one that counts.
+        keep_all: whether to keep buckets that are no faster a row than smaller ones.
+    """
+    key = (*_key(model), geometry, buckets, lanes.threads, preview, keep_all)
+    if key not in _costs:
+        seconds: dict[int, float] = {}
+        best = slower = 0
+        for bucket in buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]:
+            seconds[bucket] = lanes.run(_seconds, model, geometry, conditioning, bucket, preview).result()
+            if not best or bucket / seconds[bucket] > GAIN * best / seconds[best]:
+                best, slower = bucket, 0
+            else:
+                slower += 1
+            if slower == 2 and not keep_all:
+                break
+        largest = max(seconds) if keep_all else best
+        measured = CostModel({b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest})
+        if not hasattr(model, "signature"):
+            return measured  # nothing tells it from another model
+        _costs[key] = measured
+    return _costs[key]
+
+
+def replayed(
+    costs: CostModel, model: FlowModel, geometry: Geometry, conditioning: Any, lanes: Lanes, preview: bool,
+    replay: Callable[[int], Any],
+) -> CostModel:  # fmt: skip
+    """The seconds of the same buckets where the forward is a replay of the bucket's CUDA graph."""
+    return CostModel(
+        {
+            bucket: lanes.run(
+                _seconds, model, geometry, conditioning, bucket, preview, partial(replay, bucket)
+            ).result()
+            for bucket in costs.seconds
+        }
+    )
+
+
+def best_lanes(model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool) -> tuple[int, int]:
+    """How many lanes and threads a lane compute the most rows a second on this CPU."""
+    cores = torch.get_num_threads()
+    key = (*_key(model), geometry, cores, preview)
+    if key not in _lanes:
+        rates: dict[tuple[int, int], float] = {}
+        for count in (2**i for i in range(4) if 2**i <= cores):
+            lanes = Lanes(model.device, count, cores // count)
+            work = (model, geometry, conditioning, PROBE, preview)
+            lanes.run(_seconds, *work).result()
+            start = time.perf_counter()
+            running = [lanes.run(_seconds, *work) for _ in range(count)]
+            for lane in running:
+                lane.result()
+            rates[count, lanes.threads] = count / (time.perf_counter() - start)
+            lanes.close()
+        _lanes[key] = max(rates, key=lambda option: rates[option])
+    return _lanes[key]
+
+
+def best_dtype(make: Callable[[torch.dtype], FlowModel]) -> torch.dtype:
+    """The faster of float32 and bfloat16 for a batch's forward and decode."""
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make(dtype)
+        lanes = Lanes(model.device, 1, 1)
+        work = (model, model.geometry(None, None), model.encode([""])[0], PROBE, False)
+        seconds[dtype] = min(lanes.run(_seconds, *work).result() for _ in range(2))
+        lanes.close()
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _key(model: FlowModel) -> tuple:
+    return (getattr(model, "signature", id(model)), model.dtype, str(model.device))
+
+
+@torch.no_grad()
+def _seconds(
+    model: FlowModel, geometry: Geometry, conditioning: Any, bucket: int, preview: bool,
+    forward: Callable[[], Any] | None = None,
+) -> float:  # fmt: skip
+    """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
+    x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
+    channels = geometry.token * geometry.channel // (geometry.latent_height * geometry.latent_width)
+    latents = torch.zeros(
+        bucket, channels, geometry.latent_height, geometry.latent_width, device=model.device, dtype=model.dtype
+    )
+    tau, guidance = torch.ones(bucket, device=model.device), torch.zeros(bucket, device=model.device)
+    decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
+    times: list[float] = []
+    for _ in range(4 if bucket <= 8 else 2):
+        _wait(model)
+        start = time.perf_counter()
+        if forward is None:
+            model.velocity(x, tau, [conditioning] * bucket, guidance, geometry)
+        else:
+            forward()
+        decode(latents)
+        _wait(model)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(model: FlowModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,297 @@
+"""Packing: speculation decides as the sequential algorithm does, lanes share the work, and the cost model chooses."""
+
+import math
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollflow import methods, rewards
+from rollflow.cost import CostModel, Odds
+from rollflow.engine import Engine
+from rollflow.models import Geometry
+from rollflow.particle import Draw, ParticlePool
+from rollflow.profile import Ledger
+from rollflow.request import Request, plan
+from rollflow.scheduler import Outcome, Report, Scheduler
+from rollflow.search import Search
+
+SIZE = Geometry(8, 8, 8, 8, 16, 12)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+class Scripted:
+    """A runner without a model: a row's reward is a function of its request, noise key and parent, and batches come
+    back in any order. An eager one lets rows run ahead as far as they may; another runs one row at a time."""
+
+    def __init__(self, script, lanes=2, parallel=True, seed=0, buckets=(1, 2, 4, 8, 16, 64), eager=True):
+        self.lanes, self.parallel, self.script, self.eager = lanes, parallel, script, eager
+        self.random = random.Random(seed)
+        self.held, self.batches, self.report = [], [], None
+        flat = dict.fromkeys(buckets, 1.0)  # a batch costs the same whatever its size: run ahead all the way
+        steep = {bucket: float(bucket) ** 2 for bucket in buckets}  # never run ahead
+        self._cost = CostModel(flat if eager else steep)
+
+    def cost(self, geometry, guided):
+        return self._cost
+
+    def submit(self, rows, report):
+        assert len({(row.search.geometry, row.kind == "guided") for row in rows}) == 1
+        self.batches.append([(row.search, row.kind, row.ahead) for row in rows])
+        if not self.eager:
+            report(Report([]))
+            report(Report(rows, [self.script(row) if row.scored else None for row in rows]))
+            return
+        report(Report([]))  # as if rewards took for ever: the lane is free at once
+        self.held.append(rows)
+        while self.held and (len(self.held) > 3 or self.random.random() < 0.5):
+            self.release(report)
+        self.report = report
+
+    def release(self, report):
+        rows = self.held.pop(self.random.randrange(len(self.held)))
+        report(Report(rows, [self.script(row) if row.scored else None for row in rows]))
+
+    def submit_images(self, searches, report):
+        report(Report([]))
+        pixels = torch.zeros(3, 8, 8)
+        report(Report(searches, [Outcome(pixels, pixels.to(torch.uint8), 0.0, None) for _ in searches]))
+
+
+def drive(requests, runner, slots=4096):
+    """Runs requests to the end; returns each one's history and chosen index."""
+    ledger, odds = Ledger(), Odds()
+    pool = ParticlePool(slots, 1, 1, torch.device("cpu"))
+    scheduler = Scheduler(runner)
+    searches = [Search(plan(request), SIZE, None, pool, ledger, odds) for request in requests]
+    found = {}
+    for search in searches:
+        assert pool.reserve(search.plan.request.nfe)
+        scheduler.add(search)
+    while scheduler.live:
+        while scheduler._away == sum(map(len, runner.held)) > 0 and scheduler._reports.empty():
+            launched = len(runner.batches)
+            scheduler._launch()
+            if len(runner.batches) == launched:
+                runner.release(runner.report)
+        for search, _ in scheduler.tick():
+            found[search] = (search.history, search.chosen.index)
+            ledger.executed["rows"] += 0
+            search.close()
+            pool.unreserve(search.plan.request.nfe)
+    assert pool.live == 0 and pool._promised == 0
+    return [found[search] for search in searches], ledger
+
+
+def script_of(seed, success):
+    """Rewards that depend on who asks and on the noise, not on the packing: ties, NaNs, now and then a new best."""
+
+    def reward(row):
+        dice = random.Random(f"{seed} {row.search.plan.request.seed} {row.noise_key}")
+        if dice.random() < 0.05:
+            return math.nan
+        return float(dice.randrange(3)) + (row.particle.step * 3 if dice.random() < success else 0)
+
+    return reward
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20),
+    success=st.floats(0, 1),
+    lanes=st.integers(1, 3),
+    nfe=st.integers(12, 60),
+    steps=st.integers(2, 6),
+    method=st.sampled_from(["rbf", "threshold", "svdd", "bon", "sprout", "smc"]),
+    stop_at=st.sampled_from([None, 3.0, 9.0]),
+)
+def test_decisions_are_the_same_however_far_rows_run_ahead(seed, success, lanes, nfe, steps, method, stop_at):
+    requests = [
+        Request("a", reward=brightness, method=method, nfe=nfe + i, steps=steps, seed=i, stop_at=stop_at)
+        for i in range(3)
+    ]
+    reward = script_of(seed, success)
+    sequential, _ = drive(requests, Scripted(reward, lanes=1, buckets=(1,), eager=False))
+    ahead, ledger = drive(requests, Scripted(reward, lanes=lanes, seed=seed))
+    together, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed + 1, parallel=False))
+    assert repr(sequential) == repr(ahead) == repr(together)  # repr, so that NaN equals NaN
+    assert ledger.executed["speculative"] >= 0
+
+
+def test_rows_run_ahead_and_what_is_not_needed_is_wasted_and_counted():
+    ledger_of = {}
+    for eager in (True, False):
+        runner = Scripted(script_of(1, 0.3), lanes=1, eager=eager)
+        histories, ledger_of[eager] = drive([Request("a", reward=brightness, method="rbf", nfe=60, steps=6)], runner)
+        assert len(histories[0][0]) == 60
+        rows = Counter(ahead for batch in runner.batches for _, _, ahead in batch)
+        assert rows[True] == (0 if not eager else rows[True])
+        assert sum(rows.values()) == 60 + ledger_of[eager].executed["speculative"]
+    assert ledger_of[True].executed["speculative"] > 0 == ledger_of[False].executed["speculative"]
+
+
+def test_nobody_runs_ahead_on_slots_that_others_are_promised():
+    runner = Scripted(script_of(1, 0.3), lanes=1)
+    drive([Request("a", reward=brightness, method="rbf", nfe=60, steps=6)], runner, slots=63)
+    assert 0 < max(sum(ahead for *_, ahead in batch) for batch in runner.batches) <= 3
+
+
+def test_priorities_go_first_and_equals_take_turns():
+    runner = Scripted(lambda row: 0.0, lanes=1, buckets=(1, 2, 4), eager=False)
+    requests = [
+        Request("a", reward=brightness, method="bon", nfe=4, steps=1, seed=i, priority=p)
+        for i, p in enumerate([0, 0, 5, 0])
+    ]
+    drive(requests, runner)
+    served = [search.plan.request.seed for batch in runner.batches for search, *_ in batch]
+    assert served[:4] == [2, 2, 2, 2]
+    assert sorted(served[4:7]) == [0, 1, 3] and sorted(served[7:10]) == [0, 1, 3]
+
+
+def test_the_cost_model_chooses_the_batch_of_the_highest_rate():
+    launch_bound = CostModel({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.1})
+    compute_bound = CostModel({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0})
+    chances = [0.9**i for i in range(1, 20)]
+    assert launch_bound.rows(1, chances) == 8
+    assert compute_bound.rows(1, chances) == 1
+    assert compute_bound.rows(5, []) == 4 and launch_bound.rows(5, []) == 5  # three rows of padding cost three
+    assert launch_bound.rows(30, []) == 8 and launch_bound.rows(30, [], lanes=2) == 16
+    assert launch_bound.rows(0, [0.9, 0.8]) == 2
+    assert CostModel({1: 1.0, 4: 2.0, 8: 9.0}).rows(8, []) == 4  # the rest follows sooner alone
+    assert launch_bound.best == 8 and launch_bound.bucket(3) == 4
+
+
+def test_the_odds_are_learned_by_method_and_level():
+    odds = Odds()
+    before = odds.success("rbf", 2)
+    for _ in range(100):
+        odds.observe("rbf", 2, True)
+    assert odds.success("rbf", 2) > 0.9 and odds.success("rbf", 3) == before == odds.success("svdd", 2)
+
+
+class Tiny:
+    """A model of almost no cost, with as many latents as pixels."""
+
+    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+
+    def geometry(self, height=None, width=None):
+        return SIZE
+
+    def check_prompt(self, prompt):
+        pass
+
+    def encode(self, prompts):
+        return [None for _ in prompts]
+
+    def velocity(self, x, tau, conditioning, guidance, geometry):
+        return x * tau[:, None, None]
+
+    def decode(self, latents):
+        return latents.sigmoid()
+
+
+def ask(**options):
+    return Request("a", **{"reward": brightness, "nfe": 40, "steps": 5, "method": "rbf", **options})
+
+
+def test_a_slow_reward_does_not_stall_the_others():
+    """While one request waits for its reward, another runs from beginning to end."""
+    gate, order = threading.Event(), []
+
+    def slow(images, prompts):
+        assert gate.wait(60), "the other request never ended"
+        return images.mean((1, 2, 3))
+
+    def quick(images, prompts):
+        return images.mean((1, 2, 3))
+
+    def progress(state):
+        if state.committed_nfe[1] == 40:
+            gate.set()
+        order.append(state.committed_nfe)
+
+    engine = Engine(Tiny(), lanes=1)
+    results = engine.generate([ask(reward=slow), ask(reward=quick, seed=1)], on_progress=progress)
+    assert [r.committed_nfe for r in results] == [40, 40]
+    assert any(quick == 40 and slow < 40 for slow, quick in order)
+
+
+def test_a_reward_is_called_by_one_thread_at_a_time_unless_it_says_so():
+    def counting(concurrent):
+        state = {"now": 0, "most": 0}
+        lock = threading.Lock()
+
+        def reward(images, prompts):
+            with lock:
+                state["now"] += 1
+                state["most"] = max(state["most"], state["now"])
+            time.sleep(0.01)
+            with lock:
+                state["now"] -= 1
+            return images.mean((1, 2, 3))
+
+        reward.concurrent = concurrent
+        Engine(Tiny(), lanes=2).generate([ask(reward=reward, seed=i, nfe=20) for i in range(12)])
+        return state["most"]
+
+    assert counting(False) == 1
+    assert counting(True) > 1
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_decides_alike_on_any_number_of_lanes(method):
+    reward = rewards.FunctionReward(brightness)
+    reward.differentiable = True
+    base = [ask(method=method, reward=reward, seed=i, nfe=36) for i in range(5)]
+    found = []
+    for options in ({"lanes": 1}, {"lanes": 3}):
+        engine = Engine(Tiny(), buckets=(8,), **options)
+        results = engine.generate(base)
+        found.append([(r.reward, repr(r.history)) for r in results])
+        assert all(p.live == 0 and p._promised == 0 for p in engine._pools.values())
+    assert found[0] == found[1]
+
+
+def test_an_error_in_a_lane_leaves_the_engine_whole():
+    engine = Engine(Tiny(), lanes=2)
+    calls = []
+
+    def breaks(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise ValueError("the judge is ill")
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(ValueError, match="the judge is ill"):
+        engine.generate([ask(reward=breaks, seed=i) for i in range(6)])
+    assert all(p.live == 0 and p._promised == 0 for p in engine._pools.values())
+    assert engine.generate(ask()).committed_nfe == 40
+
+
+def test_a_method_of_ones_own_may_ask_for_several_sequential_draws_at_once():
+    """Each chain goes on by itself: none waits for another's answer, and the order of the history is that of draws."""
+
+    def chains(nfe, steps):
+        def search():
+            (first,) = yield [Draw(None, 3)]
+            children = yield [Draw(p, (nfe - 3) // 3, until=p.reward) for p in first]
+            while sum(map(len, children)) + 3 < nfe:
+                more = yield [Draw(first[0], nfe - 3 - sum(map(len, children)))]
+                return max((p for c in (*children, *more) for p in c), key=lambda p: p.reward)
+            return max((p for c in children for p in c), key=lambda p: p.reward)
+
+        return search()
+
+    request = Request("a", reward=brightness, method=chains, nfe=33, steps=3)
+    reward = script_of(5, 0.2)
+    sequential, _ = drive([request], Scripted(reward, lanes=1, buckets=(1,), eager=False))
+    for seed in range(5):
+        assert repr(drive([request], Scripted(reward, seed=seed))[0]) == repr(sequential)
