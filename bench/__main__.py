@@ -1,4 +1,4 @@
-"""`python -m rollflow.bench study | throughput`."""
+"""`python -m rollflow.bench throughput | scaling | overhead | kernels | compare | study`."""
 
 import os
 import sys
@@ -9,17 +9,28 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import tyro
 
+from rollflow.bench.compare import Compare
+from rollflow.bench.kernel_bandwidth import Kernels
+from rollflow.bench.overhead import Overhead
+from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.cli import silence
 from rollflow.errors import RollflowError
 
+COMMANDS = {
+    "throughput": Throughput,
+    "scaling": Scaling,
+    "overhead": Overhead,
+    "kernels": Kernels,
+    "compare": Compare,
+    "study": Study,
+}
+
 
 def main() -> int:
     """Runs the benchmark that the command line names; returns the exit code, 2 for what cannot be honoured."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"study": Study, "throughput": Throughput}, prog="python -m rollflow.bench"
-    )
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m rollflow.bench")
     silence()
     try:
         command()

@@ -190,3 +190,23 @@ def trajectories(name: str, scale: float, seed: int = 0) -> tuple[np.ndarray, np
         x = a * x + b * mixture_velocity(x / c, path.linear_time(start)) + k * rng.standard_normal(x.shape)
     assert math.isfinite(float(x.sum()))
     return x, np.stack([*tracks, x[:TRAJECTORIES]], 1)
+
+
+def throughput(rows: list[Row], file: Path) -> None:
+    """NFE a second against the number of prompts, and the bare parts against the batch size."""
+    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 3.8))
+    searches = [row for row in rows if "prompts" in row]
+    for name in dict.fromkeys(row["contender"] for row in searches):
+        mine = [row for row in searches if row["contender"] == name]
+        left.plot([row["prompts"] for row in mine], [row["nfe_per_second"] for row in mine], "o-", label=name)
+    bare = [row for row in rows if "bucket" in row]
+    for name in dict.fromkeys(row["contender"] for row in bare):
+        mine = [row for row in bare if row["contender"] == name]
+        right.plot([row["bucket"] for row in mine], [row["nfe_per_second"] for row in mine], "o-", label=name)
+    for axes, title, x, y in ((left, "searches", "prompts", "NFE / s"), (right, "bare parts", "batch", "rows / s")):
+        axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    _pyplot().close(figure)

@@ -1,108 +1,250 @@
-"""What packing brings: `python -m rollflow.bench throughput`.
+"""The engine against published practice and against the bare networks: `python -m rollflow.bench throughput`.
 
-The same requests through the same engine, together and one after another, in turns, several times; the figure is the
-ratio of the medians of wall time an NFE.
+All contenders run in one process, in turns, several times; medians count. The figure of merit is *efficiency*: the time
+that the bare transformer would need for the committed evaluations, at its best batch size on this machine, over the
+wall time of the search with all that belongs to it. `of_parts` is the same with decode and reward, run back to back at
+their best batch sizes, for every image that was judged.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from rollflow.bench import prompt_sets
+from rollflow import rewards
+from rollflow.bench import figures, prompt_sets
+from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
 from rollflow.bench.environment import environment
+from rollflow.bench.measure import Parts, in_turns
 from rollflow.engine import Engine
+from rollflow.errors import RequestError
+from rollflow.models import traits
+from rollflow.models.flux import load
 from rollflow.request import Request, Result
+
+SEQUENTIAL_PROMPTS = 4  # of which the sequential loop runs: it costs the same a prompt however many there are
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Run = Callable[[], Baseline | list[Result]]
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Compares packed requests with the same requests one after another.
+    """Compares the engine with the published sequential loop, diffusers' best-of-N and the bare networks.
 
     Attributes:
         model: which model.
-        prompts: how many requests.
-        nfe: budget of each.
-        method: search method of each.
+        prompts: how many prompts at a time, each a comparison of its own.
+        nfe: budget of each prompt.
+        method: search method of the engine; the sequential loop is always RBF.
+        steps: of best-of-N.
+        dtype: of the engine's networks; the others run in float32, in which a CPU is fastest at one row.
+        device: by default CUDA where there is one.
+        preview: also the engine that judges by the light decoder.
+        lanes: of the engine; by default as measured.
         repetitions: how often each contender runs; the median counts.
-        json: a file for the numbers.
+        json: a file for the rows.
+        plot: a file for the plot.
     """
 
     model: str = "shapes"
-    prompts: int = 16
+    prompts: tuple[int, ...] = (1, 4, 16, 64)
     nfe: int = 100
     method: str = "rbf"
+    steps: int = 10
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str | None = None
+    preview: bool = True
+    lanes: int | None = None
     repetitions: int = 3
     json: Path | None = None
+    plot: Path | None = None
 
     def __call__(self) -> None:
-        """Runs both contenders in turns, prints the table, writes the file."""
-        where, prompts = environment(), prompt_sets.load("medium", self.prompts)
-        if self.json:
-            self.json.touch()  # find out now, not after the work
-        engine, console = Engine.from_pretrained(self.model), Console()
-        requests = [Request(p, nfe=self.nfe, method=self.method, seed=i) for i, p in enumerate(prompts)]
-        contenders: dict[str, Callable[[], list[Result]]] = {
-            "packed": lambda: engine.generate(requests),
-            "one by one": lambda: [engine.generate(request) for request in requests],
-        }
-        for run in contenders.values():
-            run()  # warm-up
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        spans: dict[str, dict[str, float]] = {}
-        results: dict[str, list[Result]] = {}
-        for _ in range(self.repetitions):
-            for name, run in contenders.items():
-                engine.ledger.clear()
-                start = time.perf_counter()
-                results[name] = run()
-                seconds[name].append(time.perf_counter() - start)
-                spans[name] = dict(engine.ledger.seconds)
-        rows = [self._row(name, results[name], seconds[name], spans[name]) for name in contenders]
-        ratio = rows[0]["milliseconds_per_nfe"] / rows[1]["milliseconds_per_nfe"]
+        """Runs every comparison, prints the table, writes the files."""
+        if min(self.prompts, default=0) < 1 or self.repetitions < 1:
+            raise RequestError("prompts and repetitions: each must be at least 1")
+        for file in (self.json, self.plot):
+            if file:
+                file.touch()  # find out now, not after the work
+        where, console = environment(), Console()
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = DTYPES[self.dtype]
+        engines = {"engine": Engine.from_pretrained(self.model, device, dtype, lanes=self.lanes)}
+        if self.preview:
+            options = {"preview": True, "lanes": self.lanes}
+            engines["engine, preview"] = Engine.from_pretrained(self.model, device, dtype, **options)
+        for engine in engines.values():
+            engine.warm_up()
+        alone = load(self.model, device, torch.float32 if device.type == "cpu" else dtype)  # nobody else's
+        alone.set_progress_bar_config(disable=True)
+        medium = prompt_sets.load("medium", 100)
+        parts = Parts([*engines.values()][-1], rewards.make("count"), medium[0], [*engines["engine"].buckets()])
+        threads = _sequential_threads(partial(self._sequential, alone, medium[:1], 30))
+        rows: list[dict[str, Any]] = []
+        for count in self.prompts:
+            prompts = [medium[i % len(medium)] for i in range(count)]
+            runs: dict[str, Run] = {"sequential": _on(threads, partial(self._sequential, alone, prompts, self.nfe))}
+            runs["diffusers"] = partial(self._diffusers, alone, prompts)
+            for name, engine in engines.items():
+                runs[name] = partial(engine.generate, [self._request(p, i) for i, p in enumerate(prompts)])
+                bon = {"method": "bon", "steps": self.steps}
+                runs[name + ", bon"] = partial(
+                    engine.generate, [self._request(p, i, **bon) for i, p in enumerate(prompts)]
+                )
+            seconds, results, memory = in_turns(runs, self.repetitions)
+            parts.measure()
+            for name, run in results.items():
+                row = self._row(name, count, run, seconds[name], memory[name])
+                rows.append(row)
+                console.print(f"{count} prompts, {name}: {row['nfe_per_second']:.0f} NFE/s")
+        while len(parts.rates[("transformer", parts.buckets[0])]) < self.repetitions:
+            parts.measure()
+        self._add_efficiency(rows, parts)
+        rows += _bare_rows(parts)
+        described = _described(where, device)
+        rows = [{**row, "model": self.model, "nfe": self.nfe, "dtype": self.dtype, **described} for row in rows]
         console.print(_table(rows))
-        console.print(f"packed costs {ratio:.3f} of the wall time an NFE of one by one")
         if self.json:
-            report = {"environment": where, "rows": rows, "packed_over_one_by_one": ratio}
+            report = {"environment": where, "sequential_threads": threads, "rows": rows}
             self.json.write_text(json.dumps(report, indent=1) + "\n")
+        if self.plot:
+            figures.throughput(rows, self.plot)
 
-    def _row(self, name: str, results: list[Result], seconds: list[float], spans: dict[str, float]) -> dict:
-        committed, executed = sum(r.committed_nfe for r in results), sum(r.executed_nfe for r in results)
+    def _request(self, prompt: str, seed: int, **options: Any) -> Request:
+        return Request(prompt, **{"nfe": self.nfe, "method": self.method, "seed": seed, **options})
+
+    def _sequential(self, pipeline: Any, prompts: Sequence[str], nfe: int) -> Baseline:
+        runs = [
+            sequential_rbf(pipeline, Request(prompt, nfe=nfe, method="rbf", seed=i), traits(self.model))
+            for i, prompt in enumerate(prompts[:SEQUENTIAL_PROMPTS])
+        ]
+        return Baseline(
+            sum(run.committed_nfe for run in runs),
+            len(runs),
+            sum(run.decodes for run in runs),
+            tuple(reward for run in runs for reward in run.rewards),
+        )
+
+    def _diffusers(self, pipeline: Any, prompts: Sequence[str]) -> Baseline:
+        return diffusers_bon(pipeline, prompts, rewards.make("count"), self.nfe, self.steps, self.nfe // self.steps)
+
+    def _row(
+        self, name: str, prompts: int, run: Baseline | list[Result], seconds: list[float], memory: int
+    ) -> dict[str, Any]:
+        if isinstance(run, Baseline):
+            committed, executed, images, judged = run.committed_nfe, run.committed_nfe, run.images, run.decodes
+            scores: Sequence[float] = run.rewards
+        else:
+            committed, executed = (sum(getattr(r, field) for r in run) for field in ("committed_nfe", "executed_nfe"))
+            images, judged = len(run), sum(record.reward is not None for r in run for record in r.history)
+            scores = [r.reward for r in run]
         median = statistics.median(seconds)
         return {
             "contender": name,
-            "prompts": self.prompts,
-            "method": self.method,
+            "prompts": prompts,
+            "method": "bon" if "bon" in name or name == "diffusers" else "rbf" if name == "sequential" else self.method,
             "committed_nfe": committed,
-            "executed_over_committed": executed / committed,
+            "judged": judged,
             "seconds": seconds,
             "nfe_per_second": committed / median,
-            "images_per_second": self.prompts / median,
+            "images_per_second": images / median,
             "milliseconds_per_nfe": 1000 * median / committed,
-            "span_seconds_of_last": {**spans, "other": seconds[-1] - sum(spans.values())},
+            "executed_over_committed": executed / committed,
+            "peak_memory_bytes": memory,
+            "mean_reward": statistics.fmean(scores),
         }
 
+    def _add_efficiency(self, rows: list[dict[str, Any]], parts: Parts) -> None:
+        """The bare times over the wall time; the decoder of `of_parts` is the one that judged."""
+        for row in rows:
+            wall = statistics.median(row["seconds"])
+            forward, reward = row["committed_nfe"] * parts.seconds("transformer"), parts.seconds("reward")
+            decode = parts.seconds("preview" if "preview" in row["contender"] else "decode")
+            row["efficiency"] = forward / wall
+            row["of_parts"] = (forward + row["judged"] * (decode + reward)) / wall
 
-def _table(rows: list[dict]) -> Table:
-    table = Table(title="wall time of the same requests")
-    for column in ("contender", "NFE/s", "images/s", "ms/NFE", "executed/committed", "where the time went"):
-        table.add_column(column, justify="right" if column[0] in "Nime" else "left")
+
+def _sequential_threads(run: Callable[[], Any]) -> int:
+    """The number of threads that suits the loop better: one, or all."""
+    choices = {threads: _on(threads, run) for threads in {1, torch.get_num_threads()}}
+    seconds, _, _ = in_turns({str(threads): run for threads, run in choices.items()}, 3)
+    return int(min(seconds, key=lambda threads: statistics.median(seconds[threads])))
+
+
+def _on(threads: int, run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same on that many threads."""
+
+    def wrapped() -> Any:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return run()
+        finally:
+            torch.set_num_threads(usual)
+
+    return wrapped
+
+
+def _bare_rows(parts: Parts) -> list[dict[str, Any]]:
+    best = 1 / parts.seconds("transformer")
+    rows = []
+    for (part, bucket), rates in parts.rates.items():
+        rate = statistics.median(rates)
+        row = {
+            "contender": f"bare {part}",
+            "bucket": bucket,
+            "nfe_per_second": rate,
+            "milliseconds_per_nfe": 1000 / rate,
+        }
+        rows.append({**row, "efficiency": rate / best} if part == "transformer" else row)
+    return rows
+
+
+def _described(where: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What each row says of where it comes from."""
+    versions = {name: where[name] for name in ("rollflow", "python", "torch", "diffusers", "transformers")}
+    machine = where["device"] if device.type == "cuda" else f"{where['device']}, {where['threads']} threads"
+    return {"machine": machine, "versions": versions, "commit": where["commit"], "date": where["date"]}
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="searches, and the bare parts at their best batch size")
+    for column in (
+        "prompts",
+        "contender",
+        "NFE/s",
+        "images/s",
+        "ms/NFE",
+        "run/committed",
+        "efficiency",
+        "of parts",
+        "MiB",
+    ):
+        table.add_column(column, justify="left" if column == "contender" else "right")
     for row in rows:
-        total = sum(row["span_seconds_of_last"].values())
-        spans = ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in row["span_seconds_of_last"].items())
-        table.add_row(
-            row["contender"],
-            f"{row['nfe_per_second']:.0f}",
-            f"{row['images_per_second']:.2f}",
-            f"{row['milliseconds_per_nfe']:.2f}",
-            f"{row['executed_over_committed']:.2f}",
-            spans,
-        )
+        if "prompts" in row:
+            table.add_row(
+                str(row["prompts"]),
+                row["contender"],
+                f"{row['nfe_per_second']:.0f}",
+                f"{row['images_per_second']:.1f}",
+                f"{row['milliseconds_per_nfe']:.2f}",
+                f"{row['executed_over_committed']:.2f}",
+                f"{row['efficiency']:.2f}",
+                f"{row['of_parts']:.2f}",
+                f"{row['peak_memory_bytes'] / 2**20:.0f}",
+            )
+    for part in dict.fromkeys(row["contender"] for row in rows if "bucket" in row):
+        best = max((row for row in rows if row["contender"] == part), key=lambda row: row["nfe_per_second"])
+        cells = (f"{best['nfe_per_second']:.0f}", "", f"{best['milliseconds_per_nfe']:.2f}")
+        table.add_row("", f"{part}, {best['bucket']} rows", *cells)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -270,6 +270,16 @@ class Engine:
             slots = self._slots_of(geometry)
             self._pools[geometry] = ParticlePool(slots, geometry.token, geometry.channel, self.model.device)
         return self._pools[geometry]
+
+    @property
+    def lanes(self) -> Lanes:
+        """The threads that run its batches."""
+        return self._runner.threads
+
+    def buckets(self, height: int | None = None, width: int | None = None) -> Mapping[int, float]:
+        """The batch sizes for an image size, and the seconds that a batch of each was measured to take."""
+        self.warm_up(height, width)
+        return self._runner.costs[self.model.geometry(height, width)].seconds
 
     def warm_up(self, height: int | None = None, width: int | None = None) -> None:
         """Measures what batches of this image size cost, so that the first request does not have to wait for it.

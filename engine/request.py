@@ -87,7 +87,7 @@ class Request:
 Kind = Literal["committed", "guided", "finish"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One evaluated particle of a request's history.
 

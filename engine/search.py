@@ -24,7 +24,7 @@ _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
 _KINDS: tuple[Kind, Kind] = ("committed", "guided")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Row:
     """One row of a batch: advance `parent` by `step` (or sample the prior) and evaluate the child."""
 
