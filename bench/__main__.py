@@ -1,7 +1,9 @@
-"""`python -m rollflow.bench throughput | scaling | overhead | kernels | compare | study`."""
+"""Benchmarks: `python -m rollflow.bench COMMAND`, or `rollflow bench COMMAND`."""
 
 import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -10,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import tyro
 
 from rollflow.bench.compare import Compare
+from rollflow.bench.gpu import Gpu
 from rollflow.bench.kernel_bandwidth import Kernels
 from rollflow.bench.overhead import Overhead
 from rollflow.bench.scaling import Scaling
@@ -18,19 +21,22 @@ from rollflow.bench.throughput import Throughput
 from rollflow.cli import silence
 from rollflow.errors import RollflowError
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "throughput": Throughput,
     "scaling": Scaling,
     "overhead": Overhead,
     "kernels": Kernels,
+    "gpu": Gpu,
     "compare": Compare,
     "study": Study,
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m rollflow.bench") -> int:
     """Runs the benchmark that the command line names; returns the exit code, 2 for what cannot be honoured."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m rollflow.bench")
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog=program, description=__doc__, args=None if arguments is None else list(arguments)
+    )
     silence()
     try:
         command()

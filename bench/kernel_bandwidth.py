@@ -115,7 +115,7 @@ class Kernels:
             bandwidth = copy.bytes / seconds / 1e9
             del copy  # its buffers are the largest of all
             rows = [
-                self._row(build(size, dtype, device, SWEPT if device.type == "cuda" else 1), device, bandwidth)
+                self.row(build(size, dtype, device, SWEPT if device.type == "cuda" else 1), device, bandwidth)
                 for build in (proposing, finishing, drawing)
                 for size in (QUICK if self.quick else SIZES)
             ]
@@ -141,7 +141,7 @@ class Kernels:
             raise RequestError(f"repetitions={self.repetitions}, warm_up={self.warm_up}: at least 1 each")
         return device, DTYPES[self.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
 
-    def _row(self, work: Workload, device: torch.device, copy: float) -> dict[str, Any]:
+    def row(self, work: Workload, device: torch.device, copy: float) -> dict[str, Any]:
         calls = [work.fused, work.unfused]
         fused, unfused = seconds_a_call(calls, work.sets, device, self.repetitions, self.warm_up)
         return {

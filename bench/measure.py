@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
 from rollflow.engine import Engine
 from rollflow.lanes import Lanes
 from rollflow.models.flux import FluxModel
+from rollflow.request import Request
 from rollflow.rewards import Reward
 
 LEAST_SECONDS = 0.15  # that a part is timed for, at least, in each repetition
@@ -99,6 +102,16 @@ def rate(work: Callable[[], None], rows: int, lanes: Lanes, device: torch.device
     return done / (time.perf_counter() - start)
 
 
+def _images(engine: Engine, prompt: str, count: int) -> Float[Tensor, "image 3 height width"]:
+    """Images that the model draws: what a reward costs may depend on what it sees."""
+    requests = [Request(prompt, _nothing, "bon", nfe=4, steps=4, seed=i) for i in range(count)]
+    return torch.stack([result.pixels for result in engine.generate(requests)]).to(engine.model.device)
+
+
+def _nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.zeros(len(images))
+
+
 class Parts:
     """Rows a second of the bare transformer, decoders and reward, by part and bucket, over several repetitions.
 
@@ -114,8 +127,7 @@ class Parts:
         if model.device.type == "cpu" and engine.lanes.count > 1:
             self._lanes.append(Lanes(model.device, 1, torch.get_num_threads()))
         self.rates: dict[tuple[str, int], list[float]] = {}
-        size = model.geometry()
-        images = torch.rand(max(buckets), 3, size.height, size.width, device=model.device)
+        images = _images(engine, prompt, max(buckets))
         self._make: dict[str, Callable[[int], Callable[[], None]]] = {
             "transformer": lambda bucket: bare_forward(model, bucket),
             "decode": lambda bucket: bare_decode(model, bucket, preview=False),

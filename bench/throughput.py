@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ class Throughput:
         for file in (self.json, self.plot):
             if file:
                 file.touch()  # find out now, not after the work
-        where, console = environment(), Console()
+        where, console = environment(), Console(width=None if sys.stdout.isatty() else 120)
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = DTYPES[self.dtype]
         engines = {"engine": Engine.from_pretrained(self.model, device, dtype, lanes=self.lanes)}

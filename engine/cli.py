@@ -1,4 +1,4 @@
-"""The command line: `rollflow generate | demo | study`.
+"""The command line: `rollflow generate | demo | study | bench`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2.
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of function
 evaluations (NFE).
 
-`rollflow COMMAND --help` explains a command; `rollflow --version` prints the version."""
+`rollflow COMMAND --help` explains a command, `rollflow bench --help` lists the benchmarks, and `rollflow --version`
+prints the version."""
 DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
     "two blue circles, one red square and one yellow triangle",
     "show two green circles and four yellow triangles",
@@ -46,7 +47,7 @@ OWN = (
     "walks", "exploration", "bar",
 )  # fmt: skip
 BASE_STEPS = 10
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def _one_of(module: str, attribute: str, what: str = "one of", metavar: str = "NAME") -> object:
@@ -82,6 +83,7 @@ Size = Annotated[int | None, _by_default("the model's own")]
 Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
 Device = Annotated[str | None, _by_default("cuda where there is one, else cpu", metavar="NAME")]
 Dtype = Annotated[str | None, _by_default("bfloat16 on cuda, float32 elsewhere", metavar="|".join(DTYPES))]
+CompileMode = Annotated[str | None, _by_default("no compilation", metavar="regional")]
 Prompts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]
 Asked = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...", help_behavior_hint="(required)")]
 
@@ -191,7 +193,13 @@ class ModelOptions:
     device: Device = None
     """Where to run: cpu, cuda, cuda:1, ..."""
     dtype: Dtype = None
-    """Precision of the networks; particles are float32 always."""
+    """Precision of the networks ("auto": the faster of float32 and bfloat16); particles are float32 always."""
+    preview: bool = False
+    """Judge particles by the model's light decoder, and decode in full only those that compete in the end."""
+    reproducible: bool = False
+    """One batch size, always padded: the same image, bit for bit, under any load on this device."""
+    compile: CompileMode = None
+    """Compile the transformer's repeated blocks."""
 
     def load(self) -> Engine:
         """An engine on this model; raises `RollflowError` where there is no such model, device or dtype."""
@@ -206,8 +214,9 @@ class ModelOptions:
                 f"device {self.device!r}: choose cpu, or cuda or cuda:N where torch finds one"
             ) from error
         silence()
+        dtype = getattr(torch, self.dtype) if self.dtype not in (None, "auto") else self.dtype
         return rollflow.Engine.from_pretrained(
-            self.model, device, None if self.dtype is None else getattr(torch, self.dtype)
+            self.model, device, dtype, preview=self.preview, compile=self.compile, reproducible=self.reproducible
         )
 
 
@@ -294,7 +303,7 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
 
     known = traits(runtime.model)
     for request in requests:
-        plan(request, known)
+        plan(request, known, runtime.preview)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):  # find out now, not after the work
@@ -357,6 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"rollflow {rollflow.__version__}")
         return 0
+    if list(arguments[:1]) == ["bench"]:
+        from rollflow.bench.__main__ import main as bench
+
+        return bench(arguments[1:], "rollflow bench")
     try:
         _parse(arguments)()
     except SystemExit as stop:  # a help was printed

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-WORTHWHILE = 1.02  # by how much the expected rate must rise before rows run ahead of the answer
+WORTHWHILE = 1.02  # by how much the expected time must fall before rows run ahead of the answer
 NEGLIGIBLE = 0.02  # rows run ahead only if they will be needed with at least this chance ...
 SURE = 0.25  # ... and where nothing else runs on their lane, with this
-_PRIOR = (1.0, 8.0)  # successes and trials that every level starts with
+_PRIOR = (0.5, 8.0)  # successes and trials that every level starts with
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,37 @@ class CostModel:
         return max(self.seconds, key=lambda bucket: bucket / self.seconds[bucket])
 
     def rows(self, certain: int, ahead: Sequence[float], lanes: int = 1) -> int:
-        """How many rows to run now, spread over `lanes` batches at once, for the most expected committed rows a second.
+        """How many rows to run now, spread over `lanes` batches at once: those for which the time until all the rows
+        are done that turn out to be needed is expected to be shortest, if the rest runs in one go thereafter.
 
         Args:
             certain: rows that are needed whatever happens.
             ahead: of further rows, the chance that each will be needed, best first.
             lanes: batches that run at the same time.
         """
-        value = [0.0, *accumulate([*[1.0] * certain, *ahead])]
-        sizes = {lanes * bucket for bucket in self.seconds} | {certain}
+        chances = [*[1.0] * min(certain, lanes * self.largest), *ahead]
+        left = [*accumulate(reversed(chances), initial=0.0)][::-1]  # expected number from each place on
 
-        def rate(size: int) -> float:
-            return value[size] / self.seconds[self.bucket(-(-size // lanes))]
+        def expected(size: int) -> float:
+            now = self._time(-(-size // lanes))
+            if size == len(chances):
+                return now
+            return now + chances[size] * self._time(left[size] / chances[size] / lanes)
 
-        fitting = [size for size in sizes if 0 < size < len(value) and -(-size // lanes) <= self.largest]
-        if not fitting:
-            return len(value) - 1
-        best = max(fitting, key=lambda size: (rate(size), size))
+        sizes = {lanes * bucket for bucket in self.seconds} | {certain, len(chances)}
+        fitting = [size for size in sizes if 0 < size <= len(chances) and -(-size // lanes) <= self.largest]
+        best = min(fitting, key=lambda size: (expected(size), -size))
         usual = min(certain, lanes * self.largest)
-        return best if not usual or rate(best) > WORTHWHILE * rate(usual) else usual
+        return best if not usual or WORTHWHILE * expected(best) < expected(usual) else usual
+
+    def _time(self, rows: float) -> float:
+        """Of a batch of this many rows, which may be an expectation; beyond the largest, of several batches."""
+        if rows > self.largest:
+            return rows / self.largest * self.seconds[self.largest]
+        whole = math.floor(max(rows, 1))
+        more = max(rows, 1) - whole
+        after = self.seconds[self.bucket(whole + 1)] if more else 0.0
+        return (1 - more) * self.seconds[self.bucket(whole)] + more * after
 
 
 class Odds:

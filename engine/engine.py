@@ -237,7 +237,7 @@ class Engine:
                 (self._conditioning[prompt],) = self.model.encode([prompt])
 
     def _check(self, request: Request) -> tuple[Plan, Geometry]:
-        checked = plan(request, self.traits)
+        checked = plan(request, self.traits, self.preview)
         if request.prompt not in self._conditioning:
             self.model.check_prompt(request.prompt)
         checked.reward.check(request.prompt)

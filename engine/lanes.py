@@ -30,7 +30,7 @@ class Lanes:
         self.count, self.threads = count, threads
         self.parallel = device.type == "cpu"
         workers, usual = (count if self.parallel else 1), torch.get_num_threads()
-        ready = threading.Barrier(workers + 1)
+        ready = threading.Barrier(workers + JUDGES + 1)
 
         def start() -> None:
             if device.type == "cuda":
@@ -41,8 +41,10 @@ class Lanes:
 
         self._lanes = ThreadPoolExecutor(workers, "rollflow-lane", start)
         self._judges = ThreadPoolExecutor(JUDGES, "rollflow-judge", start)
-        for _ in range(workers):
+        for _ in range(workers):  # all start now, before the usual number is restored
             self._lanes.submit(ready.wait)
+        for _ in range(JUDGES):
+            self._judges.submit(ready.wait)
         ready.wait()
         torch.set_num_threads(usual)  # ... and not of threads that others start later
 

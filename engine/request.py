@@ -19,6 +19,8 @@ from rollflow.methods.budget import number, whole
 from rollflow.models import Traits
 from rollflow.particle import Draw
 
+PREVIEW_FINALISTS = 8
+
 
 @dataclass(frozen=True)
 class Request:
@@ -50,7 +52,8 @@ class Request:
             judged at any point of the grid, each finished at `finish` evaluations out of `nfe`; the best final reward
             wins, on ties the least noisy one. Only those count that were judged where rewards can be trusted, see
             `rollflow.models.Traits`. 1 takes the method's choice (as published). By default 2 without a finish, where
-            it costs nothing, and 1 with one.
+            it costs nothing (8 where particles are judged on previews, which the full decoder may correct), and 1 with
+            one.
         stop_at: a reward that is good enough: the first particle that reaches it, where rewards can be trusted, ends
             the search, and the rest of the budget is not spent. A finish may still better it.
         latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
@@ -273,10 +276,10 @@ def _whole_request(request: Request, traits: Traits) -> Request:
     return replace(request, **{name: value for name, value in given.items() if getattr(request, name) is None})
 
 
-def plan(request: Request, traits: Traits | None = None) -> Plan:
+def plan(request: Request, traits: Traits | None = None, preview: bool = False) -> Plan:
     """Checks a request, but for what depends on the model, and computes every coefficient it will need.
 
-    `traits` are those of the model; by default those of any.
+    `traits` are those of the model, by default those of any; `preview` says that particles will be judged on previews.
 
     Raises:
         RequestError: what was given, what is allowed, what to do.
@@ -304,7 +307,8 @@ def plan(request: Request, traits: Traits | None = None) -> Plan:
     steps = _steps(path, times[:-1], diffusion, request.solver)
     if request.stop_at is not None:
         number("stop_at", request.stop_at)
-    finalists = (1 if request.finish else 2) if request.finalists is None else whole("finalists", request.finalists, 1)
+    usual = 1 if request.finish else PREVIEW_FINALISTS if preview else 2
+    finalists = usual if request.finalists is None else whole("finalists", request.finalists, 1)
     if methods.prunes(request.method):
         first = sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1])
         request = replace(request, options={"first": first, **request.options})

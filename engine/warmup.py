@@ -17,7 +17,9 @@ from rollflow.cost import CostModel
 from rollflow.lanes import Lanes
 from rollflow.models import FlowModel, Geometry
 
-GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or two in a row end the search
+GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or three in a row end the search
+SHORT = 0.1  # seconds of a batch up to which sizes are timed and kept in any case: a timing may mislead
+ROUNDS = 2  # in which a CPU's lanes are compared, in turns; each option's best counts
 TIMED = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sizes that are timed; what lies between is interpolated
 PROBE = 16  # rows of the batch by which a CPU's lanes are chosen
 _costs: dict[tuple, CostModel] = {}
@@ -41,17 +43,19 @@ def cost_model(
     """
     key = (*_key(model), geometry, buckets, lanes.threads, preview, keep_all)
     if key not in _costs:
+        timed = buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]
         seconds: dict[int, float] = {}
         best = slower = 0
-        for bucket in buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]:
-            seconds[bucket] = lanes.run(_seconds, model, geometry, conditioning, bucket, preview).result()
+        for bucket in timed:
+            repetitions = 4 if bucket <= 8 else 2
+            seconds[bucket] = lanes.run(_seconds, model, geometry, conditioning, bucket, preview, repetitions).result()
             if not best or bucket / seconds[bucket] > GAIN * best / seconds[best]:
                 best, slower = bucket, 0
             else:
                 slower += 1
-            if slower == 2 and not keep_all:
+            if slower == 3 and seconds[bucket] > SHORT and not keep_all:
                 break
-        largest = max(seconds) if keep_all else best
+        largest = max([best, *(bucket for bucket in seconds if keep_all or seconds[bucket] <= SHORT)])
         measured = CostModel({b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest})
         if not hasattr(model, "signature"):
             return measured  # nothing tells it from another model
@@ -67,7 +71,7 @@ def replayed(
     return CostModel(
         {
             bucket: lanes.run(
-                _seconds, model, geometry, conditioning, bucket, preview, partial(replay, bucket)
+                _seconds, model, geometry, conditioning, bucket, preview, 4, partial(replay, bucket)
             ).result()
             for bucket in costs.seconds
         }
@@ -79,18 +83,19 @@ def best_lanes(model: FlowModel, geometry: Geometry, conditioning: Any, preview:
     cores = torch.get_num_threads()
     key = (*_key(model), geometry, cores, preview)
     if key not in _lanes:
-        rates: dict[tuple[int, int], float] = {}
-        for count in (2**i for i in range(4) if 2**i <= cores):
-            lanes = Lanes(model.device, count, cores // count)
-            work = (model, geometry, conditioning, PROBE, preview)
-            lanes.run(_seconds, *work).result()
-            start = time.perf_counter()
-            running = [lanes.run(_seconds, *work) for _ in range(count)]
-            for lane in running:
-                lane.result()
-            rates[count, lanes.threads] = count / (time.perf_counter() - start)
+        options = [Lanes(model.device, count, cores // count) for count in (1, 2, 4, 8) if count <= cores]
+        work = (model, geometry, conditioning, PROBE, preview)
+        rates = [0.0] * len(options)
+        for _ in range(1 + ROUNDS):
+            for i, lanes in enumerate(options):
+                start = time.perf_counter()
+                for running in [lanes.run(_seconds, *work) for _ in range(lanes.count)]:
+                    running.result()
+                rates[i] = max(rates[i], lanes.count / (time.perf_counter() - start))
+        for lanes in options:
             lanes.close()
-        _lanes[key] = max(rates, key=lambda option: rates[option])
+        chosen = options[rates.index(max(rates))]
+        _lanes[key] = chosen.count, chosen.threads
     return _lanes[key]
 
 
@@ -101,7 +106,7 @@ def best_dtype(make: Callable[[torch.dtype], FlowModel]) -> torch.dtype:
         model = make(dtype)
         lanes = Lanes(model.device, 1, 1)
         work = (model, model.geometry(None, None), model.encode([""])[0], PROBE, False)
-        seconds[dtype] = min(lanes.run(_seconds, *work).result() for _ in range(2))
+        seconds[dtype] = lanes.run(_seconds, *work, 4).result()
         lanes.close()
     return min(seconds, key=lambda dtype: seconds[dtype])
 
@@ -113,7 +118,7 @@ def _key(model: FlowModel) -> tuple:
 @torch.no_grad()
 def _seconds(
     model: FlowModel, geometry: Geometry, conditioning: Any, bucket: int, preview: bool,
-    forward: Callable[[], Any] | None = None,
+    repetitions: int = 1, forward: Callable[[], Any] | None = None,
 ) -> float:  # fmt: skip
     """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
     x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
@@ -124,7 +129,7 @@ def _seconds(
     tau, guidance = torch.ones(bucket, device=model.device), torch.zeros(bucket, device=model.device)
     decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
     times: list[float] = []
-    for _ in range(4 if bucket <= 8 else 2):
+    for _ in range(repetitions):
         _wait(model)
         start = time.perf_counter()
         if forward is None:

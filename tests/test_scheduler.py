@@ -37,8 +37,8 @@ class Scripted:
         self.random = random.Random(seed)
         self.held, self.batches, self.report = [], [], None
         flat = dict.fromkeys(buckets, 1.0)  # a batch costs the same whatever its size: run ahead all the way
-        steep = {bucket: float(bucket) ** 2 for bucket in buckets}  # never run ahead
-        self._cost = CostModel(flat if eager else steep)
+        linear = {bucket: float(bucket) for bucket in range(1, max(buckets) + 1)}  # to run ahead never pays
+        self._cost = CostModel(flat if eager else linear)
 
     def cost(self, geometry, guided):
         return self._cost
@@ -156,16 +156,21 @@ def test_priorities_go_first_and_equals_take_turns():
     assert sorted(served[4:7]) == [0, 1, 3] and sorted(served[7:10]) == [0, 1, 3]
 
 
-def test_the_cost_model_chooses_the_batch_of_the_highest_rate():
+def test_the_cost_model_chooses_the_batch_that_ends_soonest():
     launch_bound = CostModel({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.1})
     compute_bound = CostModel({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0})
     chances = [0.9**i for i in range(1, 20)]
     assert launch_bound.rows(1, chances) == 8
     assert compute_bound.rows(1, chances) == 1
-    assert compute_bound.rows(5, []) == 4 and launch_bound.rows(5, []) == 5  # three rows of padding cost three
+    assert launch_bound.rows(5, []) == 5
+    assert compute_bound.rows(5, []) == 4  # a row of its own costs one, padding to eight costs three
     assert launch_bound.rows(30, []) == 8 and launch_bound.rows(30, [], lanes=2) == 16
     assert launch_bound.rows(0, [0.9, 0.8]) == 2
-    assert CostModel({1: 1.0, 4: 2.0, 8: 9.0}).rows(8, []) == 4  # the rest follows sooner alone
+    assert CostModel({1: 1.0, 4: 2.0, 8: 9.0}).rows(8, []) == 4  # twice four is sooner done than eight
+    # Nine children of which the first success ends the draw: eight and then, most likely, one more, or all at once.
+    steps = CostModel({1: 6.9, 2: 9.4, 3: 12.0, 4: 14.5, 5: 17.2, 6: 19.9, 7: 22.6, 8: 25.3})
+    assert steps.rows(1, [0.95**i for i in range(1, 9)], lanes=2) == 9
+    assert steps.rows(1, [0.3**i for i in range(1, 9)], lanes=2) == 2
     assert launch_bound.best == 8 and launch_bound.bucket(3) == 4
 
 

@@ -65,7 +65,7 @@ def load_light(
             "AutoencoderTiny for its latents (madebyollin/taef1 for FLUX.1), or leave preview out"
         )
     try:
-        light = AutoModel.from_pretrained(path, torch_dtype=dtype).to(device)
+        light = AutoModel.from_pretrained(str(path), torch_dtype=dtype).to(device)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise ModelError(f"{str(path)!r} is no autoencoder that can be loaded: {str(error)[:200]}") from error
     if not isinstance(light, AutoencoderKL | AutoencoderTiny):
