@@ -1,9 +1,10 @@
 """The engine against published practice and against the bare networks: `python -m rollflow.bench throughput`.
 
-All contenders run in one process, in turns, several times; medians count. The figure of merit is *efficiency*: the time
-that the bare transformer would need for the committed evaluations, at its best batch size on this machine, over the
-wall time of the search with all that belongs to it. `of_parts` is the same with decode and reward, run back to back at
-their best batch sizes, for every image that was judged.
+All contenders run in turns, several times; medians count. On a CPU the baselines have a process of their own, on as
+many threads as suit them. The figure of merit is *efficiency*: the time that the bare transformer would need for the
+committed evaluations, at its best batch size on this machine, over the wall time of the search with all that belongs to
+it. `of_parts` is the same with decode and reward, run back to back at their best batch sizes, for every image that was
+judged.
 """
 
 from __future__ import annotations
@@ -23,18 +24,15 @@ from rich.table import Table
 
 from rollflow import rewards
 from rollflow.bench import figures, prompt_sets
-from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
+from rollflow.bench.alone import Alone, Job, Timed
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import Parts, in_turns
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
-from rollflow.models import traits
-from rollflow.models.flux import load
 from rollflow.request import Request, Result
 
-SEQUENTIAL_PROMPTS = 4  # of which the sequential loop runs: it costs the same a prompt however many there are
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Run = Callable[[], Baseline | list[Result]]
+Run = Callable[[], Timed | list[Result]]
 
 
 @dataclass(frozen=True)
@@ -85,28 +83,28 @@ class Throughput:
             engines["engine, preview"] = Engine.from_pretrained(self.model, device, dtype, **options)
         for engine in engines.values():
             engine.warm_up()
-        alone = load(self.model, device, torch.float32 if device.type == "cpu" else dtype)  # nobody else's
-        alone.set_progress_bar_config(disable=True)
         medium = prompt_sets.load("medium", 100)
         parts = Parts([*engines.values()][-1], rewards.make("count"), medium[0], [*engines["engine"].buckets()])
-        threads = _sequential_threads(partial(self._sequential, alone, medium[:1], 30))
-        rows: list[dict[str, Any]] = []
+        alone, rows = Alone(device), list[dict[str, Any]]()
         for count in self.prompts:
             prompts = [medium[i % len(medium)] for i in range(count)]
-            runs: dict[str, Run] = {"sequential": _on(threads, partial(self._sequential, alone, prompts, self.nfe))}
-            runs["diffusers"] = partial(self._diffusers, alone, prompts)
+            exact = torch.float32 if device.type == "cpu" else dtype
+            runs: dict[str, Run] = {}
+            for name in ("sequential", "diffusers"):
+                job = Job(name, self.model, tuple(prompts), self.nfe, self.steps, str(device), exact)
+                runs[name] = partial(alone, job)
             for name, engine in engines.items():
-                runs[name] = partial(engine.generate, [self._request(p, i) for i, p in enumerate(prompts)])
-                bon = {"method": "bon", "steps": self.steps}
-                runs[name + ", bon"] = partial(
-                    engine.generate, [self._request(p, i, **bon) for i, p in enumerate(prompts)]
-                )
+                searches = [self._request(p, i) for i, p in enumerate(prompts)]
+                samples = [self._request(p, i, method="bon", steps=self.steps) for i, p in enumerate(prompts)]
+                runs[name] = partial(engine.generate, searches)
+                runs[name + ", bon"] = partial(engine.generate, samples)
             seconds, results, memory = in_turns(runs, self.repetitions)
             parts.measure()
             for name, run in results.items():
                 row = self._row(name, count, run, seconds[name], memory[name])
                 rows.append(row)
                 console.print(f"{count} prompts, {name}: {row['nfe_per_second']:.0f} NFE/s")
+        alone.close()
         while len(parts.rates[("transformer", parts.buckets[0])]) < self.repetitions:
             parts.measure()
         self._add_efficiency(rows, parts)
@@ -115,7 +113,7 @@ class Throughput:
         rows = [{**row, "model": self.model, "nfe": self.nfe, "dtype": self.dtype, **described} for row in rows]
         console.print(_table(rows))
         if self.json:
-            report = {"environment": where, "sequential_threads": threads, "rows": rows}
+            report = {"environment": where, "rows": rows}
             self.json.write_text(json.dumps(report, indent=1) + "\n")
         if self.plot:
             figures.throughput(rows, self.plot)
@@ -123,27 +121,13 @@ class Throughput:
     def _request(self, prompt: str, seed: int, **options: Any) -> Request:
         return Request(prompt, **{"nfe": self.nfe, "method": self.method, "seed": seed, **options})
 
-    def _sequential(self, pipeline: Any, prompts: Sequence[str], nfe: int) -> Baseline:
-        runs = [
-            sequential_rbf(pipeline, Request(prompt, nfe=nfe, method="rbf", seed=i), traits(self.model))
-            for i, prompt in enumerate(prompts[:SEQUENTIAL_PROMPTS])
-        ]
-        return Baseline(
-            sum(run.committed_nfe for run in runs),
-            len(runs),
-            sum(run.decodes for run in runs),
-            tuple(reward for run in runs for reward in run.rewards),
-        )
-
-    def _diffusers(self, pipeline: Any, prompts: Sequence[str]) -> Baseline:
-        return diffusers_bon(pipeline, prompts, rewards.make("count"), self.nfe, self.steps, self.nfe // self.steps)
-
     def _row(
-        self, name: str, prompts: int, run: Baseline | list[Result], seconds: list[float], memory: int
+        self, name: str, prompts: int, run: Timed | list[Result], seconds: list[float], memory: int
     ) -> dict[str, Any]:
-        if isinstance(run, Baseline):
-            committed, executed, images, judged = run.committed_nfe, run.committed_nfe, run.images, run.decodes
-            scores: Sequence[float] = run.rewards
+        if isinstance(run, Timed):
+            base, memory = run.baseline, run.peak_memory_bytes
+            committed, executed, images, judged = base.committed_nfe, base.committed_nfe, base.images, base.decodes
+            scores: Sequence[float] = base.rewards
         else:
             committed, executed = (sum(getattr(r, field) for r in run) for field in ("committed_nfe", "executed_nfe"))
             images, judged = len(run), sum(record.reward is not None for r in run for record in r.history)
@@ -162,6 +146,7 @@ class Throughput:
             "executed_over_committed": executed / committed,
             "peak_memory_bytes": memory,
             "mean_reward": statistics.fmean(scores),
+            **({"threads": run.threads} if isinstance(run, Timed) else {}),
         }
 
     def _add_efficiency(self, rows: list[dict[str, Any]], parts: Parts) -> None:
@@ -172,27 +157,6 @@ class Throughput:
             decode = parts.seconds("preview" if "preview" in row["contender"] else "decode")
             row["efficiency"] = forward / wall
             row["of_parts"] = (forward + row["judged"] * (decode + reward)) / wall
-
-
-def _sequential_threads(run: Callable[[], Any]) -> int:
-    """The number of threads that suits the loop better: one, or all."""
-    choices = {threads: _on(threads, run) for threads in {1, torch.get_num_threads()}}
-    seconds, _, _ = in_turns({str(threads): run for threads, run in choices.items()}, 3)
-    return int(min(seconds, key=lambda threads: statistics.median(seconds[threads])))
-
-
-def _on(threads: int, run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same on that many threads."""
-
-    def wrapped() -> Any:
-        usual = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return run()
-        finally:
-            torch.set_num_threads(usual)
-
-    return wrapped
 
 
 def _bare_rows(parts: Parts) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 WORTHWHILE = 1.02  # by how much the expected time must fall before rows run ahead of the answer
@@ -28,14 +29,24 @@ class CostModel:
         """What is assumed of a model that nobody has timed: that small batches cost about as much as one of four."""
         return cls({bucket: 4.0 + bucket for bucket in buckets})
 
-    def bucket(self, rows: int) -> int:
-        """The smallest bucket that holds `rows`."""
-        return next(bucket for bucket in self.seconds if bucket >= rows)
-
-    @property
+    @cached_property
     def largest(self) -> int:
         """The largest batch."""
         return max(self.seconds)
+
+    @cached_property
+    def _buckets(self) -> list[int]:
+        """The bucket of each number of rows from 0 on."""
+        return [min(b for b in self.seconds if b >= rows) for rows in range(self.largest + 1)]
+
+    @cached_property
+    def _times(self) -> list[float]:
+        """The seconds of each number of rows from 0 on."""
+        return [self.seconds[bucket] for bucket in self._buckets]
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket that holds `rows`, which are at most as many as the largest does."""
+        return self._buckets[rows]
 
     @property
     def best(self) -> int:
@@ -60,8 +71,8 @@ class CostModel:
                 return now
             return now + chances[size] * self._time(left[size] / chances[size] / lanes)
 
-        sizes = {lanes * bucket for bucket in self.seconds} | {certain, len(chances)}
-        fitting = [size for size in sizes if 0 < size <= len(chances) and -(-size // lanes) <= self.largest]
+        most = min(len(chances), lanes * self.largest)
+        fitting = [size for size in {*(lanes * b for b in self.seconds), certain, len(chances)} if 0 < size <= most]
         best = min(fitting, key=lambda size: (expected(size), -size))
         usual = min(certain, lanes * self.largest)
         return best if not usual or WORTHWHILE * expected(best) < expected(usual) else usual
@@ -72,8 +83,7 @@ class CostModel:
             return rows / self.largest * self.seconds[self.largest]
         whole = math.floor(max(rows, 1))
         more = max(rows, 1) - whole
-        after = self.seconds[self.bucket(whole + 1)] if more else 0.0
-        return (1 - more) * self.seconds[self.bucket(whole)] + more * after
+        return (1 - more) * self._times[whole] + (more * self._times[whole + 1] if more else 0.0)
 
 
 class Odds:

@@ -290,6 +290,8 @@ class Engine:
         if geometry in self._runner.costs:
             return
         conditioning = next(iter(self._conditioning.values()), None) or self.model.encode([""])[0]
+        if self.model.device.type == "cpu" and isinstance(self.model, FluxModel):
+            self.model.record(geometry, conditioning)
         if self._choose_lanes:
             count, threads = warmup.best_lanes(self.model, geometry, conditioning, self.preview)
             if (count, threads) != (self._runner.threads.count, self._runner.threads.threads):

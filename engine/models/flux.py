@@ -6,7 +6,7 @@ import math
 import re
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rollflow.errors import ModelError, RequestError
 from rollflow.models import BUILT_IN, Geometry, folder, tuning
+from rollflow.models.tracing import traced
 
 # Pixels that the decoder takes at a time, on a CPU and on a GPU: a bound on its memory, and on a CPU a size whose
 # activations are not handed back to the system after each batch (see `rollflow.engine`).
@@ -119,6 +120,8 @@ class FluxModel:
         self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
+        self._recorded: dict[Geometry, Callable[..., Tensor]] = {}
+        self._decoders: dict[tuple[torch.nn.Module, tuple[int, ...]], Callable[..., Tensor]] = {}
         # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
         # hook hands the embedding the exact one of the thread's own batch.
         self._exact = threading.local()
@@ -207,23 +210,57 @@ class FluxModel:
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """`velocity` of collated conditionings: a function of tensors alone, which a CUDA graph can hold."""
-        pooled, sequence = collated
+        network = None if torch.is_grad_enabled() else self._recorded.get(geometry)
+        with tuning.attention(self.attention, self.device):
+            return (network or partial(self._network, geometry))(x, tau, *collated, guidance)
+
+    def _network(
+        self, geometry: Geometry, x: Tensor, tau: Tensor, pooled: Tensor, sequence: Tensor, guidance: Tensor
+    ) -> Tensor:
         text_ids, image_ids = self._position_ids(geometry, sequence.shape[1])
         self._exact.tau = tau
         try:
-            with tuning.attention(self.attention, self.device):
-                return self.transformer(
-                    hidden_states=x,
-                    timestep=tau,
-                    guidance=guidance if self.transformer.config.guidance_embeds else None,
-                    pooled_projections=pooled,
-                    encoder_hidden_states=sequence,
-                    txt_ids=text_ids,
-                    img_ids=image_ids,
-                    return_dict=False,
-                )[0]
+            return self.transformer(
+                hidden_states=x,
+                timestep=tau,
+                guidance=guidance if self.transformer.config.guidance_embeds else None,
+                pooled_projections=pooled,
+                encoder_hidden_states=sequence,
+                txt_ids=text_ids,
+                img_ids=image_ids,
+                return_dict=False,
+            )[0]
         finally:
             self._exact.tau = None
+
+    def record(self, geometry: Geometry, conditioning: Conditioning) -> None:
+        """Records transformer and decoders for an image size, for a CPU; see `rollflow.models.tracing`.
+
+        Compiled transformers stay as they are.
+        """
+        if geometry in self._recorded:
+            return
+        generator = torch.Generator().manual_seed(0)
+
+        def inputs(rows: int) -> tuple[Tensor, ...]:
+            x = torch.randn(rows, geometry.token, geometry.channel, generator=generator).to(self.dtype)
+            collated = self.collate([conditioning] * rows)
+            return x, torch.linspace(0.3, 1, rows), *collated, torch.full((rows,), 3.5)
+
+        def latents(rows: int) -> tuple[Tensor]:
+            shape = (rows, geometry.channel // 4, geometry.latent_height, geometry.latent_width)
+            z = torch.randn(shape, generator=generator).to(self.vae.dtype)
+            return (z.to(memory_format=torch.channels_last),)
+
+        network = partial(self._network, geometry)
+        compiled = any(block._compiled_call_impl is not None for block in self.transformer.modules())
+        self._recorded[geometry] = network if compiled else traced(network, inputs(3), inputs(5), "transformer")
+        for decoder in (self.vae, self.light):
+            if decoder is not None:
+                whole = partial(_decoded, decoder)
+                self._decoders[decoder, tuple(latents(1)[0].shape[1:])] = traced(
+                    whole, latents(3), latents(5), "decoder"
+                )
 
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """See `FlowModel.decode`."""
@@ -240,7 +277,9 @@ class FluxModel:
         latents = latents.to(decoder.dtype, memory_format=torch.channels_last)
         pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
         chunk = max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
-        images = torch.cat([decoder.decode(part, return_dict=False)[0] for part in latents.split(chunk)])
+        recorded = None if torch.is_grad_enabled() else self._decoders.get((decoder, tuple(latents.shape[1:])))
+        decode = recorded or partial(_decoded, decoder)
+        images = torch.cat([decode(part) for part in latents.split(chunk)])
         if images.shape[1] > 3:
             images = torch.nn.functional.pixel_shuffle(images, math.isqrt(images.shape[1] // 3))
         return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -249,3 +288,7 @@ class FluxModel:
 def _exact_time(exact: threading.local, module: torch.nn.Module, args: tuple) -> tuple | None:
     tau = getattr(exact, "tau", None)
     return None if tau is None else (tau * 1000, *args[1:])
+
+
+def _decoded(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+    return decoder.decode(latents, return_dict=False)[0]

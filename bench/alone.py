@@ -1,0 +1,126 @@
+"""The baselines in a process of their own, where no engine's threads get into their way.
+
+OpenMP makes idle threads wait more politely, and thereby slower to wake, where a process has more threads than cores,
+as an engine's has. A loop that runs alone, as published ones do, must not pay for that.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+
+import torch
+from diffusers import FluxPipeline
+
+from rollflow import rewards
+from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
+from rollflow.bench.measure import peak_memory
+from rollflow.models import traits
+from rollflow.models.flux import load
+from rollflow.request import Request
+
+SEQUENTIAL_PROMPTS = 4  # of which the sequential loop runs: it costs the same a prompt however many there are
+PROBE_NFE = 20
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a baseline did, in how many seconds, with how much memory of its process."""
+
+    baseline: Baseline
+    seconds: float
+    peak_memory_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a baseline.
+
+    Attributes:
+        contender: "sequential" or "diffusers".
+        model: a built-in name, a folder or a hub id.
+        prompts: what it runs on; of the sequential loop the first few.
+        nfe: budget of each prompt.
+        steps: of best-of-N.
+        device: where.
+        dtype: of the networks; on a CPU float32, which is fastest at one row.
+    """
+
+    contender: str
+    model: str
+    prompts: tuple[str, ...]
+    nfe: int
+    steps: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, threads: int | None = None) -> Timed:
+        """Runs it, here, on that many threads, by default as many as suit it best."""
+        usual = torch.get_num_threads()
+        torch.set_num_threads(threads or _best_threads(self.contender, self.model, self.steps, self.device, self.dtype))
+        found: dict[str, int] = {}
+        try:
+            pipeline = _pipeline(self.model, self.device, self.dtype)
+            with peak_memory("", found):
+                start = time.perf_counter()
+                baseline = self._run(pipeline)
+                if self.device != "cpu":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            return Timed(baseline, seconds, found[""], torch.get_num_threads())
+        finally:
+            torch.set_num_threads(usual)
+
+    def _run(self, pipeline: FluxPipeline) -> Baseline:
+        if self.contender == "diffusers":
+            each = max(1, self.nfe // self.steps)
+            return diffusers_bon(pipeline, self.prompts, rewards.make("count"), self.nfe, self.steps, each)
+        runs = [
+            sequential_rbf(pipeline, Request(prompt, nfe=self.nfe, method="rbf", seed=i), traits(self.model))
+            for i, prompt in enumerate(self.prompts[:SEQUENTIAL_PROMPTS])
+        ]
+        return Baseline(
+            sum(run.committed_nfe for run in runs),
+            len(runs),
+            sum(run.decodes for run in runs),
+            tuple(reward for run in runs for reward in run.rewards),
+        )
+
+
+class Alone:
+    """Runs jobs in a process of its own on a CPU, and in this one on a GPU, whose memory holds one model only."""
+
+    def __init__(self, device: torch.device):
+        self._pool = ProcessPoolExecutor(1, get_context("spawn")) if device.type == "cpu" else None
+
+    def __call__(self, job: Job) -> Timed:
+        """Runs a job and waits for it."""
+        return job() if self._pool is None else self._pool.submit(job).result()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+@cache
+def _pipeline(model: str, device: str, dtype: torch.dtype) -> FluxPipeline:
+    pipeline = load(model, torch.device(device), dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@cache
+def _best_threads(contender: str, model: str, steps: int, device: str, dtype: torch.dtype) -> int:
+    """One thread or all, whichever is faster, in turns."""
+    job = Job(contender, model, ("two red circles",), max(PROBE_NFE, steps), steps, device, dtype)
+    seconds: dict[int, list[float]] = {1: [], torch.get_num_threads(): []}
+    for _ in range(4):
+        for threads, times in seconds.items():
+            times.append(job(threads).seconds)
+    return min(seconds, key=lambda threads: statistics.median(seconds[threads][1:]))

@@ -1,0 +1,55 @@
+"""Networks as recorded lists of operations, which a CPU runs without Python in between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+def traced(function: Function, example: tuple[Tensor, ...], other: tuple[Tensor, ...], what: str) -> Function:
+    """`function`, recorded once (`torch.jit.trace`) and run by torch's own interpreter.
+
+    Between two operations of a small network, Python costs as much as the operation, and two threads that run the same
+    network wait for each other's turn at the interpreter: recorded, they do not. The operations are the same, and so
+    are the bits. What the recording holds of the networks are their tensors: change them in place or not at all.
+
+    Args:
+        function: of tensors alone, whose course does not depend on their values nor on the number of rows.
+        example: what it is recorded with.
+        other: arguments with another number of rows, on which the recording must agree with the function.
+        what: a name for the warning.
+
+    Returns:
+        The recording, or with a warning `function` itself where it cannot be recorded for all numbers of rows.
+    """
+
+    def plain(*inputs: Tensor) -> Tensor:  # the tracer takes nothing but functions and modules
+        return function(*inputs)
+
+    with torch.no_grad():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the tracer warns of each shape that it takes for a constant
+                recorded = partial(_run, torch.jit.trace(plain, example, check_trace=False))
+            if all(torch.equal(recorded(*inputs), function(*inputs)) for inputs in (example, other)):
+                return recorded
+            reason = "the recording computes something else for another number of rows"
+        except RuntimeError as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+    warnings.warn(
+        f"the {what} runs with Python between its operations ({reason}), which makes small batches slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return function
+
+
+def _run(recorded: Function, *inputs: Tensor) -> Tensor:
+    with torch.jit.optimized_execution(False):  # the optimiser would look at every new batch size, and changes nothing
+        return recorded(*inputs)
