@@ -217,7 +217,7 @@ class FluxModel:
     def _network(
         self, geometry: Geometry, x: Tensor, tau: Tensor, pooled: Tensor, sequence: Tensor, guidance: Tensor
     ) -> Tensor:
-        text_ids, image_ids = self._position_ids(geometry, sequence.shape[1])
+        text_ids, image_ids = self._ids.get(geometry) or self._position_ids(geometry, sequence.shape[1])
         self._exact.tau = tau
         try:
             return self.transformer(
@@ -240,6 +240,7 @@ class FluxModel:
         """
         if geometry in self._recorded:
             return
+        self._position_ids(geometry, len(conditioning.sequence))  # made outside of any recording
         generator = torch.Generator().manual_seed(0)
 
         def inputs(rows: int) -> tuple[Tensor, ...]:
