@@ -348,7 +348,7 @@ class Engine:
         if search.invalid and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the reward {plan.reward.name} gave {search.invalid} of {len(search.history)} particles of "
+                f"the reward {plan.reward.name} gave {search.invalid} of {len(search._history)} particles of "
                 f"{request.prompt!r} a score that is no finite number: these count as worst. Result.invalid_rewards "
                 "counts them; this engine warns once",
                 RuntimeWarning,

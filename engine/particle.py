@@ -25,22 +25,40 @@ MOVES: tuple[str, ...] = get_args(Move)
 GUIDED_NFE = 2  # a forward, and a backward to the latent alone, which costs about as much
 
 
+class Lease:
+    """The places of a pool that one request holds."""
+
+    def __init__(self, pool: ParticlePool):
+        self._pool, self._held = pool, set[int]()
+
+    def take(self) -> Slot:
+        """A free place."""
+        index = self._pool.take()
+        self._held.add(index)
+        return Slot(self, index)
+
+    def give_back(self, index: int) -> None:
+        """Gives one place back, unless all were given back before."""
+        if index in self._held:
+            self._held.remove(index)
+            self._pool.give_back(index)
+
+    def close(self) -> None:
+        """Gives every place back, whoever may still refer to it."""
+        while self._held:
+            self._pool.give_back(self._held.pop())
+
+
 class Slot:
     """Ownership of one place in a pool; dropping the last reference gives the place back."""
 
-    __slots__ = ("__weakref__", "_pool", "index")
+    __slots__ = ("_lease", "index")
 
-    def __init__(self, pool: ParticlePool, index: int):
-        self._pool: ParticlePool | None = pool
-        self.index = index
+    def __init__(self, lease: Lease, index: int):
+        self._lease, self.index = lease, index
 
-    def release(self) -> None:
-        """Gives the place back, whoever may still refer to it."""
-        if self._pool is not None:
-            self._pool._free.append(self.index)
-            self._pool = None
-
-    __del__ = release
+    def __del__(self) -> None:
+        self._lease.give_back(self.index)
 
 
 class Particle:
@@ -202,11 +220,15 @@ class ParticlePool:
         """How many slots are in use."""
         return self.slots - len(self._free)
 
-    def take(self) -> Slot:
+    def take(self) -> int:
         """A free slot. Running out is an engine error: admission promises slots before they are needed."""
         if not self._free:
             raise RuntimeError(f"all {self.slots} slots of the particle pool are in use: admission promised too many")
-        return Slot(self, self._free.pop())
+        return self._free.pop()
+
+    def give_back(self, index: int) -> None:
+        """Frees a slot."""
+        self._free.append(index)
 
     def reserve(self, count: int) -> bool:
         """Promises `count` slots to a request if that many are not promised yet; says whether it did."""

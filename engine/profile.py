@@ -20,6 +20,7 @@ class Ledger:
 
     Attributes:
         executed: rows by kind: committed, guided, finish, speculative (ran ahead and was not needed), padding.
+        decoded: images by decoder, "full" or "preview".
         ahead: rows that ran ahead of an answer, needed or not.
         buckets: batches by size.
         seconds: by span.
@@ -33,6 +34,7 @@ class Ledger:
     def clear(self) -> None:
         """Forgets everything."""
         self.executed: Counter[str] = Counter()
+        self.decoded: Counter[str] = Counter()
         self.ahead = 0
         self.buckets: Counter[int] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)

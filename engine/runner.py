@@ -312,6 +312,7 @@ class Runner:
         if len(latents) < bucket:
             latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])
         light = self.preview if preview is None else preview
+        self.ledger.decoded["preview" if light else "full"] += count
         with self.ledger.span("decode", self.model.device):
             decode = self.model.preview if light else self.model.decode  # type: ignore[attr-defined]
             return decode(latents)[:count]
@@ -356,6 +357,7 @@ class Runner:
             slot = self._device(torch.tensor(slots))
             u = pool.u[slot.clamp(min=0)]
             latents = self._finish(u, pool, slot, self._device(torch.tensor(posterior)), geometry)
+            self.ledger.decoded["full"] += len(part)
             with self._beside(latents), self.ledger.span("decode", self.model.device):
                 decoded.append(self.model.decode(latents)[: len(part)])
         with self._beside():

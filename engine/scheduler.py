@@ -183,10 +183,10 @@ class Scheduler:
     def _launch(self) -> None:
         """Starts images and batches while lanes are free and there are rows worth running."""
         while self._lanes < self.runner.lanes:
-            if self._done:
-                self._start(self._take_done(), self.runner.submit_images)
-                continue
             free = self.runner.lanes - self._lanes if self.runner.parallel else 1
+            if self._done:
+                self._start(self._take_done(free), self.runner.submit_images)
+                continue
             rows = self._choose(free)
             if not rows:
                 return
@@ -202,11 +202,12 @@ class Scheduler:
         self._away += len(work)
         submit(work, self._reports.put)
 
-    def _take_done(self) -> list[Search]:
-        """Searches of one geometry whose images are to be made."""
+    def _take_done(self, lanes: int) -> list[Search]:
+        """Searches of one geometry whose images are to be made: a share for each free lane, at most a batch's."""
         geometry = self._done[0].geometry
-        most = self.runner.cost(geometry, False).largest
-        taken = [search for search in self._done if search.geometry == geometry][:most]
+        alike = [search for search in self._done if search.geometry == geometry]
+        most = max(1, self.runner.cost(geometry, False).largest // max(len(search.finalists) for search in alike))
+        taken = alike[: min(most, -(-len(alike) // lanes))]
         self._done = [search for search in self._done if search not in taken]
         return taken
 

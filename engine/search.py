@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakSet
 
 from rollflow.cost import NEGLIGIBLE, Odds
 from rollflow.errors import RequestError
@@ -16,7 +15,7 @@ from rollflow.methods import title
 from rollflow.methods.budget import worth
 from rollflow.methods.paths import shared
 from rollflow.models import Geometry
-from rollflow.particle import Draw, Particle, ParticlePool, Slot
+from rollflow.particle import Draw, Lease, Particle, ParticlePool
 from rollflow.profile import Ledger
 from rollflow.request import Kind, Plan, Record, Step
 
@@ -91,7 +90,7 @@ class Search:
         self.ledger, self.odds = ledger or Ledger(), odds or Odds()
         self.title = title(plan.request.method)
         self.method = plan.search()
-        self.history: list[Record] = []
+        self._history: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
         self.best_reward = -math.inf
         self.committed = self.executed = self.turn = self.priors = self.invalid = self.in_flight = 0
         self.start = time.perf_counter()
@@ -99,7 +98,7 @@ class Search:
         self.finals: list[Final] | None = None
         self.queued = [False, False]  # by the scheduler, for plain and for guided rows
         self._best: list[Particle] = []  # those judged best, at most as many as there are finalists
-        self._slots: WeakSet[Slot] = WeakSet()
+        self._lease = Lease(pool)
         self._begin(next(self.method))
 
     def _begin(self, draws: list[Draw]) -> None:
@@ -121,6 +120,11 @@ class Search:
             self._waiting[guided] += 1 if turn.sequential else draw.count
             if turn.sequential:
                 self._sequential.append(i)
+
+    @property
+    def history(self) -> list[Record]:
+        """A record for each committed particle, in draw order."""
+        return [Record(*values) for values in self._history]
 
     @property
     def done(self) -> bool:
@@ -196,10 +200,8 @@ class Search:
         return Row(self, step, self._particle(step, level, parent), parent, not left, "finish", place=i)
 
     def _particle(self, step: Step, level: int, parent: Particle | None) -> Particle:
-        slot = self.pool.take()
-        self._slots.add(slot)
         self.in_flight += 1
-        return Particle(level, step, slot, -1, None if parent is None else parent.index)
+        return Particle(level, step, self._lease.take(), -1, None if parent is None else parent.index)
 
     def deliver(self, row: Row, reward: float | None) -> None:
         """Takes an evaluated row back, and goes on as far as the rows that are back allow."""
@@ -253,15 +255,13 @@ class Search:
 
     def _record(self, row: Row) -> None:
         particle, reward = row.particle, row.particle.reward
-        particle.index = len(self.history)
+        particle.index = len(self._history)
         self.committed += row.nfe
         if self.committed > self.plan.request.nfe:
             raise RequestError(
                 f"the method {self.title} drew more than its budget of {self.plan.request.nfe} evaluations"
             )
-        self.history.append(
-            Record(particle.index, particle.step, particle.time, reward, particle.parent, row.kind, row.nfe)
-        )
+        self._history.append((particle.index, particle.step, particle.time, reward, particle.parent, row.kind, row.nfe))
         self.invalid += row.invalid or (reward is not None and not math.isfinite(reward))
         self.best_reward = max(self.best_reward, worth(particle))
         if row.prior is not None:
@@ -313,8 +313,7 @@ class Search:
         self.method.close()
         self.closed = True
         self.finals, self._turns, self._sequential, self._best = [], [], [], []
-        for slot in list(self._slots):  # of particles that a kept exception or the method's caller still refers to
-            slot.release()
+        self._lease.close()  # also of particles that a kept exception or the method's caller still refers to
 
 
 def rank(particle: Particle) -> tuple[float, int]:
