@@ -19,6 +19,7 @@ from diffusers import FluxPipeline
 from rollflow import rewards
 from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
 from rollflow.bench.measure import peak_memory
+from rollflow.cli import silence
 from rollflow.models import traits
 from rollflow.models.flux import load
 from rollflow.request import Request
@@ -110,6 +111,7 @@ class Alone:
 
 @cache
 def _pipeline(model: str, device: str, dtype: torch.dtype) -> FluxPipeline:
+    silence()
     pipeline = load(model, torch.device(device), dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -181,6 +181,26 @@ def _described(where: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {"machine": machine, "versions": versions, "commit": where["commit"], "date": where["date"]}
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The searches as a table for a README: each beside the sequential loop of the same number of prompts."""
+    columns = ("prompts", "contender", "NFE/s", "ms an NFE", "over sequential", "efficiency", "of parts")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    searches = [row for row in rows if "prompts" in row]
+    loop = {row["prompts"]: row["nfe_per_second"] for row in searches if row["contender"] == "sequential"}
+    for row in searches:
+        cells = (
+            str(row["prompts"]),
+            row["contender"],
+            f"{row['nfe_per_second']:.0f}",
+            f"{row['milliseconds_per_nfe']:.2f}",
+            f"{row['nfe_per_second'] / loop[row['prompts']]:.1f}",
+            f"{row['efficiency']:.2f}",
+            f"{row['of_parts']:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="searches, and the bare parts at their best batch size")
     for column in (

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from rollflow import methods
-from rollflow.bench import contenders, figures, intervals, probes, prompt_sets, tables
+from rollflow.bench import contenders, figures, intervals, probes, prompt_sets, tables, throughput
+from rollflow.bench.compare import Compare
 from rollflow.bench.contenders import Contender
+from rollflow.bench.overhead import Overhead
 from rollflow.bench.rows import KEY, Rows
+from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.errors import RequestError
@@ -199,14 +202,40 @@ def test_claims_are_compared_where_both_sides_are_there(tmp_path):
 
 
 def test_throughput(tmp_path, capsys):
-    file = tmp_path / "throughput.json"
-    Throughput(prompts=2, nfe=13, repetitions=1, json=file)()
-    packed, single = json.loads(file.read_text())["rows"]
-    assert (packed["contender"], single["contender"]) == ("packed", "one by one")
-    assert packed["committed_nfe"] == single["committed_nfe"] == 26
-    assert packed["nfe_per_second"] == pytest.approx(26 / packed["seconds"][0])
-    assert sum(packed["span_seconds_of_last"].values()) == pytest.approx(packed["seconds"][0])
-    assert "packed costs" in capsys.readouterr().out
+    file, plot = tmp_path / "throughput.json", tmp_path / "throughput.png"
+    Throughput(prompts=(2,), nfe=13, steps=2, repetitions=1, json=file, plot=plot)()
+    report = json.loads(file.read_text())
+    searches = {row["contender"]: row for row in report["rows"] if "prompts" in row}
+    engines = ["engine", "engine, bon", "engine, preview", "engine, preview, bon"]
+    assert list(searches) == ["sequential", "diffusers", *engines]
+    for name, row in searches.items():
+        assert row["committed_nfe"] == (24 if name == "diffusers" else 26) and row["prompts"] == 2
+        assert row["nfe_per_second"] == pytest.approx(row["committed_nfe"] / row["seconds"][0])
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"][0])
+        assert 0 < row["efficiency"] < row["of_parts"] and row["executed_over_committed"] >= 1
+        assert row["peak_memory_bytes"] > 2**20 and row["machine"] and row["versions"]["torch"] and row["date"]
+    assert searches["engine"]["judged"] == 26 and searches["diffusers"]["judged"] == 12
+    bare = [row for row in report["rows"] if "bucket" in row]
+    assert {row["contender"] for row in bare} == {f"bare {p}" for p in ("transformer", "decode", "reward", "preview")}
+    best = 1 / max(row["nfe_per_second"] for row in bare if row["contender"] == "bare transformer")
+    row = searches["engine"]
+    assert row["efficiency"] == pytest.approx(26 * best / row["seconds"][0], rel=1e-6)
+    assert plot.stat().st_size > 10_000 and "sequential" in capsys.readouterr().out
+    Compare(file, file)()  # every row is known by its keys, and nothing got worse
+
+
+def test_scaling_and_overhead(tmp_path, capsys):
+    file = tmp_path / "scaling.json"
+    Scaling(prompts=(1, 3), nfe=12, repetitions=1, json=file)()
+    one, three = json.loads(file.read_text())["rows"]
+    assert (one["prompts"], three["prompts"]) == (1, 3)
+    assert three["milliseconds_per_nfe"] == pytest.approx(1000 * three["seconds"][0] / 36)
+    Overhead(live=(2, 5), nfe=12, requests=150, json=file)()
+    report = json.loads(file.read_text())
+    assert [row["prompts"] for row in report["rows"]] == [2, 5]
+    assert all(row["executed"] >= 12 * row["prompts"] for row in report["rows"])
+    assert [point["requests"] for point in report["memory"]] == [100, 150]
+    assert "us/row" in capsys.readouterr().out
 
 
 def test_the_prompt_sets_are_100_different_readable_prompts():
@@ -226,8 +255,8 @@ def test_the_readme_shows_the_committed_results():
     assert tables.grid([e for e in shown if e["nfe"] == 100 or e["label"] in contenders.FIXED]) in readme
     claims = [e for e in study["claims"] if e["model"] == "shapes" and e["nfe"] == 100 and e["reward"] == "count"]
     assert tables.differences(claims) in readme
-    ratio = json.loads((results / "throughput.json").read_text())["packed_over_one_by_one"]
-    assert f"cost {ratio:.2f} of the wall time" in readme
+    rows = json.loads((results / "throughput.json").read_text())["rows"]
+    assert throughput.markdown(rows) in readme
 
 
 def test_intervals():

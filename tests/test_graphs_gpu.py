@@ -175,8 +175,8 @@ def test_a_bucket_without_a_graph_runs_eagerly_and_says_so_once(model: FluxModel
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
-    """Stays on the device."""
-    return images.mean((1, 2, 3))
+    """Of one pixel: stays on the device, and has the same bits at every place of a batch, which a mean need not."""
+    return images[:, 0, 32, 32]
 
 
 def ask(method: str, seed: int) -> Request:

@@ -13,6 +13,7 @@ from rollflow.errors import ModelError, RequestError
 from rollflow.lanes import Lanes, Locks
 from rollflow.models import Geometry, folder
 from rollflow.models.flux import FluxModel
+from rollflow.models.tracing import traced
 from rollflow.models.tuning import compile_blocks
 from rollflow.request import Request
 
@@ -210,6 +211,43 @@ def test_a_released_model_leaves_no_hook_on_the_pipeline():
 
 def test_dtype_auto_is_one_of_two():
     assert Engine.from_pretrained("shapes", device="cpu", dtype="auto").model.dtype in (torch.float32, torch.bfloat16)
+
+
+def test_recorded_networks_compute_the_same_bits_for_any_number_of_rows(pipeline):
+    eager, recorded = FluxModel(pipeline), FluxModel(pipeline)
+    geometry = eager.geometry()
+    conditioning = eager.encode([PROMPT, "a blue triangle"])
+    recorded.record(geometry, conditioning[0])
+    for rows in (1, 2, 7, 16):
+        x, tau = torch.randn(rows, 16, 32), torch.linspace(0.07, 1, rows)
+        work = (x, tau, [conditioning[i % 2] for i in range(rows)], torch.zeros(rows), geometry)
+        with torch.no_grad():
+            assert torch.equal(recorded.velocity(*work), eager.velocity(*work))
+            latents = torch.randn(rows, 8, 8, 8)
+            assert torch.equal(recorded.decode(latents), eager.decode(latents))
+    x = torch.randn(1, 16, 32, requires_grad=True)  # with gradients, the networks run as they are
+    recorded.velocity(x, torch.ones(1), conditioning[:1], torch.zeros(1), geometry).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning():
+    def by_rows(x):
+        return x * len(x.tolist())  # a constant for the tracer
+
+    with pytest.warns(
+        RuntimeWarning, match="the thing runs with Python between its operations .*another number of rows"
+    ):
+        function = traced(by_rows, (torch.ones(2),), (torch.ones(3),), "thing")
+    assert function is by_rows
+
+    def fails(x):
+        raise RuntimeError("no such thing")
+
+    with pytest.warns(RuntimeWarning, match="no such thing"):
+        assert traced(fails, (torch.ones(2),), (torch.ones(3),), "thing") is fails
+    assert torch.equal(
+        traced(torch.sin, (torch.ones(2),), (torch.ones(3),), "thing")(torch.ones(5)), torch.ones(5).sin()
+    )
 
 
 def test_locks_know_objects_apart():

@@ -31,7 +31,10 @@ class Reward(Protocol):
 
     A reward may also have the attributes `held_out: Reward | None`, a second judge of the final image, and
     `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
-    and `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods.
+    and `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods; and
+    `concurrent: bool`, whether several threads may call it at a time. Rewards are called by threads of the engine, one
+    call at a time unless they say that they are concurrent; one that takes long (a service, say) holds up only the
+    requests that it judges.
     """
 
     name: str

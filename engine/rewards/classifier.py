@@ -92,6 +92,7 @@ class CountClassifier:
 
     name = "classifier"
     size = (shapes.SIZE, shapes.SIZE)
+    concurrent = True
 
     @cached_property
     def held_out(self) -> rewards.Reward:

@@ -204,6 +204,7 @@ class CountReward:
 
     name = "count"
     size = (SIZE, SIZE)
+    concurrent = True
 
     @cached_property
     def held_out(self) -> rewards.Reward:
