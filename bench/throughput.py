@@ -32,7 +32,8 @@ from rollflow.errors import RequestError
 from rollflow.request import Request, Result
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Run = Callable[[], Timed | list[Result]]
+Counted = tuple[list[Result], dict[str, int]]  # and how many images each decoder made, for them and in vain
+Run = Callable[[], Timed | Counted]
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Throughput:
             for name, engine in engines.items():
                 searches = [self._request(p, i) for i, p in enumerate(prompts)]
                 samples = [self._request(p, i, method="bon", steps=self.steps) for i, p in enumerate(prompts)]
-                runs[name] = partial(engine.generate, searches)
-                runs[name + ", bon"] = partial(engine.generate, samples)
+                runs[name] = partial(_counted, engine, searches)
+                runs[name + ", bon"] = partial(_counted, engine, samples)
             seconds, results, memory = in_turns(runs, self.repetitions)
             parts.measure()
             for name, run in results.items():
@@ -121,24 +122,23 @@ class Throughput:
     def _request(self, prompt: str, seed: int, **options: Any) -> Request:
         return Request(prompt, **{"nfe": self.nfe, "method": self.method, "seed": seed, **options})
 
-    def _row(
-        self, name: str, prompts: int, run: Timed | list[Result], seconds: list[float], memory: int
-    ) -> dict[str, Any]:
+    def _row(self, name: str, prompts: int, run: Timed | Counted, seconds: list[float], memory: int) -> dict[str, Any]:
         if isinstance(run, Timed):
             base, memory = run.baseline, run.peak_memory_bytes
-            committed, executed, images, judged = base.committed_nfe, base.committed_nfe, base.images, base.decodes
+            committed, executed, images = base.committed_nfe, base.committed_nfe, base.images
             scores: Sequence[float] = base.rewards
+            decoded = {"full": base.decodes}
         else:
-            committed, executed = (sum(getattr(r, field) for r in run) for field in ("committed_nfe", "executed_nfe"))
-            images, judged = len(run), sum(record.reward is not None for r in run for record in r.history)
-            scores = [r.reward for r in run]
+            results, decoded = run
+            committed, executed = (sum(getattr(r, f) for r in results) for f in ("committed_nfe", "executed_nfe"))
+            images, scores = len(results), [r.reward for r in results]
         median = statistics.median(seconds)
         return {
             "contender": name,
             "prompts": prompts,
             "method": "bon" if "bon" in name or name == "diffusers" else "rbf" if name == "sequential" else self.method,
             "committed_nfe": committed,
-            "judged": judged,
+            "decoded": decoded,
             "seconds": seconds,
             "nfe_per_second": committed / median,
             "images_per_second": images / median,
@@ -150,13 +150,19 @@ class Throughput:
         }
 
     def _add_efficiency(self, rows: list[dict[str, Any]], parts: Parts) -> None:
-        """The bare times over the wall time; the decoder of `of_parts` is the one that judged."""
+        """The bare times over the wall time; of parts, with what was decoded by each decoder, and judged."""
+        decoders = {"full": "decode", "preview": "preview"}
         for row in rows:
             wall = statistics.median(row["seconds"])
             forward, reward = row["committed_nfe"] * parts.seconds("transformer"), parts.seconds("reward")
-            decode = parts.seconds("preview" if "preview" in row["contender"] else "decode")
+            judged = sum(n * (parts.seconds(decoders[kind]) + reward) for kind, n in row["decoded"].items())
             row["efficiency"] = forward / wall
-            row["of_parts"] = (forward + row["judged"] * (decode + reward)) / wall
+            row["of_parts"] = (forward + judged) / wall
+
+
+def _counted(engine: Engine, requests: list[Request]) -> Counted:
+    engine.ledger.clear()
+    return engine.generate(requests), dict(engine.ledger.decoded)
 
 
 def _bare_rows(parts: Parts) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ _FIELDS = {field.name for field in fields(Request)}
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress callback is told after each batch: of the requests of one `generate` call, in their order."""
+    """What a progress callback is told when rewards have come: of the requests of one call, in their order."""
 
     committed_nfe: tuple[int, ...]
     best_reward: tuple[float, ...]
@@ -136,7 +136,7 @@ class Engine:
             preview: judge particles on a light decoder: True for the model's own (the built-in ones have one), or the
                 folder or hub id of an `AutoencoderTiny`; see `Engine`.
             compile: "regional" compiles the transformer's repeated blocks (`torch.compile`), once for each batch size.
-            attention: pins the backend of torch's attention: "flash", "efficient", "cudnn" or "math".
+            attention: pins the backend of torch's attention on a GPU: "flash", "efficient", "cudnn" or "math".
             quantize: "fp8" keeps the transformer's large matrices in 8-bit floats; takes torchao and a recent GPU.
             options: see `Engine`.
 
@@ -308,6 +308,8 @@ class Engine:
     def _run(self, prepared: list[tuple[Plan, Geometry]], on_progress: Callable | None) -> list[Result]:
         order = sorted(range(len(prepared)), key=lambda i: -prepared[i][0].request.priority)
         scheduler, waiting = Scheduler(self._runner), deque(order)
+        if self.model.device.type == "cuda":  # what the caller's stream encoded, lanes will read
+            torch.cuda.current_stream(self.model.device).synchronize()
         searches: list[Search | None] = [None] * len(prepared)
         places: dict[Search, int] = {}
         results: dict[int, Result] = {}
@@ -336,7 +338,11 @@ class Engine:
         if not pool.reserve(checked.request.nfe):
             return None
         conditioning = self._conditioning[checked.request.prompt]
-        return Search(checked, geometry, conditioning, pool, self.ledger, self._odds)
+        try:
+            return Search(checked, geometry, conditioning, pool, self.ledger, self._odds)
+        except BaseException:  # of a method of one's own, at its first step
+            pool.unreserve(checked.request.nfe)
+            raise
 
     def _release(self, search: Search) -> None:
         if not search.closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -33,14 +34,20 @@ class Lanes:
         ready = threading.Barrier(workers + JUDGES + 1)
 
         def start() -> None:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            else:
-                torch.get_num_threads()  # or the first operation would set the thread's number to the usual one
-                torch.set_num_threads(threads)  # of this thread ...
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
+                else:
+                    torch.get_num_threads()  # or the first operation would set the thread's number to the usual one
+                    torch.set_num_threads(threads)  # of this thread ...
+            except BaseException:
+                ready.abort()  # the caller waits for it
+                raise
 
         self._lanes = ThreadPoolExecutor(workers, "rollflow-lane", start)
         self._judges = ThreadPoolExecutor(JUDGES, "rollflow-judge", start)
+        self._watcher = ThreadPoolExecutor(1, "rollflow-watcher", start) if device.type == "cuda" else self._judges
+        self._turn, self._queues = threading.Lock(), dict[int, deque[tuple[Callable[..., Any], tuple]]]()
         for _ in range(workers):  # all start now, before the usual number is restored
             self._lanes.submit(ready.wait)
         for _ in range(JUDGES):
@@ -52,14 +59,39 @@ class Lanes:
         """Does `work` on a lane."""
         return self._lanes.submit(work, *args)
 
-    def judge(self, work: Callable[..., T], *args: Any) -> Future[T]:
-        """Does `work` on a judge's thread: what may take its time."""
-        return self._judges.submit(work, *args)
+    def judge(self, work: Callable[..., Any], *args: Any, one_at_a_time: Any = None) -> None:
+        """Does `work`, which may take its time, on a judge's thread.
+
+        Works of the same `one_at_a_time` follow one another, in order, on one thread: others do not wait for them.
+        """
+        if one_at_a_time is None:
+            self._judges.submit(work, *args)
+            return
+        with self._turn:
+            queue = self._queues.setdefault(id(one_at_a_time), deque())
+            queue.append((work, args))
+            if len(queue) == 1:  # nobody works on it
+                self._judges.submit(self._work_off, id(one_at_a_time), one_at_a_time)
+
+    def _work_off(self, key: int, target: Any) -> None:
+        """The queue of a target, which stays alive, and its id its own, until the queue is empty."""
+        while True:
+            work, args = self._queues[key][0]
+            work(*args)
+            with self._turn:
+                self._queues[key].popleft()
+                if not self._queues[key]:
+                    del self._queues[key]
+                    return
+
+    def watch(self, work: Callable[..., Any], *args: Any) -> None:
+        """Does `work`, which waits for a GPU, on a thread of its own."""
+        self._watcher.submit(work, *args)
 
     def close(self) -> None:
         """Ends the threads when they are idle."""
-        self._lanes.shutdown(wait=False)
-        self._judges.shutdown(wait=False)
+        for pool in (self._lanes, self._judges, self._watcher):
+            pool.shutdown(wait=False)
 
 
 class Locks:

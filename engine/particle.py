@@ -55,10 +55,16 @@ class Slot:
     __slots__ = ("_lease", "index")
 
     def __init__(self, lease: Lease, index: int):
-        self._lease, self.index = lease, index
+        self._lease: Lease | None = lease
+        self.index = index
 
-    def __del__(self) -> None:
-        self._lease.give_back(self.index)
+    def release(self) -> None:
+        """Gives the place back, whoever may still refer to it."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.give_back(self.index)
+
+    __del__ = release
 
 
 class Particle:

@@ -27,6 +27,7 @@ from rollflow.search import Row, Search
 
 PADDING = -1
 Reporter = Callable[[Report], None]
+Part = tuple[list[Any], Reward, Callable[[], Sequence[Any]]]  # of a batch: what is judged, by whom, and how
 
 
 class Tables(NamedTuple):
@@ -79,7 +80,9 @@ class Runner:
         self.graphs: dict[Geometry, Graphs] = {}
         self._assumed = CostModel.assumed(buckets)
         self._locks = Locks()
-        self._side: Any = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        on_gpu = model.device.type == "cuda"
+        self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
+        self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
 
     def use(self, lanes: Lanes) -> None:
         """Works on these threads from now on; no batch may be on its way."""
@@ -147,48 +150,53 @@ class Runner:
         with torch.no_grad():  # not inference mode: what a reward loads at its first call may later need gradients
             latents = self._evaluate(rows)
             judged = [row for row in rows if row.scored]
-            if unjudged := [row for row in rows if not row.scored]:
-                report(Report(unjudged, [None] * len(unjudged)))
+            unjudged = [row for row in rows if not row.scored]
             if not judged:
                 report(Report([]))
+                report(Report(rows, [None] * len(rows)))
                 return
             if unjudged:
                 latents = latents[self._places([i for i, row in enumerate(rows) if row.scored])]
             with self._beside(latents):
                 images = self._decode(latents, len(judged), rows[0])
-        parts: list[tuple[list[Row], Callable[[], Sequence[Any]]]] = []
+        parts: list[Part] = []
         for reward, group in _grouped([row.search.plan.reward for row in judged]):
             part = [judged[i] for i in group]
-            parts.append((part, partial(self._judge_rows, part, reward, images, group)))
-        self._hand_over(parts, report)
+            parts.append((part, reward, partial(self._judge_rows, part, reward, images, group)))
+        if unjudged:  # only now: until here, an error is one of all rows
+            report(Report(unjudged, [None] * len(unjudged)))
+        self._hand_over(parts, images, report)
 
-    def _hand_over(self, parts: Sequence[tuple[list[Any], Callable[[], Sequence[Any]]]], report: Reporter) -> None:
+    def _hand_over(self, parts: Sequence[Part], images: Tensor, report: Reporter) -> None:
         """Frees the lane, and lets judges' threads do the rest, each reward's on its own: it may take its time."""
         done = None
         if self._side is not None:  # the lane is free when the images are there
             done = torch.cuda.Event()
             done.record(self._side)
+            images.record_stream(self._judging)
+            self.threads.watch(_when, done, report)
         else:
             report(Report([]))
 
-        def judge(work: list[Any], judging: Callable[[], Sequence[Any]], first: bool) -> None:
+        def judge(work: list[Any], judging: Callable[[], Sequence[Any]]) -> None:
+            apart = nullcontext() if done is None else torch.cuda.stream(self._judging)  # not behind the next decode
             try:
                 if done is not None:
                     done.synchronize()
-                    if first:
-                        report(Report([]))
-                with torch.no_grad(), self._beside():
+                with torch.no_grad(), apart:
                     results = judging()
             except BaseException as error:
                 report(Report(work, error=error))
             else:
                 report(Report(work, results))
 
-        for i, (work, judging) in enumerate(parts):
-            self.threads.judge(judge, work, judging, i == 0)
+        for work, reward, judging in parts:
+            judged = _called(reward)
+            alone = None if getattr(judged, "concurrent", False) else judged
+            self.threads.judge(judge, work, judging, one_at_a_time=alone)
 
     def _beside(self, *used: Tensor) -> AbstractContextManager[Any]:
-        """On a GPU, the stream of decoding and rewards, after what has been asked of the main one so far."""
+        """On a GPU, the stream of decoding, after what has been asked of the main one so far."""
         if self._side is None:
             return nullcontext()
         for tensor in used:
@@ -334,7 +342,7 @@ class Runner:
         missing = self.buckets[-1] - len(prompts) if len(self.buckets) == 1 else 0
         if missing > 0:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        judged = reward.function if isinstance(reward, FunctionReward) else reward
+        judged = _called(reward)
         free: AbstractContextManager[Any] = nullcontext()
         with free if getattr(judged, "concurrent", False) else self._locks.of(judged):
             return reward(images, prompts + prompts[:1] * max(0, missing))[: len(prompts)]
@@ -362,13 +370,13 @@ class Runner:
                 decoded.append(self.model.decode(latents)[: len(part)])
         with self._beside():
             images = torch.cat(decoded)
-        parts: list[tuple[list[Search], Callable[[], Sequence[Any]]]] = []
+        parts: list[Part] = []
         for reward, group in _grouped([search.plan.reward for search in searches]):
             own = [searches[i] for i in group]
             places = [i for i, (search, _) in enumerate(finalists) if search in own]
             judging = partial(self._outcomes, own, reward, [finalists[i] for i in places], images, places)
-            parts.append((own, judging))
-        self._hand_over(parts, report)
+            parts.append((own, reward, judging))
+        self._hand_over(parts, images, report)
 
     def _outcomes(
         self,
@@ -412,6 +420,17 @@ def _reporting(work: Callable[[Reporter], None], of: list[Any], report: Reporter
         report(Report(of, error=error))
 
 
+def _when(done: Any, report: Reporter) -> None:
+    """Reports a free lane when a CUDA event is over."""
+    done.synchronize()
+    report(Report([]))
+
+
+def _called(reward: Reward) -> Any:
+    """What is called in the end: two requests' plain functions are one reward if the function is one."""
+    return reward.function if isinstance(reward, FunctionReward) else reward
+
+
 def _worth(score: float) -> float:
     """A score that is no finite number is worst."""
     return score if math.isfinite(score) else -math.inf
@@ -429,6 +448,5 @@ def _grouped(judges: Sequence[Reward]) -> Iterable[tuple[Reward, list[int]]]:
     """Rows grouped by reward, so that each reward is called once a batch: (reward, row indices)."""
     groups: dict[int, tuple[Reward, list[int]]] = {}
     for i, reward in enumerate(judges):
-        judge = reward.function if isinstance(reward, FunctionReward) else reward
-        groups.setdefault(id(judge), (reward, []))[1].append(i)
+        groups.setdefault(id(_called(reward)), (reward, []))[1].append(i)
     return groups.values()

@@ -104,7 +104,7 @@ class Scheduler:
         self.news = False
         self._launch()
         if not self._away:
-            raise RuntimeError(f"{len(self.live)} live searches wait for nothing")
+            raise RuntimeError(f"{len(self.live)} live requests wait for nothing: this is a fault of rollflow")
         over: list[tuple[Search, Outcome]] = []
         report: Report | None = self._reports.get()
         while report is not None:
@@ -119,7 +119,7 @@ class Scheduler:
 
     def drain(self) -> None:
         """Waits for all that is on its way and drops what it gives: after an error or an interruption."""
-        while self._away:
+        while self._away > 0:
             report = self._reports.get()
             self._land(report)
             for work in report.work:
@@ -161,8 +161,6 @@ class Scheduler:
         for work in report.work:
             if isinstance(work, Row):
                 self._flying[_kind(work)] -= 1
-                if work.ahead:
-                    work.search.pool.unreserve(1)
 
     def _enqueue(self, search: Search) -> None:
         """Puts a search that has rows to run into the queue of their kind, once."""
@@ -200,7 +198,12 @@ class Scheduler:
     def _start(self, work: list, submit: Callable[[Any, Callable[[Report], None]], None]) -> None:
         self._lanes += 1
         self._away += len(work)
-        submit(work, self._reports.put)
+        try:
+            submit(work, self._reports.put)
+        except BaseException:
+            self._lanes -= 1
+            self._away -= len(work)
+            raise
 
     def _take_done(self, lanes: int) -> list[Search]:
         """Searches of one geometry whose images are to be made: a share for each free lane, at most a batch's."""
@@ -212,32 +215,33 @@ class Scheduler:
         return taken
 
     def _choose(self, lanes: int) -> list[Row]:
-        """The rows to run now on `lanes` free lanes, of the first kind in turn that has any."""
-        for _ in range(len(self._order)):
-            kind = self._order[0]
-            self._order.rotate(-1)
+        """The rows to run now on `lanes` free lanes: of the kind with the highest priority, and of equals in turn."""
+        for kind in sorted(self._order, key=lambda kind: self._queues[kind][0][0] if self._queues[kind] else 0):
             if rows := self._choose_of(kind, lanes):
+                self._order.remove(kind)
+                self._order.append(kind)
                 return rows
         return []
 
     def _choose_of(self, kind: Kind, lanes: int) -> list[Row]:
         """Rows that are needed, in turns, and where that pays, rows that run ahead of the answer."""
         queue, cost = self._queues[kind], self.runner.cost(*kind)
-        most, certain = self.runner.lanes * cost.largest, 0
+        most, waiting = self.runner.lanes * cost.largest, 0
         for _, _, search in queue:
-            certain += search.waiting(kind[1])
-            if certain >= most:
+            waiting += search.waiting(kind[1])
+            if waiting >= most:
                 break
+        certain = waiting
         if lanes < self.runner.lanes:  # leave the other lanes their share, or cohorts of unequal size would stay so
             certain = min(certain, -(-(certain + self._flying[kind]) // self.runner.lanes))
         rows = self._take(kind, cost.rows(certain, [], lanes)) if certain else []
-        if queue:
+        if waiting > len(rows):
             return rows
         chances = self._chances(kind, lanes * cost.largest - len(rows), NEGLIGIBLE if rows else SURE)
         wanted = cost.rows(len(rows), [chance for chance, *_ in chances], lanes) if rows or chances else 0
-        for _, _, search, draw in chances[: wanted - len(rows)]:
-            if search.pool.reserve(1):  # what runs ahead takes slots that nobody is promised
-                rows.append(search.take_ahead(draw))
+        for _, _, search, draw in chances[: max(0, wanted - len(rows))]:
+            if (row := search.take_ahead(draw)) is not None:
+                rows.append(row)
         return rows
 
     def _take(self, kind: Kind, wanted: int) -> list[Row]:

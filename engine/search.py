@@ -49,6 +49,7 @@ class Final:
 
     def __init__(self, particle: Particle, steps: tuple[Step, ...]):
         self.particle, self.steps, self.waiting = particle, steps, False
+        self.rows: list[Row] = []  # those that led to it
 
 
 class _Turn:
@@ -94,6 +95,7 @@ class Search:
         self.best_reward = -math.inf
         self.committed = self.executed = self.turn = self.priors = self.invalid = self.in_flight = 0
         self.start = time.perf_counter()
+        self._ahead = 0  # rows that run ahead, whose slots are promised beyond those of the budget
         self.closed = False
         self.finals: list[Final] | None = None
         self.queued = [False, False]  # by the scheduler, for plain and for guided rows
@@ -173,9 +175,21 @@ class Search:
                             break
                         yield chance, i
 
-    def take_ahead(self, i: int) -> Row:
-        """The next row of draw `i`, which waits for an answer, before it is known to be needed."""
+    def take_ahead(self, i: int) -> Row | None:
+        """The next row of draw `i`, which waits for an answer, before it is known to be needed.
+
+        It takes a slot that nobody is promised, until it is known whether it is needed; None if there is none.
+        """
+        if not self.pool.reserve(1):
+            return None
+        self._ahead += 1
         return self._issue(i, ahead=True)
+
+    def _settle(self, row: Row) -> None:
+        """It is known whether a row is needed: if it ran ahead, its slot is promised to nobody any more."""
+        if row.ahead:
+            self._ahead -= 1
+            self.pool.unreserve(1)
 
     def _issue(self, i: int, ahead: bool = False) -> Row:
         turn = self._turns[i]
@@ -185,7 +199,7 @@ class Search:
         prior = turn.prior + child if draw.parent is None else None
         parent = cast("Particle | None", draw.parent)  # one that this search handed to the method
         step, kind = self.plan.arrival(draw), _KINDS[draw.guide is not None]
-        particle = self._particle(step, draw.arrives, parent)
+        particle = self._particle(step, draw.arrives)
         return Row(
             self, step, particle, parent, draw.scored, kind, draw.nfe, key, prior, draw, self.turn, i, child, ahead
         )
@@ -197,11 +211,11 @@ class Search:
         step, *left = final.steps
         final.steps, final.waiting, parent = tuple(left), True, final.particle
         level = max(parent.step + 1, len(self.plan.steps))
-        return Row(self, step, self._particle(step, level, parent), parent, not left, "finish", place=i)
+        return Row(self, step, self._particle(step, level), parent, not left, "finish", place=i)
 
-    def _particle(self, step: Step, level: int, parent: Particle | None) -> Particle:
+    def _particle(self, step: Step, level: int) -> Particle:
         self.in_flight += 1
-        return Particle(level, step, self._lease.take(), -1, None if parent is None else parent.index)
+        return Particle(level, step, self._lease.take(), -1, None)
 
     def deliver(self, row: Row, reward: float | None) -> None:
         """Takes an evaluated row back, and goes on as far as the rows that are back allow."""
@@ -209,8 +223,13 @@ class Search:
         row.particle.reward = reward
         if row.kind == "finish":
             assert self.finals is not None
-            self._record(row)
-            self.finals[row.place].particle, self.finals[row.place].waiting = row.particle, False
+            final = self.finals[row.place]
+            final.rows.append(row)
+            final.particle, final.waiting = row.particle, False
+            if all(not final.steps and not final.waiting for final in self.finals):
+                for final in self.finals:  # finalist after finalist, whichever came first
+                    for finished in final.rows:
+                        self._record(finished)
         elif self.finals is not None or row.turn != self.turn or self._turns[row.place].closed:
             self._drop(row)
         else:
@@ -226,6 +245,7 @@ class Search:
         if turn.sequential and worth(row.particle) > turn.draw.until:
             turn.limit = min(turn.limit, row.child + 1)
         while not turn.closed and (following := turn.judged.pop(len(turn.children), None)) is not None:
+            self._settle(following)
             turn.children.append(following)
             success = turn.sequential and worth(following.particle) > turn.draw.until
             turn.closed = success or len(turn.children) == turn.draw.count
@@ -256,6 +276,7 @@ class Search:
     def _record(self, row: Row) -> None:
         particle, reward = row.particle, row.particle.reward
         particle.index = len(self._history)
+        particle.parent = None if row.parent is None else row.parent.index
         self.committed += row.nfe
         if self.committed > self.plan.request.nfe:
             raise RequestError(
@@ -274,8 +295,10 @@ class Search:
                 self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0])
 
     def _drop(self, row: Row) -> None:
-        """Counts a row that ran and, for the search, does not exist."""
+        """Counts a row that ran and, for the search, does not exist; its slot is free."""
         self.ledger.wasted(row.kind)
+        row.particle.slot.release()
+        self._settle(row)
 
     def _advance(self) -> None:
         """Hands the particles to the method, all its draws being complete, and takes its next draws."""
@@ -302,9 +325,11 @@ class Search:
         ]
         self.method.close()
         for turn in self._turns:
-            for row in (*turn.judged.values(), *turn.children):
+            for row in turn.judged.values():
+                self._drop(row)
+            for row in turn.children:
                 if row.particle.index < 0:
-                    self._drop(row)
+                    self.ledger.wasted(row.kind)
         self._turns, self._sequential, self._best = [], [], []
         self._waiting, self._ready = [0, 0], (deque(), deque())
 
@@ -313,6 +338,8 @@ class Search:
         self.method.close()
         self.closed = True
         self.finals, self._turns, self._sequential, self._best = [], [], [], []
+        self.pool.unreserve(self._ahead)
+        self._ahead = 0
         self._lease.close()  # also of particles that a kept exception or the method's caller still refers to
 
 

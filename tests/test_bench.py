@@ -214,7 +214,8 @@ def test_throughput(tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"][0])
         assert 0 < row["efficiency"] < row["of_parts"] and row["executed_over_committed"] >= 1
         assert row["peak_memory_bytes"] > 2**20 and row["machine"] and row["versions"]["torch"] and row["date"]
-    assert searches["engine"]["judged"] == 26 and searches["diffusers"]["judged"] == 12
+    assert searches["engine"]["decoded"]["full"] >= 26 + 2 and searches["diffusers"]["decoded"] == {"full": 12}
+    assert searches["engine, preview"]["decoded"]["preview"] >= 26 and searches["sequential"]["decoded"] == {"full": 28}
     bare = [row for row in report["rows"] if "bucket" in row]
     assert {row["contender"] for row in bare} == {f"bare {p}" for p in ("transformer", "decode", "reward", "preview")}
     best = 1 / max(row["nfe_per_second"] for row in bare if row["contender"] == "bare transformer")

@@ -1,6 +1,8 @@
 """How an engine is set up to be fast, and what must not change by it."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -230,23 +232,34 @@ def test_recorded_networks_compute_the_same_bits_for_any_number_of_rows(pipeline
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
+def test_a_recording_does_not_outlive_its_networks():
+    model = FluxModel(networks.pipeline(networks.autoencoder(), networks.transformer(), *networks.text_encoders()))
+    model.record(model.geometry(), model.encode([PROMPT])[0])
+    weights = [weakref.ref(model.transformer), weakref.ref(model.vae)]
+    del model
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
+
+
 def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning():
+    nothing = torch.nn.Identity()
+
     def by_rows(x):
         return x * len(x.tolist())  # a constant for the tracer
 
     with pytest.warns(
         RuntimeWarning, match="the thing runs with Python between its operations .*another number of rows"
     ):
-        function = traced(by_rows, (torch.ones(2),), (torch.ones(3),), "thing")
+        function = traced(by_rows, nothing, (torch.ones(2),), (torch.ones(3),), "thing")
     assert function is by_rows
 
     def fails(x):
         raise RuntimeError("no such thing")
 
     with pytest.warns(RuntimeWarning, match="no such thing"):
-        assert traced(fails, (torch.ones(2),), (torch.ones(3),), "thing") is fails
+        assert traced(fails, nothing, (torch.ones(2),), (torch.ones(3),), "thing") is fails
     assert torch.equal(
-        traced(torch.sin, (torch.ones(2),), (torch.ones(3),), "thing")(torch.ones(5)), torch.ones(5).sin()
+        traced(torch.sin, nothing, (torch.ones(2),), (torch.ones(3),), "thing")(torch.ones(5)), torch.ones(5).sin()
     )
 
 

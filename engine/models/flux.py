@@ -142,7 +142,15 @@ class FluxModel:
     @cached_property
     def signature(self) -> str:
         """The networks' configurations: models of the same signature cost the same."""
-        return repr((dict(self.transformer.config), dict(self.vae.config)))
+        light = None if self.light is None else dict(self.light.config)
+        kinds = sorted({f"{type(p).__name__} {p.dtype}" for p in self.transformer.parameters()})
+        return repr(
+            (dict(self.transformer.config), dict(self.vae.config), light, kinds, self.attention, self._compiled)
+        )
+
+    @property
+    def _compiled(self) -> bool:
+        return any(block._compiled_call_impl is not None for block in self.transformer.modules())
 
     def release_text_encoders(self) -> None:
         """Drops the text encoders, and their memory with them; prompts that were not encoded before are refused."""
@@ -253,15 +261,14 @@ class FluxModel:
             z = torch.randn(shape, generator=generator).to(self.vae.dtype)
             return (z.to(memory_format=torch.channels_last),)
 
-        network = partial(self._network, geometry)
-        compiled = any(block._compiled_call_impl is not None for block in self.transformer.modules())
-        self._recorded[geometry] = network if compiled else traced(network, inputs(3), inputs(5), "transformer")
+        network: Callable[..., Tensor] = partial(self._network, geometry)
+        if not self._compiled:
+            network = traced(network, self.transformer, inputs(3), inputs(5), "transformer")
+        self._recorded[geometry] = network
         for decoder in (self.vae, self.light):
             if decoder is not None:
-                whole = partial(_decoded, decoder)
-                self._decoders[decoder, tuple(latents(1)[0].shape[1:])] = traced(
-                    whole, latents(3), latents(5), "decoder"
-                )
+                recorded = traced(partial(_decoded, decoder), decoder, latents(3), latents(5), "decoder")
+                self._decoders[decoder, tuple(latents(1)[0].shape[1:])] = recorded
 
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """See `FlowModel.decode`."""

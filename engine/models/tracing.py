@@ -7,12 +7,25 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = Callable[..., Tensor]
 
 
-def traced(function: Function, example: tuple[Tensor, ...], other: tuple[Tensor, ...], what: str) -> Function:
+class _Recordable(nn.Module):
+    """A function as a module that owns its network: a recorded function would keep the weights for ever."""
+
+    def __init__(self, function: Function, network: nn.Module):
+        super().__init__()
+        self.network, self._function = network, function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._function(*inputs)
+
+
+def traced(
+    function: Function, network: nn.Module, example: tuple[Tensor, ...], other: tuple[Tensor, ...], what: str
+) -> Function:
     """`function`, recorded once (`torch.jit.trace`) and run by torch's own interpreter.
 
     Between two operations of a small network, Python costs as much as the operation, and two threads that run the same
@@ -20,6 +33,7 @@ def traced(function: Function, example: tuple[Tensor, ...], other: tuple[Tensor,
     are the bits. What the recording holds of the networks are their tensors: change them in place or not at all.
 
     Args:
+        network: the module whose weights it uses.
         function: of tensors alone, whose course does not depend on their values nor on the number of rows.
         example: what it is recorded with.
         other: arguments with another number of rows, on which the recording must agree with the function.
@@ -28,15 +42,11 @@ def traced(function: Function, example: tuple[Tensor, ...], other: tuple[Tensor,
     Returns:
         The recording, or with a warning `function` itself where it cannot be recorded for all numbers of rows.
     """
-
-    def plain(*inputs: Tensor) -> Tensor:  # the tracer takes nothing but functions and modules
-        return function(*inputs)
-
     with torch.no_grad():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer warns of each shape that it takes for a constant
-                recorded = partial(_run, torch.jit.trace(plain, example, check_trace=False))
+                recorded = partial(_run, torch.jit.trace(_Recordable(function, network), example, check_trace=False))
             if all(torch.equal(recorded(*inputs), function(*inputs)) for inputs in (example, other)):
                 return recorded
             reason = "the recording computes something else for another number of rows"

@@ -77,7 +77,7 @@ def check_attention(backend: str | None) -> None:
 
 
 def attention(backend: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, attention runs on this backend; without one, on a GPU on any that CUDA graphs can hold."""
-    if backend is not None:
-        return sdpa_kernel(ATTENTION[backend])
-    return sdpa_kernel(_USUAL) if device.type == "cuda" else nullcontext()
+    """Within it, a GPU's attention runs on this backend; without one, on any that CUDA graphs can hold."""
+    if device.type != "cuda":  # torch's switches are the process's, and lanes of a CPU would get into each other's way
+        return nullcontext()
+    return sdpa_kernel(_USUAL if backend is None else ATTENTION[backend])
