@@ -49,7 +49,7 @@ class Job:
         nfe: budget of each prompt.
         steps: of best-of-N.
         device: where.
-        dtype: of the networks; on a CPU float32, which is fastest at one row.
+        dtype: of the networks.
     """
 
     contender: str
@@ -94,7 +94,7 @@ class Job:
 
 
 class Alone:
-    """Runs jobs in a process of its own on a CPU, and in this one on a GPU, whose memory holds one model only."""
+    """Runs jobs in a process of its own on a CPU, and in this one on a GPU."""
 
     def __init__(self, device: torch.device):
         self._pool = ProcessPoolExecutor(1, get_context("spawn")) if device.type == "cpu" else None

@@ -21,7 +21,7 @@ from rollflow.models.flux import FluxModel
 from rollflow.request import Request
 from rollflow.rewards import Reward
 
-LEAST_SECONDS = 0.15  # that a part is timed for, at least, in each repetition
+LEAST_SECONDS = 0.3  # that a part is timed for, at least, in each repetition
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 T = TypeVar("T")
 

@@ -4,7 +4,8 @@ All contenders run in turns, several times; medians count. On a CPU the baseline
 many threads as suit them. The figure of merit is *efficiency*: the time that the bare transformer would need for the
 committed evaluations, at its best batch size on this machine, over the wall time of the search with all that belongs to
 it. `of_parts` is the same with decode and reward, run back to back at their best batch sizes, for every image that was
-judged.
+judged. The sequential loop runs on the first four prompts: it costs the same a prompt however many there are. On a GPU the
+bare parts are eager here; `rollflow bench gpu` also has them as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.request import Request, Result
 
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # batch sizes of the bare parts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Counted = tuple[list[Result], dict[str, int]]  # and how many images each decoder made, for them and in vain
 Run = Callable[[], Timed | Counted]
@@ -85,7 +87,7 @@ class Throughput:
         for engine in engines.values():
             engine.warm_up()
         medium = prompt_sets.load("medium", 100)
-        parts = Parts([*engines.values()][-1], rewards.make("count"), medium[0], [*engines["engine"].buckets()])
+        parts = Parts([*engines.values()][-1], rewards.make("count"), medium[0], SIZES)
         alone, rows = Alone(device), list[dict[str, Any]]()
         for count in self.prompts:
             prompts = [medium[i % len(medium)] for i in range(count)]
@@ -127,15 +129,16 @@ class Throughput:
             base, memory = run.baseline, run.peak_memory_bytes
             committed, executed, images = base.committed_nfe, base.committed_nfe, base.images
             scores: Sequence[float] = base.rewards
-            decoded = {"full": base.decodes}
+            decoded, run_on = {"full": base.decodes}, base.images
         else:
             results, decoded = run
             committed, executed = (sum(getattr(r, f) for r in results) for f in ("committed_nfe", "executed_nfe"))
-            images, scores = len(results), [r.reward for r in results]
+            images, scores, run_on = len(results), [r.reward for r in results], prompts
         median = statistics.median(seconds)
         return {
             "contender": name,
             "prompts": prompts,
+            "prompts_run": run_on,
             "method": "bon" if "bon" in name or name == "diffusers" else "rbf" if name == "sequential" else self.method,
             "committed_nfe": committed,
             "decoded": decoded,
@@ -145,7 +148,7 @@ class Throughput:
             "milliseconds_per_nfe": 1000 * median / committed,
             "executed_over_committed": executed / committed,
             "peak_memory_bytes": memory,
-            "mean_reward": statistics.fmean(scores),
+            "mean_reward": statistics.fmean(scores) if run_on == prompts else None,
             **({"threads": run.threads} if isinstance(run, Timed) else {}),
         }
 
@@ -162,6 +165,7 @@ class Throughput:
 
 def _counted(engine: Engine, requests: list[Request]) -> Counted:
     engine.ledger.clear()
+    engine.forget_prompts()  # the others encode theirs in every run
     return engine.generate(requests), dict(engine.ledger.decoded)
 
 

@@ -231,6 +231,11 @@ class Engine:
         self.model.release_text_encoders()
         self._released = True
 
+    def forget_prompts(self) -> None:
+        """Drops the encoded prompts that it keeps for later calls."""
+        if not self._released:
+            self._conditioning.clear()
+
     def _encode(self, prompts: Iterable[str]) -> None:
         for prompt in prompts:
             if prompt not in self._conditioning:  # encoded alone, so that its bits do not depend on its company

@@ -120,10 +120,9 @@ def test_decisions_are_the_same_however_far_rows_run_ahead(seed, success, lanes,
     ]
     reward = script_of(seed, success)
     sequential, _ = drive(requests, Scripted(reward, lanes=1, buckets=(1,), eager=False))
-    ahead, ledger = drive(requests, Scripted(reward, lanes=lanes, seed=seed))
+    ahead, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed))
     together, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed + 1, parallel=False))
     assert repr(sequential) == repr(ahead) == repr(together)  # repr, so that NaN equals NaN
-    assert sum(ledger.executed.values()) == ledger.executed["committed"] + ledger.executed["speculative"]
 
 
 def test_rows_run_ahead_and_what_is_not_needed_is_wasted_and_counted():
