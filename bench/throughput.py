@@ -82,8 +82,8 @@ class Throughput:
         dtype = DTYPES[self.dtype]
         engines = {"engine": Engine.from_pretrained(self.model, device, dtype, lanes=self.lanes)}
         if self.preview:
-            options = {"preview": True, "lanes": self.lanes}
-            engines["engine, preview"] = Engine.from_pretrained(self.model, device, dtype, **options)
+            light = Engine.from_pretrained(self.model, device, dtype, preview=True, lanes=self.lanes)
+            engines["engine, preview"] = light
         for engine in engines.values():
             engine.warm_up()
         medium = prompt_sets.load("medium", 100)
