@@ -348,8 +348,8 @@ class Runner:
             scores = reward(images, prompts + prompts[:1] * max(0, missing))
         if scores.shape != (len(images),):
             raise RequestError(
-                f"the reward {reward.name} returned a tensor of shape {tuple(scores.shape)} for {len(images)} images: it "
-                f"must return one score an image, shape ({len(images)},)"
+                f"the reward {reward.name} returned a tensor of shape {tuple(scores.shape)} for {len(images)} images: "
+                f"it must return one score an image, shape ({len(images)},)"
             )
         return scores[: len(prompts)]
 
