@@ -15,6 +15,7 @@ from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
 from rollflow.bench.kernel_bandwidth import Kernels
 from rollflow.bench.overhead import Overhead
+from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "throughput": Throughput,
     "scaling": Scaling,
     "overhead": Overhead,
+    "preview": Preview,
     "kernels": Kernels,
     "gpu": Gpu,
     "compare": Compare,

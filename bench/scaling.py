@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,9 +58,9 @@ class Scaling:
             requests = [
                 Request(medium[i % len(medium)], nfe=self.nfe, method=self.method, seed=i) for i in range(count)
             ]
-            runs[str(count)] = partial(engine.generate, requests)
+            runs[str(count)] = partial(_run, engine, requests)
         seconds, results, memory = in_turns(runs, self.repetitions)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, times in seconds.items():
             committed = sum(result.committed_nfe for result in results[name])
             rows.append(
@@ -90,3 +91,7 @@ class Scaling:
         console.print(table)
         if self.json:
             self.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+
+
+def _run(engine: Engine, requests: list[Request]) -> list[Result]:
+    return engine.generate(requests)

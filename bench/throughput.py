@@ -4,8 +4,8 @@ All contenders run in turns, several times; medians count. On a CPU the baseline
 many threads as suit them. The figure of merit is *efficiency*: the time that the bare transformer would need for the
 committed evaluations, at its best batch size on this machine, over the wall time of the search with all that belongs to
 it. `of_parts` is the same with decode and reward, run back to back at their best batch sizes, for every image that was
-judged. The sequential loop runs on the first four prompts: it costs the same a prompt however many there are. On a GPU the
-bare parts are eager here; `rollflow bench gpu` also has them as CUDA graphs.
+decoded. The sequential loop runs on the first four prompts: it costs the same a prompt however many there are. On a GPU
+the bare parts are eager here; `rollflow bench gpu` also has them as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Throughput:
         dtype = DTYPES[self.dtype]
         engines = {"engine": Engine.from_pretrained(self.model, device, dtype, lanes=self.lanes)}
         if self.preview:
-            options = {"preview": True, "lanes": self.lanes}
-            engines["engine, preview"] = Engine.from_pretrained(self.model, device, dtype, **options)
+            light = Engine.from_pretrained(self.model, device, dtype, preview=True, lanes=self.lanes)
+            engines["engine, preview"] = light
         for engine in engines.values():
             engine.warm_up()
         medium = prompt_sets.load("medium", 100)

@@ -122,8 +122,9 @@ def main() -> None:
     training[held] = False
     rows = training.nonzero().squeeze(1)
     torch.manual_seed(recipe.seed)
-    vae = Engine.from_pretrained(MODELS[0], device="cpu").model.pipeline.vae
-    model = network(vae).to(memory_format=torch.channels_last)
+    full = Engine.from_pretrained(MODELS[0], device="cpu").model
+    assert isinstance(full, FluxModel)
+    model = network(full.vae).to(memory_format=torch.channels_last)
     model.encoder.requires_grad_(False)
     canvas = torch.tensor(shapes.CANVAS).view(1, 3, 1, 1) * 2 - 1
 

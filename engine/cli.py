@@ -214,7 +214,7 @@ class ModelOptions:
                 f"device {self.device!r}: choose cpu, or cuda or cuda:N where torch finds one"
             ) from error
         silence()
-        dtype = getattr(torch, self.dtype) if self.dtype not in (None, "auto") else self.dtype
+        dtype: Any = getattr(torch, self.dtype) if self.dtype not in (None, "auto") else self.dtype
         return rollflow.Engine.from_pretrained(
             self.model, device, dtype, preview=self.preview, compile=self.compile, reproducible=self.reproducible
         )

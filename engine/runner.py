@@ -345,7 +345,13 @@ class Runner:
         judged = _called(reward)
         free: AbstractContextManager[Any] = nullcontext()
         with free if getattr(judged, "concurrent", False) else self._locks.of(judged):
-            return reward(images, prompts + prompts[:1] * max(0, missing))[: len(prompts)]
+            scores = reward(images, prompts + prompts[:1] * max(0, missing))
+        if scores.shape != (len(images),):
+            raise RequestError(
+                f"the reward {reward.name} returned a tensor of shape {tuple(scores.shape)} for {len(images)} images: "
+                f"it must return one score an image, shape ({len(images)},)"
+            )
+        return scores[: len(prompts)]
 
     @torch.no_grad()
     def _run_images(self, searches: list[Search], report: Reporter) -> None:

@@ -140,14 +140,16 @@ class Scheduler:
             report.work.clear()
             raise report.error
         assert report.results is not None
-        over, touched = [], {}
-        for work, result in zip(report.work, report.results, strict=True):
-            if isinstance(work, Search):
-                over.append((work, result))
+        over: list[tuple[Search, Outcome]] = []
+        touched: dict[Search, None] = {}
+        for i, result in enumerate(report.results):
+            done = report.work[i]
+            if isinstance(done, Search):
+                over.append((done, result))
             else:
-                work.search.deliver(work, result)
+                done.search.deliver(done, result)
                 self.news = True
-                touched[work.search] = None
+                touched[done.search] = None
         report.work.clear()  # the thread that ran it may still hold the list, and with it slots
         for search in touched:
             self._enqueue(search)

@@ -13,6 +13,7 @@ from rollflow.bench import contenders, figures, intervals, probes, prompt_sets, 
 from rollflow.bench.compare import Compare
 from rollflow.bench.contenders import Contender
 from rollflow.bench.overhead import Overhead
+from rollflow.bench.preview_quality import Preview
 from rollflow.bench.rows import KEY, Rows
 from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
@@ -223,6 +224,15 @@ def test_throughput(tmp_path, capsys):
     assert row["efficiency"] == pytest.approx(26 * best / row["seconds"][0], rel=1e-6)
     assert plot.stat().st_size > 10_000 and "sequential" in capsys.readouterr().out
     Compare(file, file)()  # every row is known by its keys, and nothing got worse
+
+
+def test_preview_quality(tmp_path, capsys):
+    file = tmp_path / "preview.json"
+    Preview(sets=("medium",), methods=("bon",), prompts=3, nfe=10, json=file)()
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["difference"][0] == pytest.approx(row["preview"] - row["full"])
+    assert row["difference"][1] <= row["difference"][0] <= row["difference"][2]
+    assert "bon" in capsys.readouterr().out
 
 
 def test_scaling_and_overhead(tmp_path, capsys):

@@ -61,5 +61,6 @@ def traced(
 
 
 def _run(recorded: Function, *inputs: Tensor) -> Tensor:
-    with torch.jit.optimized_execution(False):  # the optimiser would look at every new batch size, and changes nothing
+    # The optimiser would look at every new batch size, and changes nothing.
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         return recorded(*inputs)

@@ -40,7 +40,8 @@ def compile_blocks(transformer: nn.Module, how: str | None) -> None:
     if not getattr(transformer, "_repeated_blocks", None):
         raise ModelError(f"compile={how!r}: a {type(transformer).__name__} does not say which blocks it repeats")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILES)
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    repeated: Any = transformer  # diffusers' own method
+    repeated.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def quantize(transformer: nn.Module, how: str | None) -> None:
