@@ -69,7 +69,8 @@ class Engine:
         preview: judge particles on the model's light decoder (`FlowModel.preview`), and decode only finalists in full.
             Guided methods take their gradients through the full one.
         reproducible: one bucket, and lanes and threads that do not depend on a measurement: a request's result is the
-            same, bit for bit, in every engine on this device and under any load.
+            same, bit for bit, in every engine on this device and under any load. It costs time: a single request then
+            runs padded batches.
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
             size. It takes a model of tensors alone (`FluxModel.collate` and `FluxModel.forward`); others run without.
 
@@ -90,10 +91,8 @@ class Engine:
         reproducible: bool = False,
         graphs: bool = True,
     ):
-        if buckets is not None and (not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1):
-            raise RequestError(f"buckets={buckets!r}: they must be ascending batch sizes of at least 1")
-        if reproducible and buckets is not None and len(buckets) > 1:
-            raise RequestError(f"buckets={buckets!r}: a reproducible engine has a single batch size")
+        if buckets is not None:
+            buckets = _checked_buckets(buckets, reproducible)
         self.model = FluxModel(model) if isinstance(model, FluxPipeline) or not hasattr(model, "velocity") else model
         if preview and not _has_preview(self.model):
             raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
@@ -147,6 +146,10 @@ class Engine:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RequestError(f"device {str(device)!r}: torch finds no CUDA device here; choose cpu")
+        if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
+            raise RequestError(f"dtype={dtype!r}: it must be a torch.dtype, such as torch.bfloat16, or 'auto'")
         if dtype == "auto":
             dtype = warmup.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -209,12 +212,13 @@ class Engine:
                 self.warm_up(geometry.height, geometry.width)
         return prepared
 
-    def encode(self, prompts: Sequence[str]) -> None:
+    def encode(self, prompts: str | Sequence[str]) -> None:
         """Encodes prompts that requests will come for, each distinct one once.
 
         Raises:
             RequestError: a prompt that the model cannot read.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in prompts:
             if prompt not in self._conditioning:
                 self.model.check_prompt(prompt)
@@ -377,6 +381,17 @@ class Engine:
             seconds=time.perf_counter() - search.start,
             request=request,
         )
+
+
+def _checked_buckets(buckets: Any, reproducible: bool) -> list[int]:
+    if not isinstance(buckets, Iterable) or isinstance(buckets, str):
+        raise RequestError(f"buckets={buckets!r}: they must be a list of ascending batch sizes of at least 1")
+    sizes = [whole("each of the buckets", bucket, 1) for bucket in buckets]
+    if not sizes or sizes != sorted(set(sizes)):
+        raise RequestError(f"buckets={sizes}: they must be ascending batch sizes of at least 1")
+    if reproducible and (len(sizes) > 1 or sizes[0] % 8):
+        raise RequestError(f"buckets={sizes}: a reproducible engine has a single batch size, a multiple of 8")
+    return sizes
 
 
 def _has_preview(model: FlowModel) -> bool:

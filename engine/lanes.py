@@ -55,6 +55,9 @@ class Lanes:
         ready.wait()
         torch.set_num_threads(usual)  # ... and not of threads that others start later
 
+    def __repr__(self) -> str:
+        return f"Lanes(count={self.count}, threads={self.threads})"
+
     def run(self, work: Callable[..., T], *args: Any) -> Future[T]:
         """Does `work` on a lane."""
         return self._lanes.submit(work, *args)

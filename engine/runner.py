@@ -342,6 +342,7 @@ class Runner:
         missing = self.buckets[-1] - len(prompts) if len(self.buckets) == 1 else 0
         if missing > 0:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
         judged = _called(reward)
         free: AbstractContextManager[Any] = nullcontext()
         with free if getattr(judged, "concurrent", False) else self._locks.of(judged):

@@ -202,7 +202,8 @@ def test_claims_are_compared_where_both_sides_are_there(tmp_path):
     assert lines[3].endswith("| +0 [+0, +0] |")
 
 
-def test_throughput(tmp_path, capsys):
+def test_throughput(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rollflow.bench.measure.LEAST_SECONDS", 0.01)
     file, plot = tmp_path / "throughput.json", tmp_path / "throughput.png"
     Throughput(prompts=(2,), nfe=13, steps=2, repetitions=1, json=file, plot=plot)()
     report = json.loads(file.read_text())

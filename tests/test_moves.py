@@ -55,7 +55,7 @@ class Particle:
 
 
 def state(particle):
-    return particle.slot._pool.x[particle.slot.index].clone()
+    return particle.slot._lease._pool.x[particle.slot.index].clone()
 
 
 def run(draws_of, seeds=range(1), reward=lambda images, prompts: images.mean((1, 2, 3)), **options):

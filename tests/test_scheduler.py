@@ -102,7 +102,7 @@ def script_of(seed, success):
     return reward
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**20),
     success=st.floats(0, 1),

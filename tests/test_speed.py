@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny, FluxPipeline
 
 from rollflow import warmup
 from rollflow.bench import shapes_networks as networks
-from rollflow.engine import REPRODUCIBLE_BUCKET, Engine
+from rollflow.engine import REPRODUCIBLE_BUCKET, Engine, _checked_buckets
 from rollflow.errors import ModelError, RequestError
 from rollflow.lanes import Lanes, Locks
 from rollflow.models import Geometry, folder
@@ -133,10 +133,16 @@ def test_a_reproducible_engine_has_one_bucket_and_its_results_do_not_depend_on_t
     others = [Request("a blue triangle", nfe=20 + i, steps=3, seed=i) for i in range(9)]
     found = [Engine(pipeline, reproducible=True).generate(load)[0] for load in ([mine], [mine, *others])]
     assert torch.equal(found[0].pixels, found[1].pixels) and found[0].history == found[1].history
+    soft = Request(PROMPT, nfe=24, steps=4, seed=3, reward="soft_count", method="smc")
+    mates = [Request("a blue triangle", nfe=20 + i, seed=i, reward=("soft_count", "count")[i % 2]) for i in range(7)]
+    found = [Engine(pipeline, reproducible=True).generate(load)[0] for load in ([soft], [soft, *mates])]
+    assert torch.equal(found[0].pixels, found[1].pixels) and found[0].history == found[1].history
     engine = Engine(pipeline, reproducible=True)
     assert [*engine.buckets()] == [REPRODUCIBLE_BUCKET]
     with pytest.raises(RequestError, match="a reproducible engine has a single batch size"):
         Engine(pipeline, reproducible=True, buckets=(8, 16))
+    with pytest.raises(RequestError, match="a multiple of 8"):
+        Engine(pipeline, reproducible=True, buckets=(5,))
 
 
 def test_the_callers_number_of_threads_stays_as_it_is():
@@ -155,6 +161,9 @@ def test_lanes_and_threads_that_cannot_be():
     for options, what in (({"lanes": 0}, "lanes=0"), ({"threads": 0}, "threads=0"), ({"buckets": (4, 2)}, "ascending")):
         with pytest.raises(RequestError, match=what):
             Engine(Misleading(), **options)
+    for buckets in (8, "abc", [2.5], [], [0]):
+        with pytest.raises(RequestError, match="buckets"):
+            _checked_buckets(buckets, False)
     assert Engine(Misleading(), lanes=3, threads=1).lanes.count == 3
 
 
