@@ -48,11 +48,6 @@ class CostModel:
         """The smallest bucket that holds `rows`, which are at most as many as the largest does."""
         return self._buckets[rows]
 
-    @property
-    def best(self) -> int:
-        """The bucket with the most rows a second."""
-        return max(self.seconds, key=lambda bucket: bucket / self.seconds[bucket])
-
     def rows(self, certain: int, ahead: Sequence[float], lanes: int = 1) -> int:
         """How many rows to run now, spread over `lanes` batches at once: those for which the time until all the rows
         are done that turn out to be needed is expected to be shortest, if the rest runs in one go thereafter.
