@@ -19,8 +19,8 @@ from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
-from rollflow.cli import silence
 from rollflow.errors import RollflowError
+from rollflow.models import silence
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "throughput": Throughput,

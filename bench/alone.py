@@ -19,8 +19,7 @@ from diffusers import FluxPipeline
 from rollflow import rewards
 from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
 from rollflow.bench.measure import peak_memory
-from rollflow.cli import silence
-from rollflow.models import traits
+from rollflow.models import silence, traits
 from rollflow.models.flux import load
 from rollflow.request import Request
 

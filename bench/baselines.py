@@ -22,8 +22,10 @@ from rollflow.errors import RequestError
 from rollflow.methods.budget import whole
 from rollflow.models import Traits
 from rollflow.models.flux import FluxModel
-from rollflow.request import Plan, Record, Request, Step, plan
+from rollflow.plan import Plan, plan
+from rollflow.request import Record, Request
 from rollflow.rewards import Reward
+from rollflow.sde import Step
 
 Noise = Callable[[int], Tensor]
 DRAWS = CHILDREN = 2**20  # of a turn and of a draw: how the engine counts its noise keys

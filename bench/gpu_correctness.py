@@ -17,14 +17,14 @@ from torch import Tensor
 
 from rollflow import kernels
 from rollflow.bench.gpu_parts import Deadline, Row, capture
+from rollflow.device.runner import PADDING, Runner
+from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.kernels import reference
-from rollflow.lanes import Lanes
 from rollflow.models.flux import FluxModel, load
-from rollflow.particle import ParticlePool
-from rollflow.profile import Ledger
+from rollflow.profile.ledger import Ledger
 from rollflow.request import Request
-from rollflow.runner import PADDING, Runner
+from rollflow.schedule.pool import ParticlePool
 
 FLOOR = 4e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -22,7 +22,7 @@ from rollflow import rewards
 from rollflow.bench import geometries, kernel_bandwidth, prompt_sets
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
 from rollflow.bench.measure import resident_memory
-from rollflow.graphs import Capture, Captured, cuda_capture
+from rollflow.device.cuda_graphs import Capture, Captured, cuda_capture
 from rollflow.models import tuning
 from rollflow.models.flux import FluxModel
 
@@ -103,7 +103,7 @@ def allocated(device: torch.device) -> int:
 
 
 def called_again(function: Callable[[], Tensor], pool: Any) -> Captured:
-    """Stands in for `rollflow.graphs.cuda_capture` where there is no CUDA: a replay calls the function again."""
+    """Stands in for `rollflow.device.cuda_graphs.cuda_capture` without CUDA: a replay calls the function again."""
     output = function()
 
     def replay() -> None:

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
+from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
-from rollflow.lanes import Lanes
 from rollflow.models.flux import FluxModel
 from rollflow.request import Request
 from rollflow.rewards import Reward

@@ -13,10 +13,10 @@ from scipy import stats
 
 from rollflow import interpolant
 from rollflow.bench import contenders, intervals
+from rollflow.draw import Draw
 from rollflow.engine import Engine
 from rollflow.methods.budget import Search
 from rollflow.methods.paths import flat
-from rollflow.particle import Draw
 from rollflow.request import Request
 
 Row = dict[str, Any]

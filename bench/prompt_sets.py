@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from rollflow import shapes
 from rollflow.errors import RequestError
+from rollflow.models import world
 
 SETS = {"easy": (1, 2), "medium": (4, 6), "hard": (7, 9)}  # objects, from and to
 GROUPS = {"easy": 2, "medium": 2, "hard": 3}  # at most
@@ -47,10 +47,10 @@ def make(seen: set[str], seed: int) -> dict[str, list[str]]:
         chosen: dict[str, None] = {}
         while len(chosen) < SIZE:
             total = int(rng.integers(least, most + 1))
-            groups = shapes.random_groups(rng, total, int(rng.integers(1, min(GROUPS[name], total) + 1)))
-            wordings = shapes.WORDINGS if name == "hard" else NEW_WORDINGS
+            groups = world.random_groups(rng, total, int(rng.integers(1, min(GROUPS[name], total) + 1)))
+            wordings = world.WORDINGS if name == "hard" else NEW_WORDINGS
             wording = wordings[int(rng.integers(len(wordings)))]
-            prompt = wording.format(groups=shapes.prompt(groups))
+            prompt = wording.format(groups=world.prompt(groups))
             if prompt not in seen:
                 chosen[prompt] = None
         sets[name] = list(chosen)

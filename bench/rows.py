@@ -108,7 +108,7 @@ def _limit(threads: int) -> None:
 @lru_cache(maxsize=1)
 def engine_of(model: str) -> Engine:
     """The engine of this process, loaded once."""
-    from rollflow.cli import silence
+    from rollflow.models import silence
 
     silence()
     return Engine.from_pretrained(model)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from rollflow.shapes import SIZE, words
+from rollflow.models.world import SIZE, words
 
 TEXT_TOKENS = 16  # the longest prompt of the world has 15 words and marks
 LATENT_CHANNELS = 8

@@ -20,13 +20,13 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rollflow import shapes
+from rollflow.models import world
 from rollflow.rewards.classifier import CHANNELS, STRIDE, WEIGHTS, CountNet
 
-CELLS = shapes.SIZE // STRIDE
+CELLS = world.SIZE // STRIDE
 OTHER = CHANNELS - 1
-_Y, _X = np.mgrid[: shapes.SIZE, : shapes.SIZE].astype(np.float32) + 0.5
-_COLORS = np.array([shapes.PALETTE[color] for color in shapes.COLORS], np.float32)
+_Y, _X = np.mgrid[: world.SIZE, : world.SIZE].astype(np.float32) + 0.5
+_COLORS = np.array([world.PALETTE[color] for color in world.COLORS], np.float32)
 
 Rng = np.random.Generator
 
@@ -46,10 +46,10 @@ class Recipe:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_scene(rng: Rng) -> shapes.Scene:
+def random_scene(rng: Rng) -> world.Scene:
     """One to nine objects in one to three classes, every number equally often."""
-    total = int(rng.integers(1, shapes.MAX_OBJECTS + 1))
-    return shapes.random_scene(rng, shapes.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1))))
+    total = int(rng.integers(1, world.MAX_OBJECTS + 1))
+    return world.random_scene(rng, world.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1))))
 
 
 # Distractors: each draws something of radius about r at offsets (dx, dy) of its centre: ink [64, 64], colour [..., 3].
@@ -57,7 +57,7 @@ Drawing = tuple[np.ndarray, np.ndarray]
 
 
 def _any(rng: Rng) -> str:
-    return shapes.SHAPES[rng.integers(len(shapes.SHAPES))]
+    return world.SHAPES[rng.integers(len(world.SHAPES))]
 
 
 def _color(rng: Rng) -> np.ndarray:
@@ -74,36 +74,36 @@ def two_colors(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
     """A shape that is half of one colour and half of another, with a sharp or a soft border."""
     first, second = _COLORS[rng.permutation(len(_COLORS))[:2]]
     share = np.clip(0.5 + rng.choice([0.1, 1.0]) * (_side(rng, dx, dy) + rng.uniform(-0.35, 0.35) * r), 0, 1)[..., None]
-    return shapes.coverage(_any(rng), dx, dy, r), share * first + (1 - share) * second
+    return world.coverage(_any(rng), dx, dy, r), share * first + (1 - share) * second
 
 
 def scrap(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
     """A shape that is too small."""
-    return shapes.coverage(_any(rng), dx, dy, rng.uniform(1.5, 3.2)), _color(rng)
+    return world.coverage(_any(rng), dx, dy, rng.uniform(1.5, 3.2)), _color(rng)
 
 
 def ghost(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
     """A shape that is hardly there."""
-    return rng.uniform(0.25, 0.55) * shapes.coverage(_any(rng), dx, dy, r), _color(rng)
+    return rng.uniform(0.25, 0.55) * world.coverage(_any(rng), dx, dy, r), _color(rng)
 
 
 def ring(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
     """A shape with a hole."""
     shape = _any(rng)
-    inner = shapes.coverage(shape, dx, dy, rng.uniform(0.35, 0.7) * r)
-    return shapes.coverage(shape, dx, dy, r) - inner, _color(rng)
+    inner = world.coverage(shape, dx, dy, rng.uniform(0.35, 0.7) * r)
+    return world.coverage(shape, dx, dy, r) - inner, _color(rng)
 
 
 def half(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
     """Half a disc."""
-    return np.minimum(shapes.coverage("circle", dx, dy, r), np.clip(0.5 - _side(rng, dx, dy), 0, 1)), _color(rng)
+    return np.minimum(world.coverage("circle", dx, dy, r), np.clip(0.5 - _side(rng, dx, dy), 0, 1)), _color(rng)
 
 
 def ellipse(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
     """A disc or a square that is clearly stretched along a random direction."""
     stretch, angle = rng.uniform(1.4, 2.2) ** 0.5, rng.uniform(0, np.pi)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-    return shapes.coverage(rng.choice(["circle", "square"]), u / stretch, v * stretch, r / 1.2), _color(rng)
+    return world.coverage(rng.choice(["circle", "square"]), u / stretch, v * stretch, r / 1.2), _color(rng)
 
 
 def melted(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
@@ -118,16 +118,16 @@ def melted(rng: Rng, dx: np.ndarray, dy: np.ndarray, r: float) -> Drawing:
 DISTRACTORS: tuple[Callable[..., Drawing], ...] = (two_colors, scrap, ghost, ring, half, ellipse, melted)
 
 
-def _merge(rng: Rng, scene: shapes.Scene, image: np.ndarray) -> tuple[float, float] | None:
+def _merge(rng: Rng, scene: world.Scene, image: np.ndarray) -> tuple[float, float] | None:
     """Grows a second object onto the first one of the scene, if there is room; returns the centre of the pair."""
     r, angle = rng.uniform(5.0, 8.0), rng.uniform(0, 2 * np.pi)
     away = rng.uniform(0.75, 0.95) * (r + scene.radius[0])
     x, y = scene.x[0] + away * np.cos(angle), scene.y[0] + away * np.sin(angle)
     free = np.hypot(scene.x[1:] - x, scene.y[1:] - y) > 1.35 * (scene.radius[1:] + r) + 2
-    if not (free.all() and 10 < x < shapes.SIZE - 10 and 10 < y < shapes.SIZE - 10):
+    if not (free.all() and 10 < x < world.SIZE - 10 and 10 < y < world.SIZE - 10):
         return None
-    color = _COLORS[scene.kind[0] // len(shapes.SHAPES)] if rng.random() < 0.6 else _color(rng)
-    ink = shapes.coverage(_any(rng), _X - x, _Y - y, r)[..., None]
+    color = _COLORS[scene.kind[0] // len(world.SHAPES)] if rng.random() < 0.6 else _color(rng)
+    ink = world.coverage(_any(rng), _X - x, _Y - y, r)[..., None]
     image[:] = (1 - ink) * image + ink * color
     return (scene.x[0] + x) / 2, (scene.y[0] + y) / 2
 
@@ -138,9 +138,9 @@ def sample(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     mixed = rng.random() < 0.5
     odd = rng.random(len(scene.kind)) < (0.3 if mixed else 0.0)
     kept = [v[~odd] for v in (scene.kind, scene.x, scene.y, scene.radius)]
-    image = shapes.render(shapes.Scene(*kept))
+    image = world.render(world.Scene(*kept))
     kind, x, y = (list(v) for v in kept[:3])
-    reach = scene.radius * [shapes.EXTENT[shapes.CLASSES[k][1]] for k in scene.kind]  # a distractor keeps within it
+    reach = scene.radius * [world.EXTENT[world.CLASSES[k][1]] for k in scene.kind]  # a distractor keeps within it
     for cx, cy, r in zip(scene.x[odd], scene.y[odd], np.maximum(reach[odd] / 1.35, 4.5), strict=True):
         ink, color = DISTRACTORS[rng.integers(len(DISTRACTORS))](rng, _X - cx, _Y - cy, r)
         image = (1 - ink[..., None]) * image + ink[..., None] * color
@@ -163,7 +163,7 @@ def heat_map(kind: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur, one standard deviation (pixels) an image, as a product with two banded matrices."""
-    grid = torch.arange(shapes.SIZE, device=images.device, dtype=torch.float32)
+    grid = torch.arange(world.SIZE, device=images.device, dtype=torch.float32)
     kernel = torch.exp(-((grid[:, None] - grid) ** 2) / (2 * sigma.clamp_min(0.05).view(-1, 1, 1) ** 2))
     kernel = (kernel / kernel.sum(2, keepdim=True)).unsqueeze(1)
     return kernel @ images @ kernel.mT
@@ -177,8 +177,8 @@ def perturb(images: Float[Tensor, "image 3 64 64"], rng: torch.Generator, streng
         draw = torch.rand(n, *shape, generator=rng).to(images.device)
         return strength * (low + (high - low) * draw)
 
-    coarse = uniform(2, 9, 9, low=-0.7, high=0.7) * (2 / shapes.SIZE) * (uniform(1, 1, 1) > 0.5)
-    shift = F.interpolate(coarse, size=shapes.SIZE, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    coarse = uniform(2, 9, 9, low=-0.7, high=0.7) * (2 / world.SIZE) * (uniform(1, 1, 1) > 0.5)
+    shift = F.interpolate(coarse, size=world.SIZE, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     grid = F.affine_grid(torch.eye(2, 3, device=images.device).expand(n, 2, 3), list(images.shape), align_corners=False)
     warped = F.grid_sample(images, grid + shift, padding_mode="border", align_corners=False)
     tinted = warped * (1 + uniform(3, 1, 1, low=-0.05, high=0.05)) + uniform(3, 1, 1, low=-0.02, high=0.02)
@@ -242,7 +242,7 @@ def main() -> None:
     rng, noise = np.random.default_rng(recipe.seed + 1_000_003), torch.Generator().manual_seed(recipe.seed + 1)
     scenes = [random_scene(rng) for _ in range(recipe.test)]
     counts = torch.tensor(np.array([[*scene.counts(), 0] for scene in scenes]))
-    images = shapes.render_batch(scenes).to(recipe.device)
+    images = world.render_batch(scenes).to(recipe.device)
     print(f"exact counts, clean: {accuracy(net, images, counts):.4f}")
     print(f"exact counts, perturbed: {accuracy(net, perturb(images, noise), counts):.4f}")
     samples = batch(rng, noise, replace(recipe, batch=recipe.test))

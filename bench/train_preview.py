@@ -21,10 +21,10 @@ import tyro
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from rollflow import shapes
 from rollflow.bench.train_shapes import random_request
 from rollflow.bench.training import Run
 from rollflow.engine import Engine
+from rollflow.models import world
 from rollflow.models.flux import FluxModel
 from rollflow.rewards.count import CountReward
 
@@ -78,7 +78,7 @@ def latents(recipe: Recipe) -> tuple[Tensor, list[str]]:
     for source in range(1 + len(engines)):
         for _ in range(recipe.scenes // 64):
             wanted = [random_request(rng) for _ in range(64)]
-            images = shapes.render_batch([shapes.random_scene(rng, groups) for groups, _ in wanted])
+            images = world.render_batch([world.random_scene(rng, groups) for groups, _ in wanted])
             model = engines[max(0, source - 1)].model
             assert isinstance(model, FluxModel)
             clean = model.vae.encode(images * 2 - 1).latent_dist.mode()
@@ -126,7 +126,7 @@ def main() -> None:
     assert isinstance(full, FluxModel)
     model = network(full.vae).to(memory_format=torch.channels_last)
     model.encoder.requires_grad_(False)
-    canvas = torch.tensor(shapes.CANVAS).view(1, 3, 1, 1) * 2 - 1
+    canvas = torch.tensor(world.CANVAS).view(1, 3, 1, 1) * 2 - 1
 
     def loss() -> Tensor:
         pick = rows[torch.randint(len(rows), (recipe.batch,), generator=run.rng)]

@@ -30,9 +30,9 @@ import tyro
 from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 
-from rollflow import shapes
 from rollflow.bench import shapes_networks as networks
 from rollflow.bench.training import Run, wait
+from rollflow.models import world
 from rollflow.rewards.count import CountReward, parse
 
 STAGES = ("data", "autoencoder", "flow", "rectify", "save")
@@ -68,23 +68,23 @@ class Recipe:
     """Rows of a flow or rectify step, over all ranks."""
 
 
-def random_request(rng: np.random.Generator) -> tuple[list[shapes.Group], str]:
+def random_request(rng: np.random.Generator) -> tuple[list[world.Group], str]:
     """Groups and a prompt as the training set has them."""
     total = 1 + int(rng.choice(len(OBJECTS), p=OBJECTS / OBJECTS.sum()))
-    groups = shapes.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1)))
-    return groups, shapes.prompt(groups, int(rng.integers(len(shapes.WORDINGS))))
+    groups = world.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1)))
+    return groups, world.prompt(groups, int(rng.integers(len(world.WORDINGS))))
 
 
 def data(recipe: Recipe) -> None:
     """Renders the scenes: images.npy (uint8 [scene, 3, 64, 64]) and prompts.json."""
     run, rng = Run(recipe.work, "data", recipe.seed), np.random.default_rng(recipe.seed)
     images = np.lib.format.open_memmap(
-        recipe.work / "images.npy", "w+", dtype=np.uint8, shape=(recipe.scenes, 3, shapes.SIZE, shapes.SIZE)
+        recipe.work / "images.npy", "w+", dtype=np.uint8, shape=(recipe.scenes, 3, world.SIZE, world.SIZE)
     )
     prompts = []
     for i in range(recipe.scenes):
         groups, prompt = random_request(rng)
-        images[i] = (shapes.render(shapes.random_scene(rng, groups)).transpose(2, 0, 1) * 255).round().astype(np.uint8)
+        images[i] = (world.render(world.random_scene(rng, groups)).transpose(2, 0, 1) * 255).round().astype(np.uint8)
         prompts.append(prompt)
     (recipe.work / "prompts.json").write_text(json.dumps(prompts))
     run.log(scenes=recipe.scenes)
@@ -104,7 +104,7 @@ def autoencoder(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     vae = networks.autoencoder().to(recipe.device)
     source = batches(recipe, run.rng, 32)
-    canvas = torch.tensor(shapes.CANVAS, device=recipe.device).view(1, 3, 1, 1) * 2 - 1
+    canvas = torch.tensor(world.CANVAS, device=recipe.device).view(1, 3, 1, 1) * 2 - 1
 
     def loss() -> Tensor:
         images = next(source)
@@ -154,7 +154,7 @@ def pack(latents: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, tokens: Tensor) -> Tensor:
     """Tokens to images [row, 3, 64, 64] in [0, 1]."""
-    latents = FluxPipeline._unpack_latents(tokens, shapes.SIZE, shapes.SIZE, 8)
+    latents = FluxPipeline._unpack_latents(tokens, world.SIZE, world.SIZE, 8)
     return (vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5).clamp(0, 1)
 
 
@@ -177,9 +177,9 @@ def encode_scenes(recipe: Recipe, vae: AutoencoderKL) -> Tensor:
 def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[networks.Flow], dict]:
     """Exact-count accuracy of 1, 4 and 10 Euler steps by number of objects, on prompts of its own."""
     rng = np.random.default_rng(recipe.seed + 77)
-    totals = [1 + i % shapes.MAX_OBJECTS for i in range(rows)]
+    totals = [1 + i % world.MAX_OBJECTS for i in range(rows)]
     prompts = [
-        shapes.prompt(shapes.random_groups(rng, n, int(rng.integers(1, min(3, n) + 1))), i % len(shapes.WORDINGS))
+        world.prompt(world.random_groups(rng, n, int(rng.integers(1, min(3, n) + 1))), i % len(world.WORDINGS))
         for i, n in enumerate(totals)
     ]
     noise = torch.randn(rows, 16, 32, generator=torch.Generator().manual_seed(recipe.seed + 77)).to(recipe.device)
@@ -190,7 +190,7 @@ def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[networks.Flow], dict
         for steps in (1, 4, 10):
             exact = CountReward().exact(decode(vae, flow.solve(noise, ids, steps)), prompts).float()
             record[f"accuracy_{steps}"] = round(exact.mean().item(), 3)
-            by_total = [exact[n :: shapes.MAX_OBJECTS].mean().item() for n in range(shapes.MAX_OBJECTS)]
+            by_total = [exact[n :: world.MAX_OBJECTS].mean().item() for n in range(world.MAX_OBJECTS)]
             record[f"accuracy_{steps}_by_objects"] = [round(a, 2) for a in by_total]
         return record
 
@@ -235,13 +235,13 @@ def flow(recipe: Recipe) -> None:
 def relabel(prompt: str, counts: np.ndarray, rng: np.random.Generator) -> str | None:
     """The prompt that a generated image truly shows, from its parsed counts [13]: `prompt` itself if it is right, one
     made for it if it is a clean scene of the world, None if it is not."""
-    if counts[-1] == 0 and (counts[:-1] == shapes.target_counts(prompt)).all():
+    if counts[-1] == 0 and (counts[:-1] == world.target_counts(prompt)).all():
         return prompt
     present = np.flatnonzero(counts[:-1])
-    if counts[-1] or not 1 <= len(present) <= 3 or counts.sum() > shapes.MAX_OBJECTS:
+    if counts[-1] or not 1 <= len(present) <= 3 or counts.sum() > world.MAX_OBJECTS:
         return None
-    groups = [(int(counts[k]), *shapes.CLASSES[k]) for k in rng.permutation(present)]
-    return shapes.prompt(groups, int(rng.integers(len(shapes.WORDINGS))))
+    groups = [(int(counts[k]), *world.CLASSES[k]) for k in rng.permutation(present)]
+    return world.prompt(groups, int(rng.integers(len(world.WORDINGS))))
 
 
 @torch.no_grad()

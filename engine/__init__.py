@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from rollflow.errors import ModelError, RequestError, RollflowError
 
 if TYPE_CHECKING:
+    from rollflow.draw import Draw as Draw
     from rollflow.engine import Engine as Engine
-    from rollflow.particle import Draw as Draw
-    from rollflow.particle import Particle as Particle
     from rollflow.request import Record as Record
     from rollflow.request import Request as Request
     from rollflow.request import Result as Result
+    from rollflow.search.particle import Particle as Particle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,14 +36,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Draw": "particle",
+    "Draw": "draw",
     "Engine": "engine",
-    "Particle": "particle",
+    "Particle": "search.particle",
     "Record": "request",
     "Request": "request",
     "Result": "request",
 }
-_MODULES = {"engine", "interpolant", "kernels", "methods", "models", "particle", "rewards", "sde", "shapes"}
+_MODULES = {"draw", "engine", "interpolant", "kernels", "methods", "models", "rewards", "sde"}
 
 
 def __getattr__(name: str) -> Any:

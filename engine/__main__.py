@@ -2,6 +2,6 @@
 
 import sys
 
-from rollflow.cli import main
+from rollflow.cli.commands import main
 
 sys.exit(main())

@@ -16,20 +16,22 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from rollflow import methods, rewards, warmup
-from rollflow.cost import Odds
+from rollflow import methods, rewards
+from rollflow.device import calibrate
+from rollflow.device.runner import Runner
+from rollflow.device.workers import Lanes
 from rollflow.errors import RequestError
-from rollflow.lanes import Lanes
 from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Geometry, Traits, tuning
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
-from rollflow.particle import ParticlePool
-from rollflow.profile import Ledger
-from rollflow.request import Plan, Request, Result, plan
-from rollflow.runner import Runner
-from rollflow.scheduler import Outcome, Scheduler
-from rollflow.search import Search
+from rollflow.plan import Plan, plan
+from rollflow.profile.ledger import Ledger
+from rollflow.request import Request, Result
+from rollflow.schedule.odds import Odds
+from rollflow.schedule.pool import ParticlePool
+from rollflow.schedule.scheduler import Outcome, Scheduler
+from rollflow.search.search import Search
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
 CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -151,7 +153,7 @@ class Engine:
         if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
             raise RequestError(f"dtype={dtype!r}: it must be a torch.dtype, such as torch.bfloat16, or 'auto'")
         if dtype == "auto":
-            dtype = warmup.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
+            dtype = calibrate.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options.setdefault("traits", built_in_traits(name_or_path))
         pipeline = load(name_or_path, device, dtype)
@@ -302,16 +304,18 @@ class Engine:
         if self.model.device.type == "cpu" and isinstance(self.model, FluxModel):
             self.model.record(geometry, conditioning)
         if self._choose_lanes:
-            count, threads = warmup.best_lanes(self.model, geometry, conditioning, self.preview)
+            count, threads = calibrate.best_lanes(self.model, geometry, conditioning, self.preview)
             if (count, threads) != (self._runner.threads.count, self._runner.threads.threads):
                 self._runner.use(Lanes(self.model.device, count, threads))
             self._choose_lanes = False
         runner, lanes = self._runner, self._runner.threads
         known = (self.model, geometry, conditioning)
-        costs = warmup.cost_model(*known, runner.buckets, lanes, self.preview, self._keep_buckets)
+        costs = calibrate.cost_model(*known, runner.buckets, lanes, self.preview, self._keep_buckets)
         if self._graphs:
             lanes.run(runner.record, geometry, costs.seconds, self._pool(geometry), conditioning).result()
-            costs = warmup.replayed(costs, *known, lanes, self.preview, partial(runner.replay, geometry, conditioning))
+            costs = calibrate.replayed(
+                costs, *known, lanes, self.preview, partial(runner.replay, geometry, conditioning)
+            )
         runner.costs[geometry] = costs  # last: what failed is tried again, not skipped
 
     def _run(self, prepared: list[tuple[Plan, Geometry]], on_progress: Callable | None) -> list[Result]:

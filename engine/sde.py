@@ -200,6 +200,20 @@ def diffusion(value: float | Diffusion | Callable[[float], float]) -> Diffusion:
     )
 
 
+@dataclass(frozen=True)
+class Step:
+    """The coefficients of arriving at one point of the grid and of judging there (float64 on the host)."""
+
+    time: float
+    tau: float
+    scale: float
+    a: float
+    b: float
+    k: float
+    p: float
+    q: float
+
+
 def step_coefficients(
     interpolant: Interpolant, t: float, t_next: float, diffusion: Diffusion, solver: str = "euler"
 ) -> tuple[float, float, float]:

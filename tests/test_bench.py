@@ -19,7 +19,7 @@ from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.errors import RequestError
-from rollflow.shapes import target_counts
+from rollflow.models.world import target_counts
 
 
 def study(out, **options):

@@ -9,11 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from rollflow import rewards, shapes
+from rollflow import rewards
 from rollflow.bench import geometries, prompt_sets
 from rollflow.bench.geometries import GEOMETRIES
 from rollflow.engine import Engine
 from rollflow.errors import ModelError, RequestError
+from rollflow.models import world
 from rollflow.models.flux import FluxModel
 
 PROMPT = "two red circles and three blue squares"
@@ -161,7 +162,7 @@ def test_text_tokens_and_prompts():
     for name in prompt_sets.SETS:
         for prompt in prompt_sets.load(name):
             model.check_prompt(prompt)
-    model.check_prompt(" ".join(shapes.words()[:40]))
+    model.check_prompt(" ".join(world.words()[:40]))
     with pytest.raises(RequestError, match="unicorn"):
         model.check_prompt("a unicorn")
     longer = replace(of, text_tokens=96)

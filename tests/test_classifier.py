@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollflow import rewards, shapes
+from rollflow import rewards
 from rollflow.bench import train_classifier
 from rollflow.errors import RequestError
+from rollflow.models import world
 from rollflow.rewards.classifier import WEIGHTS, CountClassifier
 
 
@@ -24,7 +25,7 @@ def fresh() -> tuple[Tensor, Tensor]:
     """Scenes of a seed that no training used, and their true counts [scene, 13]."""
     rng = np.random.default_rng(987_654)
     scenes = [train_classifier.random_scene(rng) for _ in range(250)]
-    return shapes.render_batch(scenes), torch.tensor(np.array([[*scene.counts(), 0] for scene in scenes]))
+    return world.render_batch(scenes), torch.tensor(np.array([[*scene.counts(), 0] for scene in scenes]))
 
 
 def test_fresh_scenes(judge: CountClassifier, fresh: tuple[Tensor, Tensor]):
@@ -40,12 +41,12 @@ def test_perturbed_scenes(judge: CountClassifier, fresh: tuple[Tensor, Tensor]):
 
 def test_fakes_do_not_pass_as_objects(judge: CountClassifier):
     rng = np.random.default_rng(3)
-    y, x = np.mgrid[: shapes.SIZE, : shapes.SIZE].astype(np.float32) + 0.5
+    y, x = np.mgrid[: world.SIZE, : world.SIZE].astype(np.float32) + 0.5
     images = []
     for distractor in train_classifier.DISTRACTORS:
         for _ in range(15):
             ink, color = distractor(rng, x - rng.uniform(16, 48), y - rng.uniform(16, 48), rng.uniform(5.5, 9))
-            images.append((1 - ink[..., None]) * np.float32(shapes.CANVAS) + ink[..., None] * color)
+            images.append((1 - ink[..., None]) * np.float32(world.CANVAS) + ink[..., None] * color)
     counts = judge.counts(torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2))
     assert (counts[:, :-1].sum(1) == 0).float().mean() >= 0.9
     assert (counts[:, -1] >= 1).float().mean() >= 0.9
@@ -53,8 +54,8 @@ def test_fakes_do_not_pass_as_objects(judge: CountClassifier):
 
 def test_the_score_is_on_the_scale_of_the_count_reward(judge: CountClassifier):
     assert isinstance(judge, rewards.Reward) and rewards.held_out(rewards.make("count")).name == judge.name
-    scene = shapes.random_scene(np.random.default_rng(0), [(2, "red", "circle"), (1, "blue", "square")])
-    images = shapes.render_batch([scene]).expand(3, -1, -1, -1)
+    scene = world.random_scene(np.random.default_rng(0), [(2, "red", "circle"), (1, "blue", "square")])
+    images = world.render_batch([scene]).expand(3, -1, -1, -1)
     prompts = ["two red circles and one blue square", "three red circles", "one yellow triangle"]
     assert judge(images, prompts).tolist() == [0, -2, -6]
     assert judge.exact(images, prompts).tolist() == [True, False, False]

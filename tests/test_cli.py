@@ -15,8 +15,10 @@ from rich.progress import Progress as RichProgress
 from rich.progress import TextColumn
 
 import rollflow
-from rollflow import cli, interpolant, methods, models, present, rewards, sde
+from rollflow import interpolant, methods, models, rewards, sde
 from rollflow.bench import shapes_networks as networks
+from rollflow.cli import commands as cli
+from rollflow.cli import output
 from rollflow.engine import Progress
 
 PROMPT = "two red circles"
@@ -68,7 +70,7 @@ def test_generate_writes_an_image_and_its_record(run, tmp_path):
     assert record["committed_nfe"] == len(record["history"]) == 12 <= record["executed_nfe"]
     assert [row["parent"] for row in record["history"][:2]] == [None, None]
     assert set(record["versions"]) == {"rollflow", "torch", "diffusers"}
-    for shown in ("two-red-circles-seed3.png", "12 NFE", present.number(record["reward"])):
+    for shown in ("two-red-circles-seed3.png", "12 NFE", output.number(record["reward"])):
         assert shown in printed
 
 
@@ -93,7 +95,7 @@ def test_demo(run, tmp_path):
     code, printed, complaint = run("demo", "--prompts", PROMPT, "six blue triangles", "--nfe", 12, "--out", tmp_path)
     assert (code, complaint) == (0, "")
     picture = Image.open(tmp_path / "demo.png")
-    assert picture.width > 2 * present.IMAGE and picture.height > 2 * present.IMAGE
+    assert picture.width > 2 * output.IMAGE and picture.height > 2 * output.IMAGE
     assert str(tmp_path / "demo.png") in printed and "six blue triangles" in printed
 
 
@@ -202,7 +204,7 @@ def test_progress_counts_evaluations_and_shows_the_best_reward():
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     with RichProgress(TextColumn("{task.fields[count]} {task.fields[best]}"), console=console) as shown:
-        bar = present.Bar(shown)
+        bar = output.Bar(shown)
         bar.start(40)
         bar.update(Progress((5, 0), (-2.0, float("-inf"))))
         bar.update(Progress((20, 17), (-1.0, 0.0)))
@@ -210,12 +212,12 @@ def test_progress_counts_evaluations_and_shows_the_best_reward():
 
 
 def test_scores_are_printed_plainly():
-    shown = [present.number(x) for x in (-0.0, -0.001, 12.55, None, float("nan"))]
+    shown = [output.number(x) for x in (-0.0, -0.001, 12.55, None, float("nan"))]
     assert shown == ["0.00", "0.00", "12.55", "-", "-"]
 
 
 def test_as_a_process_it_is_quiet_and_starts_without_torch(model, tmp_path):
-    light = "import sys, rollflow.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    light = "import sys, rollflow.cli.commands as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "generate" in done.stdout
     command = [sys.executable, "-m", "rollflow", "generate", PROMPT, *SMALL, "--model", model, "--out", str(tmp_path)]

@@ -10,12 +10,13 @@ from scipy import ndimage
 from torch import Tensor
 
 import rollflow
-from rollflow import rewards, shapes
+from rollflow import rewards
 from rollflow.errors import RequestError
+from rollflow.models import world
 from rollflow.rewards.count import CountReward, parse
 
-Y, X = np.mgrid[: shapes.SIZE, : shapes.SIZE] + 0.5
-COLORS = [np.array(shapes.PALETTE[color]) for color in shapes.COLORS]
+Y, X = np.mgrid[: world.SIZE, : world.SIZE] + 0.5
+COLORS = [np.array(world.PALETTE[color]) for color in world.COLORS]
 Rng = np.random.Generator
 
 
@@ -23,10 +24,10 @@ def scenes(seed: int, count: int) -> tuple[Tensor, Tensor]:
     """Rendered scenes and their true counts, [scene, 13]."""
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(count):
-        total = int(rng.integers(1, shapes.MAX_OBJECTS + 1))
-        groups = shapes.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1)))
-        drawn.append(shapes.random_scene(rng, groups))
-    return shapes.render_batch(drawn), torch.tensor(np.array([[*scene.counts(), 0] for scene in drawn]))
+        total = int(rng.integers(1, world.MAX_OBJECTS + 1))
+        groups = world.random_groups(rng, total, int(rng.integers(1, min(3, total) + 1)))
+        drawn.append(world.random_scene(rng, groups))
+    return world.render_batch(drawn), torch.tensor(np.array([[*scene.counts(), 0] for scene in drawn]))
 
 
 def exact(images: Tensor, counts: Tensor) -> float:
@@ -43,7 +44,7 @@ def as_batch(images: list[np.ndarray]) -> Tensor:
 
 
 def canvas() -> np.ndarray:
-    return np.broadcast_to(np.array(shapes.CANVAS), (*X.shape, 3)).copy()
+    return np.broadcast_to(np.array(world.CANVAS), (*X.shape, 3)).copy()
 
 
 def paint(ink: np.ndarray, color: np.ndarray, on: np.ndarray | None = None) -> np.ndarray:
@@ -101,7 +102,7 @@ def place(rng: Rng) -> tuple[np.ndarray, np.ndarray, float, str, np.ndarray, np.
     """Offsets from a centre, a radius, a shape and two colours."""
     x, y = rng.uniform(20, 44, 2)
     first, second = rng.permutation(4)[:2]
-    return X - x, Y - y, rng.uniform(5.5, 9), str(rng.choice(shapes.SHAPES)), COLORS[first], COLORS[second]
+    return X - x, Y - y, rng.uniform(5.5, 9), str(rng.choice(world.SHAPES)), COLORS[first], COLORS[second]
 
 
 def turned(rng: Rng, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,44 +113,44 @@ def turned(rng: Rng, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.nda
 def two_colors(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, first, second = place(rng)
     side = turned(rng, dx, dy)[0][..., None] > rng.uniform(-0.4, 0.4) * r
-    return paint(shapes.coverage(shape, dx, dy, r), np.where(side, first, second))
+    return paint(world.coverage(shape, dx, dy, r), np.where(side, first, second))
 
 
 def from_color_to_color(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, first, second = place(rng)
     share = np.clip(0.5 + dx / (2 * r), 0, 1)[..., None]
-    return paint(shapes.coverage(shape, dx, dy, r), share * first + (1 - share) * second)
+    return paint(world.coverage(shape, dx, dy, r), share * first + (1 - share) * second)
 
 
 def from_color_to_canvas(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, color, _ = place(rng)
-    return paint(shapes.coverage(shape, dx, dy, r) * np.clip(0.5 + dx / (2 * r), 0, 1), color)
+    return paint(world.coverage(shape, dx, dy, r) * np.clip(0.5 + dx / (2 * r), 0, 1), color)
 
 
 def scrap(rng: Rng) -> np.ndarray:
     dx, dy, _, shape, color, _ = place(rng)
-    return paint(shapes.coverage(shape, dx, dy, rng.uniform(1.8, 3.5)), color)
+    return paint(world.coverage(shape, dx, dy, rng.uniform(1.8, 3.5)), color)
 
 
 def giant(rng: Rng) -> np.ndarray:
     dx, dy, _, shape, color, _ = place(rng)
-    return paint(shapes.coverage(shape, dx, dy, rng.uniform(12, 14)), color)
+    return paint(world.coverage(shape, dx, dy, rng.uniform(12, 14)), color)
 
 
 def ghost(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, color, _ = place(rng)
-    return paint(rng.uniform(0.25, 0.65) * shapes.coverage(shape, dx, dy, r), color)
+    return paint(rng.uniform(0.25, 0.65) * world.coverage(shape, dx, dy, r), color)
 
 
 def ring(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, color, _ = place(rng)
-    hole = shapes.coverage(shape, dx, dy, rng.uniform(0.3, 0.8) * r)
-    return paint(shapes.coverage(shape, dx, dy, r) - hole, color)
+    hole = world.coverage(shape, dx, dy, rng.uniform(0.3, 0.8) * r)
+    return paint(world.coverage(shape, dx, dy, r) - hole, color)
 
 
 def half(rng: Rng) -> np.ndarray:
     dx, dy, r, _, color, _ = place(rng)
-    return paint(np.minimum(shapes.coverage("circle", dx, dy, r), np.clip(0.5 - turned(rng, dx, dy)[0], 0, 1)), color)
+    return paint(np.minimum(world.coverage("circle", dx, dy, r), np.clip(0.5 - turned(rng, dx, dy)[0], 0, 1)), color)
 
 
 def ellipse(rng: Rng) -> np.ndarray:
@@ -165,25 +166,25 @@ def rectangle(rng: Rng) -> np.ndarray:
 
 def tilted_square(rng: Rng) -> np.ndarray:
     dx, dy, r, _, color, _ = place(rng)
-    return paint(shapes.coverage("square", (dx + dy) / 2**0.5, (dx - dy) / 2**0.5, r), color)
+    return paint(world.coverage("square", (dx + dy) / 2**0.5, (dx - dy) / 2**0.5, r), color)
 
 
 def triangle_on_its_tip(rng: Rng) -> np.ndarray:
     dx, dy, r, _, color, _ = place(rng)
-    return paint(shapes.coverage("triangle", dx, -dy, r), color)
+    return paint(world.coverage("triangle", dx, -dy, r), color)
 
 
 def merged(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, color, _ = place(rng)
     u, v = turned(rng, np.full_like(dx, 1.6 * r), np.zeros_like(dy))
-    first = paint(shapes.coverage(shape, dx, dy, r), color)
-    return paint(shapes.coverage(str(rng.choice(shapes.SHAPES)), dx - u, dy - v, r), color, on=first)
+    first = paint(world.coverage(shape, dx, dy, r), color)
+    return paint(world.coverage(str(rng.choice(world.SHAPES)), dx - u, dy - v, r), color, on=first)
 
 
 def foreign_color(rng: Rng) -> np.ndarray:
     dx, dy, r, shape, _, _ = place(rng)
     foreign = [(0, 0, 0), (0.5, 0.5, 0.5), (0.6, 0.1, 0.7), (0.1, 0.7, 0.8), (0.4, 0.25, 0.1), (0.45, 0.08, 0.08)]
-    return paint(shapes.coverage(shape, dx, dy, r), np.array(foreign[rng.integers(6)]))
+    return paint(world.coverage(shape, dx, dy, r), np.array(foreign[rng.integers(6)]))
 
 
 def melted(rng: Rng) -> np.ndarray:
@@ -199,7 +200,7 @@ def melted(rng: Rng) -> np.ndarray:
 
 def cut_by_the_border(rng: Rng) -> np.ndarray:
     _, dy, r, shape, color, _ = place(rng)
-    return paint(shapes.coverage(shape, X - rng.uniform(-0.3, 0.3) * r, dy, r), color)
+    return paint(world.coverage(shape, X - rng.uniform(-0.3, 0.3) * r, dy, r), color)
 
 
 FAKES = (two_colors, from_color_to_color, from_color_to_canvas, scrap, giant, ghost, ring, half, ellipse, rectangle)
@@ -215,9 +216,9 @@ def test_fakes_are_unrecognised(fake: Callable[[Rng], np.ndarray]):
 
 
 def test_a_halo_is_unrecognised_but_not_its_object():
-    disc = [shapes.coverage("circle", X - 30, Y - 30, r) for r in (7.0, 12.0)]
+    disc = [world.coverage("circle", X - 30, Y - 30, r) for r in (7.0, 12.0)]
     counts = parse(as_batch([paint(disc[0], COLORS[0], on=paint(0.3 * disc[1], COLORS[0]))]))[0]
-    assert counts[shapes.CLASSES.index(("red", "circle"))] == 1
+    assert counts[world.CLASSES.index(("red", "circle"))] == 1
     assert counts[-1] == 1
 
 
@@ -248,8 +249,8 @@ def test_mess_scores_below_an_empty_canvas(name: str):
 
 
 def test_the_reward_is_minus_the_residual_sum_of_squares():
-    scene = shapes.random_scene(np.random.default_rng(0), [(2, "red", "circle"), (1, "blue", "square")])
-    image = shapes.render_batch([scene])
+    scene = world.random_scene(np.random.default_rng(0), [(2, "red", "circle"), (1, "blue", "square")])
+    image = world.render_batch([scene])
     prompts = ["two red circles and one blue square", "three red circles", "one yellow triangle"]
     reward = CountReward()
     assert reward(image.expand(3, -1, -1, -1), prompts).tolist() == [0, -2, -6]

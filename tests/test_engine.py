@@ -14,7 +14,8 @@ from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.methods import budget
 from rollflow.models import Geometry
-from rollflow.request import Request, finish_times, plan
+from rollflow.plan import finish_times, plan
+from rollflow.request import Request
 
 MEAN, DEVIATION = 0.5, 0.2
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rollflow import kernels
+from rollflow.device.cuda_graphs import Captured, Graphs
+from rollflow.device.runner import PADDING, Tables
 from rollflow.errors import ModelError
-from rollflow.graphs import Captured, Graphs
-from rollflow.particle import ParticlePool
-from rollflow.runner import PADDING, Tables
+from rollflow.schedule.pool import ParticlePool
 
 TOKENS, CHANNELS, SLOTS = 4, 12, 24
 BUCKETS = (1, 2, 4, 8)

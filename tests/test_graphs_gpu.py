@@ -17,13 +17,13 @@ from torch import Tensor
 
 import rollflow
 from rollflow import kernels
+from rollflow.device.cuda_graphs import Graphs
+from rollflow.device.runner import PADDING, Tables
+from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
-from rollflow.graphs import Graphs
-from rollflow.lanes import Lanes
 from rollflow.models.flux import FluxModel, load
-from rollflow.particle import ParticlePool
 from rollflow.request import Request
-from rollflow.runner import PADDING, Tables
+from rollflow.schedule.pool import ParticlePool
 
 pytestmark = pytest.mark.gpu
 
@@ -247,8 +247,8 @@ def test_a_batch_waits_for_the_device_once(model: FluxModel, method: str, graphs
 REFUSED = """
 import torch
 from rollflow.errors import ModelError
-from rollflow.graphs import Graphs
-from rollflow.lanes import Lanes
+from rollflow.device.cuda_graphs import Graphs
+from rollflow.device.workers import Lanes
 
 def step(integers, floats):
     return floats * floats.sum().item()

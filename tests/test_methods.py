@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollflow import methods
+from rollflow.draw import Draw
 from rollflow.errors import RequestError
-from rollflow.particle import Draw
 
 # the modules, not the functions of the same names
 evosearch, paths, sop = (import_module(f"rollflow.methods.{name}") for name in ("evosearch", "paths", "sop"))

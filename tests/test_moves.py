@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from rollflow import interpolant, methods, sde
+from rollflow.draw import Draw, Guide
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.models import Geometry, Traits
-from rollflow.particle import Draw, Guide
-from rollflow.request import Request, plan
+from rollflow.plan import plan
+from rollflow.request import Request
 
 MEAN, DEVIATION, TOKENS, CHANNELS = 0.5, 0.2, 16, 12
 

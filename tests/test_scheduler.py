@@ -12,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollflow import methods, rewards
-from rollflow.cost import CostModel, Odds
+from rollflow.draw import Draw
 from rollflow.engine import Engine
 from rollflow.models import Geometry
-from rollflow.particle import Draw, ParticlePool
-from rollflow.profile import Ledger
-from rollflow.request import Request, plan
-from rollflow.scheduler import Outcome, Report, Scheduler
-from rollflow.search import Search
+from rollflow.plan import plan
+from rollflow.profile.ledger import Ledger
+from rollflow.request import Request
+from rollflow.schedule.cost import CostModel
+from rollflow.schedule.odds import Odds
+from rollflow.schedule.pool import ParticlePool
+from rollflow.schedule.scheduler import Outcome, Report, Scheduler
+from rollflow.search.search import Search
 
 SIZE = Geometry(8, 8, 8, 8, 16, 12)
 

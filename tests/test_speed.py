@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline
 
-from rollflow import warmup
 from rollflow.bench import shapes_networks as networks
+from rollflow.device import calibrate
+from rollflow.device.workers import Lanes, Locks
 from rollflow.engine import REPRODUCIBLE_BUCKET, Engine, _checked_buckets
 from rollflow.errors import ModelError, RequestError
-from rollflow.lanes import Lanes, Locks
 from rollflow.models import Geometry, folder
 from rollflow.models.flux import FluxModel
 from rollflow.models.tracing import traced
@@ -172,9 +172,9 @@ def test_measured_costs_rise_with_the_batch_and_are_kept_for_the_process(pipelin
     engine.warm_up()
     seconds = engine.buckets()
     assert [*seconds] == [1, 8, 32] and 0 < seconds[1] < seconds[8] < seconds[32]
-    known = len(warmup._costs)
+    known = len(calibrate._costs)
     assert Engine(pipeline, buckets=(1, 8, 32), lanes=1, threads=1).buckets() == seconds
-    assert len(warmup._costs) == known
+    assert len(calibrate._costs) == known
 
 
 def test_prompts_are_encoded_before_the_text_encoders_go():

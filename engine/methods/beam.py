@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.methods.budget import Search, require, whole, worth
 from rollflow.methods.paths import flat, shared
-from rollflow.particle import Draw, Evaluated
 
 
 def beam(nfe: int, steps: int, survivors: int = 4, lookahead: int = 0, finish: int = 0) -> Search:

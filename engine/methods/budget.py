@@ -6,8 +6,8 @@ import math
 import operator
 from collections.abc import Generator, Sequence
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.errors import RequestError
-from rollflow.particle import Draw, Evaluated
 
 Search = Generator[list[Draw], Sequence[Sequence[Evaluated]], Evaluated]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.methods.budget import Search, best, require, whole, worth
-from rollflow.particle import Draw, Evaluated
 
 
 def code(nfe: int, steps: int, block: int = 2, finish: int = 0) -> Search:

@@ -6,12 +6,12 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, number, require, whole, worth
 from rollflow.methods.paths import flat
 from rollflow.methods.resampling import effective_sample_size, normalised, scheme
 from rollflow.methods.smc import Population, best_of, less, log_mean
-from rollflow.particle import Draw, Evaluated
 
 
 def das(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rollflow.draw import GUIDED_NFE, Draw, Guide
 from rollflow.methods.budget import Search, best, require, whole
 from rollflow.methods.paths import flat, samples
-from rollflow.particle import GUIDED_NFE, Draw, Guide
 
 
 def dps(
@@ -18,12 +18,12 @@ def dps(
     """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687; Kim et al. 2025, arXiv 2503.19385, table 4):
     independent samples, each step moved by the gradient of the reward of the posterior mean; the best one wins.
 
-    A guided evaluation is charged `rollflow.particle.GUIDED_NFE`; the last of a sample guides nothing and costs one.
+    A guided evaluation is charged `rollflow.draw.GUIDED_NFE`; the last of a sample guides nothing and costs one.
 
     Args:
         nfe: budget of function evaluations; what whole guided samples leave over pays for plain ones.
         steps: evaluations a sample.
-        gradient: 1 / temperature of the target `p(x0) exp(gradient r(x0))`; see `rollflow.particle.Guide`.
+        gradient: 1 / temperature of the target `p(x0) exp(gradient r(x0))`; see `rollflow.draw.Guide`.
         clip: the largest root mean square by which the posterior mean is moved at one step; none by default.
         normalise: move it by a root mean square of `gradient` at every step, whatever the size of the gradient.
         finish: evaluations that the engine keeps for the finish of the chosen sample.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from rollflow.draw import Evaluated
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, number, require, whole, worth
 from rollflow.methods.paths import route, trails
-from rollflow.particle import Evaluated
 
 
 class Node:

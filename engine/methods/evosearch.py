@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.methods.budget import Search, best, require, whole, worth
 from rollflow.methods.paths import flat, trails
 from rollflow.methods.zo import turn
-from rollflow.particle import Draw, Evaluated
 
 
 def evosearch(

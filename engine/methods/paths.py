@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from itertools import chain
 
-from rollflow.particle import Draw, Evaluated, Move
+from rollflow.draw import Draw, Evaluated, Move
 
 Route = Sequence[int]
 

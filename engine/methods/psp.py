@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from rollflow.draw import Draw
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
 from rollflow.methods.paths import flat
-from rollflow.particle import Draw
 
 
 def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0, finish: int = 0) -> Search:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rollflow.draw import GUIDED_NFE, Draw, Guide
 from rollflow.methods.budget import Search, best, require, whole, worth
-from rollflow.particle import GUIDED_NFE, Draw, Guide
 
 
 def rbf(
@@ -26,7 +26,7 @@ def rbf(
         initial: samples of the prior, of which the best starts; by default a tenth of the budget (the paper's 50 of
             500). With `steps=1` all of the budget is initial.
         gradient: above 0, particles also follow the reward's gradient (RBF + DPS); see `dps`. Each then costs
-            `rollflow.particle.GUIDED_NFE`, except at the last level.
+            `rollflow.draw.GUIDED_NFE`, except at the last level.
         clip: see `dps`.
         finish: evaluations that the engine keeps for the finish of the chosen particle.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.methods.budget import Search, require, whole, worth
 from rollflow.methods.paths import flat, route, shared, walk
-from rollflow.particle import Draw, Evaluated
 
 
 def ses(nfe: int, steps: int, generations: int = 4, elites: int = 3, finish: int = 0) -> Search:

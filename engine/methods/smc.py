@@ -7,10 +7,10 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
 from rollflow.methods.resampling import effective_sample_size, normalised, scheme
-from rollflow.particle import Draw, Evaluated
 
 POTENTIALS = ("difference", "max", "sum")
 Population = tuple[list[Evaluated], np.ndarray, float]

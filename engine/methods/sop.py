@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rollflow.draw import Draw
 from rollflow.methods.budget import Search, best, require, whole, worth
 from rollflow.methods.paths import flat, shared, walk
-from rollflow.particle import Draw
 
 
 def sop(nfe: int, steps: int, survivors: int = 2, back: int = 1, ahead: int = 2, finish: int = 0) -> Search:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, number, require, whole, worth
 from rollflow.methods.paths import flat, shared
 from rollflow.methods.psp import levels
 from rollflow.methods.zo import turn
-from rollflow.particle import Draw, Evaluated
 
 
 def sprout(

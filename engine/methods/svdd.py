@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rollflow.draw import GUIDED_NFE, Draw, Evaluated, Guide
 from rollflow.methods.budget import Search, best, require, whole
-from rollflow.particle import GUIDED_NFE, Draw, Evaluated, Guide
 
 
 def svdd(
@@ -22,7 +22,7 @@ def svdd(
         steps: levels; the first draws from the prior.
         children: candidates a level; by default as many as the budget allows.
         gradient: above 0, candidates also follow the reward's gradient (SVDD + DPS); see `dps`. Each then costs
-            `rollflow.particle.GUIDED_NFE`, except at the last level.
+            `rollflow.draw.GUIDED_NFE`, except at the last level.
         clip: see `dps`.
         finish: evaluations that the engine keeps for the finish of the chosen particle.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rollflow.draw import Draw, Evaluated
 from rollflow.methods.budget import Search, best, number, require, whole, worth
-from rollflow.particle import Draw, Evaluated
 
 
 def threshold(

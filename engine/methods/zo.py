@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from rollflow.draw import Draw
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
 from rollflow.methods.paths import flat, route, samples, walk
-from rollflow.particle import Draw
 
 
 def zo(nfe: int, steps: int, neighbours: int = 4, angle: float = 0.3, finish: int = 0) -> Search:

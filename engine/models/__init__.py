@@ -95,6 +95,15 @@ class FlowModel(Protocol):
         ...
 
 
+def silence() -> None:
+    """Turns off the loading bars of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def folder(name: str) -> Path:
     """The folder of a built-in checkpoint, a `FluxPipeline` as diffusers saves it.
 

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rollflow import rewards, shapes
+from rollflow import rewards
 from rollflow.errors import RequestError
+from rollflow.models import world
 
-CHANNELS = len(shapes.CLASSES) + 1  # the classes, then objects of no class
+CHANNELS = len(world.CLASSES) + 1  # the classes, then objects of no class
 STRIDE = 4  # pixels a cell of the heat map
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 
@@ -52,7 +53,7 @@ class CountNet(nn.Module):
 
     def __init__(self, narrow: int = 16, wide: int = 48, blocks: int = 3):
         super().__init__()
-        self.register_buffer("canvas", torch.tensor(shapes.CANVAS).view(3, 1, 1), persistent=False)
+        self.register_buffer("canvas", torch.tensor(world.CANVAS).view(3, 1, 1), persistent=False)
         self.layers = nn.Sequential(
             nn.Conv2d(3, narrow, 4, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(narrow),
@@ -81,7 +82,7 @@ def _trained() -> CountNet:
 
 @lru_cache(maxsize=4096)
 def _target(prompt: str) -> tuple[int, ...]:
-    return (*shapes.target_counts(prompt).tolist(), 0)
+    return (*world.target_counts(prompt).tolist(), 0)
 
 
 class CountClassifier:
@@ -91,7 +92,7 @@ class CountClassifier:
     """
 
     name = "classifier"
-    size = (shapes.SIZE, shapes.SIZE)
+    size = (world.SIZE, world.SIZE)
     concurrent = True
 
     @cached_property
@@ -105,16 +106,16 @@ class CountClassifier:
 
     def soft_counts(self, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image 13"]:
         """Expected numbers of objects, before rounding, on the CPU; differentiable. Channels and errors as `counts`."""
-        if tuple(images.shape[-2:]) != (shapes.SIZE, shapes.SIZE):
+        if tuple(images.shape[-2:]) != (world.SIZE, world.SIZE):
             raise RequestError(
-                f"the count classifier was trained on images of {shapes.SIZE} x {shapes.SIZE} pixels, but these are "
+                f"the count classifier was trained on images of {world.SIZE} x {world.SIZE} pixels, but these are "
                 f"{images.shape[-1]} x {images.shape[-2]}: it judges the built-in model 'shapes' only"
             )
         images = images.to("cpu", torch.float32).nan_to_num(0.0).clamp(0, 1)
         return torch.cat([_trained()(part).sigmoid().sum((2, 3)) for part in images.split(64)])
 
     def counts(self, images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 13"]:
-        """Objects of each class in the order of `shapes.CLASSES`, then those of no class; on the CPU.
+        """Objects of each class in the order of `world.CLASSES`, then those of no class; on the CPU.
 
         Raises:
             RequestError: the images are not 64 x 64.

@@ -1,8 +1,9 @@
 """The `count` reward: a parser that reads the objects of an image back, and minus the squared error of their numbers.
 
 The parser is a measuring instrument, not a network: it knows the palette, the canvas and the outlines of
-`rollflow.shapes` and nothing else. Whatever it cannot account for (a blob of two colours, a scrap, a melted outline,
-two objects grown together, a ghost) is counted as *unrecognised*, so that a search gains nothing by painting mess.
+`rollflow.models.world` and nothing else. Whatever it cannot account for (a blob of two colours, a scrap, a melted
+outline, two objects grown together, a ghost) is counted as *unrecognised*, so that a search gains nothing by painting
+mess.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from rollflow import rewards, shapes
+from rollflow import rewards
 from rollflow.errors import RequestError
+from rollflow.models import world
 
-COLUMNS = len(shapes.CLASSES) + 1  # the classes, then what is unrecognised
-SIZE = shapes.SIZE
+COLUMNS = len(world.CLASSES) + 1  # the classes, then what is unrecognised
+SIZE = world.SIZE
 CHUNK = 64  # images parsed at once: their pixels fit a cache
 
 FAINT, SOLID = 0.2, 0.5  # ink from which a pixel is not canvas; ink from which it is an object
@@ -34,8 +36,8 @@ MARGIN = 0.015  # lead of the best shape's overlap over the second best's
 SPECK, LITTER = 3.0, 16.0  # pixels of ink that are no scrap yet; pixels of ink in specks that make one
 LARGEST = 280.0  # pixels of the largest object: mess counts once for each object that it could hide
 
-_CANVAS = np.array(shapes.CANVAS, np.float32)
-_RAYS = np.array([shapes.PALETTE[color] for color in shapes.COLORS], np.float32) - _CANVAS
+_CANVAS = np.array(world.CANVAS, np.float32)
+_RAYS = np.array([world.PALETTE[color] for color in world.COLORS], np.float32) - _CANVAS
 _LENGTHS = np.linalg.norm(_RAYS, axis=1)
 _AREA = {"circle": np.pi, "square": (2 * 0.886) ** 2, "triangle": 3**1.5 * 0.675**2}  # of a shape of radius 1
 _PERIMETER = {"circle": 2 * np.pi, "square": 8 * 0.886, "triangle": 6 * 3**0.5 * 0.675}
@@ -118,12 +120,12 @@ def _fit(pixels: _Pixels, blobs: int, mass: np.ndarray) -> tuple[np.ndarray, np.
     dx = x - (pixels.sum(x * ink, blobs) / mass)[pixels.blob]
     dy = y - (pixels.sum(y * ink, blobs) / mass)[pixels.blob]
     ramp = 6 * pixels.sum(ink * (1 - ink), blobs)
-    overlap, radii = np.empty((2, len(shapes.SHAPES), blobs))
-    for i, shape in enumerate(shapes.SHAPES):
+    overlap, radii = np.empty((2, len(world.SHAPES), blobs))
+    for i, shape in enumerate(world.SHAPES):
         radii[i] = np.sqrt(mass / _AREA[shape])
         sharpness = 1 / np.clip(ramp / (_PERIMETER[shape] * radii[i]), 0.8, 3.5)
         scale = sharpness[pixels.blob]
-        template = shapes.coverage(shape, scale * dx, scale * dy, (sharpness * radii[i])[pixels.blob])
+        template = world.coverage(shape, scale * dx, scale * dy, (sharpness * radii[i])[pixels.blob])
         common = pixels.sum(np.minimum(template, ink), blobs)
         whole = np.maximum(pixels.sum(template, blobs), 0.97 * mass)  # some of it may lie outside of the blob
         overlap[i] = common / (mass + whole - common)
@@ -151,13 +153,13 @@ def _parse(images: np.ndarray) -> np.ndarray:
     image[pixels.blob] = pixels.image
     core = pixels.core.astype(float)
     mass, area = pixels.sum(pixels.ink, blobs), pixels.sum(core, blobs)
-    colors = np.stack([pixels.sum(core * (pixels.color == i), blobs) for i in range(len(shapes.COLORS))])
+    colors = np.stack([pixels.sum(core * (pixels.color == i), blobs) for i in range(len(world.COLORS))])
     shape, fits = _fit(pixels, blobs, mass)
     known = fits & (colors.max(0) >= PURITY * area) & (pixels.sum(core * pixels.ink, blobs) >= PALE * area)
     known &= pixels.sum(pixels.euler, blobs) == 1
     speck = mass < SPECK
     mess = np.flatnonzero(~known & ~speck)
-    np.add.at(counts, (image[known], colors.argmax(0)[known] * len(shapes.SHAPES) + shape[known]), 1)
+    np.add.at(counts, (image[known], colors.argmax(0)[known] * len(world.SHAPES) + shape[known]), 1)
     np.add.at(counts[:, -1], image[mess], np.maximum(1, np.rint(area[mess] / LARGEST)).astype(int))
     counts[:, -1] += (np.bincount(image[speck], weights=mass[speck], minlength=len(images)) / LITTER).astype(int)
     return counts
@@ -170,7 +172,7 @@ def parse(images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 1
         images: [image, 3, 64, 64], nominally in [0, 1] (clamped); any floating dtype and device.
 
     Returns:
-        On the CPU, objects of each class in the order of `shapes.CLASSES`; the 13th column counts what is unrecognised.
+        On the CPU, objects of each class in the order of `world.CLASSES`; the 13th column counts what is unrecognised.
         Mess larger than an object counts once for each that it could hide; an image with a NaN is nothing but mess.
 
     Raises:
@@ -188,7 +190,7 @@ def parse(images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 1
 
 @lru_cache(maxsize=4096)
 def _target(prompt: str) -> tuple[int, ...]:
-    return (*shapes.target_counts(prompt).tolist(), 0)
+    return (*world.target_counts(prompt).tolist(), 0)
 
 
 def _targets(prompts: Sequence[str]) -> Int[Tensor, "row 13"]:

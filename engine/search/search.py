@@ -9,15 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from rollflow.cost import NEGLIGIBLE, Odds
+from rollflow.draw import Draw
 from rollflow.errors import RequestError
 from rollflow.methods import title
 from rollflow.methods.budget import worth
 from rollflow.methods.paths import shared
 from rollflow.models import Geometry
-from rollflow.particle import Draw, Lease, Particle, ParticlePool
-from rollflow.profile import Ledger
-from rollflow.request import Kind, Plan, Record, Step
+from rollflow.plan import Plan
+from rollflow.profile.ledger import Ledger
+from rollflow.request import Kind, Record
+from rollflow.schedule.cost import NEGLIGIBLE
+from rollflow.schedule.odds import Odds
+from rollflow.schedule.pool import Lease, ParticlePool
+from rollflow.sde import Step
+from rollflow.search.particle import Particle
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
 _KINDS: tuple[Kind, Kind] = ("committed", "guided")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,24 +78,3 @@ class CostModel:
         whole = math.floor(max(rows, 1))
         more = max(rows, 1) - whole
         return (1 - more) * self._times[whole] + (more * self._times[whole + 1] if more else 0.0)
-
-
-class Odds:
-    """How often a child beats its bar, learned as searches run: by method and point of the grid.
-
-    It decides how far searches run ahead of their answers, never what they decide.
-    """
-
-    def __init__(self) -> None:
-        self._counts: defaultdict[tuple[str, int], list[float]] = defaultdict(lambda: list(_PRIOR))
-
-    def observe(self, method: str, level: int, success: bool) -> None:
-        """One child was judged."""
-        counts = self._counts[method, level]
-        counts[0] += success
-        counts[1] += 1
-
-    def success(self, method: str, level: int) -> float:
-        """The chance that the next child beats its bar."""
-        successes, trials = self._counts[method, level]
-        return successes / trials

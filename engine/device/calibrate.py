@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollflow.cost import CostModel
-from rollflow.lanes import Lanes
+from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
+from rollflow.schedule.cost import CostModel
 
 GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or three in a row end the search
 SHORT = 0.1  # seconds of a batch up to which sizes are timed and kept in any case: a timing may mislead

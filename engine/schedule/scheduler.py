@@ -16,9 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from rollflow.cost import NEGLIGIBLE, SURE, CostModel
 from rollflow.models import Geometry
-from rollflow.search import Row, Search
+from rollflow.schedule.cost import NEGLIGIBLE, SURE, CostModel
+from rollflow.search.search import Row, Search
 
 Kind = tuple[Geometry, bool]  # rows of one batch share an image size, and either all are guided or none is
 

@@ -13,17 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels, rewards
-from rollflow.cost import CostModel
+from rollflow.device.cuda_graphs import Capture, Graphs
+from rollflow.device.moves import coefficients, move, prepared
+from rollflow.device.workers import Lanes, Locks
 from rollflow.errors import RequestError
-from rollflow.graphs import Capture, Graphs
-from rollflow.lanes import Lanes, Locks
 from rollflow.models import FlowModel, Geometry
-from rollflow.particle import Particle, ParticlePool
-from rollflow.prepared import coefficients, move, prepared
-from rollflow.profile import Ledger
+from rollflow.profile.ledger import Ledger
 from rollflow.rewards import FunctionReward, Reward
-from rollflow.scheduler import Outcome, Report
-from rollflow.search import Row, Search
+from rollflow.schedule.cost import CostModel
+from rollflow.schedule.pool import ParticlePool
+from rollflow.schedule.scheduler import Outcome, Report
+from rollflow.search.particle import Particle
+from rollflow.search.search import Row, Search
 
 PADDING = -1
 Reporter = Callable[[Report], None]
@@ -62,7 +63,7 @@ class Tables(NamedTuple):
 
 
 class Runner:
-    """Executes batches of rows on a model; see `rollflow.scheduler.Runner`.
+    """Executes batches of rows on a model; see `rollflow.schedule.scheduler.Runner`.
 
     Args:
         model: the flow model.
@@ -89,7 +90,7 @@ class Runner:
         self.threads, self.lanes, self.parallel = lanes, lanes.count, lanes.parallel
 
     def cost(self, geometry: Geometry, guided: bool) -> CostModel:
-        """See `rollflow.scheduler.Runner`."""
+        """See `rollflow.schedule.scheduler.Runner`."""
         return self.costs.get(geometry, self._assumed)
 
     def record(
@@ -133,12 +134,12 @@ class Runner:
         return *tables, *self.model.collate([conditioning] * bucket)  # type: ignore[attr-defined]
 
     def submit(self, rows: list[Row], report: Reporter) -> None:
-        """See `rollflow.scheduler.Runner`."""
+        """See `rollflow.schedule.scheduler.Runner`."""
         self.ledger.rows(rows, self._bucket(len(rows), rows[0].search.geometry))
         self.threads.run(_reporting, partial(self._run, rows), rows, report)
 
     def submit_images(self, searches: list[Search], report: Reporter) -> None:
-        """See `rollflow.scheduler.Runner`."""
+        """See `rollflow.schedule.scheduler.Runner`."""
         self.threads.run(_reporting, partial(self._run_images, searches), searches, report)
 
     def _run(self, rows: list[Row], report: Reporter) -> None:
@@ -221,7 +222,7 @@ class Runner:
     def _run_guided(self, rows: list[Row]) -> list[float]:
         """Also takes the gradient of the rewards through decoder and model, by which the particles' children move.
 
-        The move of the posterior mean is that of `rollflow.particle.Guide`; `x0_hat = p x + q u` makes it one of `u`.
+        The move of the posterior mean is that of `rollflow.draw.Guide`; `x0_hat = p x + q u` makes it one of `u`.
         The particle itself stays what was judged. The full decoder judges: its gradients are the faithful ones.
         """
         pool, geometry = rows[0].search.pool, rows[0].search.geometry

@@ -1,99 +1,16 @@
-"""Particles are handles; their state lives in a pool of slots. Draws are what methods ask for.
-
-A search method holds `Particle` objects and knows of each only its reward and its step. The device state (the
-latent `x` in float32 and the model's velocity `u` there) sits in preallocated storage, addressed by slot, so that
-resampling and survival copy nothing. A slot is free again when no particle refers to it.
-"""
+"""What a search method says and sees: it asks for draws, and knows of each particle its reward and its step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from rollflow.errors import RequestError
-
-if TYPE_CHECKING:
-    from rollflow.request import Step
 
 Move = Literal["sde", "ode", "renoise", "rotate"]
 MOVES: tuple[str, ...] = get_args(Move)
 GUIDED_NFE = 2  # a forward, and a backward to the latent alone, which costs about as much
-
-
-class Lease:
-    """The places of a pool that one request holds."""
-
-    def __init__(self, pool: ParticlePool):
-        self._pool, self._held = pool, set[int]()
-
-    def take(self) -> Slot:
-        """A free place."""
-        index = self._pool.take()
-        self._held.add(index)
-        return Slot(self, index)
-
-    def give_back(self, index: int) -> None:
-        """Gives one place back, unless all were given back before."""
-        if index in self._held:
-            self._held.remove(index)
-            self._pool.give_back(index)
-
-    def close(self) -> None:
-        """Gives every place back, whoever may still refer to it."""
-        while self._held:
-            self._pool.give_back(self._held.pop())
-
-
-class Slot:
-    """Ownership of one place in a pool; dropping the last reference gives the place back."""
-
-    __slots__ = ("_lease", "index")
-
-    def __init__(self, lease: Lease, index: int):
-        self._lease: Lease | None = lease
-        self.index = index
-
-    def release(self) -> None:
-        """Gives the place back, whoever may still refer to it."""
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.give_back(self.index)
-
-    __del__ = release
-
-
-class Particle:
-    """One evaluated sample: what a method sees of it, and where its state is.
-
-    Attributes:
-        reward: the reward of its posterior mean; `None` when it was drawn with `scored=False`.
-        step: its place on the request's time grid, 0 for a sample of the prior.
-        index: its place in the request's history.
-        parent: the parent's place in the history, `None` for a sample of the prior.
-        arrival: the step that led to it: its time, and the coefficients of its posterior mean.
-        slot: its place in the pool.
-        shift: by how much its children's velocity `u` is moved by the reward's gradient; None for most.
-    """
-
-    __slots__ = ("arrival", "index", "parent", "reward", "shift", "slot", "step")
-
-    def __init__(self, step: int, arrival: Step, slot: Slot, index: int, parent: int | None):
-        self.step, self.arrival, self.slot, self.index, self.parent = step, arrival, slot, index, parent
-        self.reward: float | None = None
-        self.shift: Float[Tensor, "token channel"] | None = None
-
-    @property
-    def time(self) -> float:
-        """The interpolant's time at which it was evaluated."""
-        return self.arrival.time
-
-    def __repr__(self) -> str:
-        return f"Particle(step={self.step}, reward={self.reward}, index={self.index}, parent={self.parent})"
 
 
 @runtime_checkable
@@ -203,46 +120,3 @@ class Draw:
     def nfe(self) -> int:
         """What one child costs."""
         return 1 if self.guide is None else GUIDED_NFE
-
-
-class ParticlePool:
-    """Preallocated state of at most `slots` particles of one geometry.
-
-    Args:
-        slots: how many particles can live at once; the memory is `slots * token * channel * 8` bytes.
-        token, channel: the shape of one latent.
-        device: where the storage is.
-    """
-
-    def __init__(self, slots: int, token: int, channel: int, device: torch.device):
-        self.slots = slots
-        self.x: Float[Tensor, "slot token channel"] = torch.zeros(slots, token, channel, device=device)
-        self.u: Float[Tensor, "slot token channel"] = torch.zeros(slots, token, channel, device=device)
-        self._free = list(range(slots - 1, -1, -1))
-        self._promised = 0
-
-    @property
-    def live(self) -> int:
-        """How many slots are in use."""
-        return self.slots - len(self._free)
-
-    def take(self) -> int:
-        """A free slot. Running out is an engine error: admission promises slots before they are needed."""
-        if not self._free:
-            raise RuntimeError(f"all {self.slots} slots of the particle pool are in use: admission promised too many")
-        return self._free.pop()
-
-    def give_back(self, index: int) -> None:
-        """Frees a slot."""
-        self._free.append(index)
-
-    def reserve(self, count: int) -> bool:
-        """Promises `count` slots to a request if that many are not promised yet; says whether it did."""
-        if self._promised + count > self.slots:
-            return False
-        self._promised += count
-        return True
-
-    def unreserve(self, count: int) -> None:
-        """Takes a promise back when its request is over."""
-        self._promised -= count

@@ -48,9 +48,10 @@ class Graphs:
     `run` to one stream, on which copies and replays are in order.
 
     Args:
-        step: from `(integers, floats, *conditioning)` on the device (see `rollflow.runner.Tables`) to a new tensor.
-            What else it uses (model, particle pool, geometry) is part of the capture and must stay where it is. It
-            must not synchronise with the host nor branch on values, and writes only the slots that `integers` name.
+        step: from `(integers, floats, *conditioning)` on the device (see `rollflow.device.runner.Tables`) to a new
+            tensor. What else it uses (model, particle pool, geometry) is part of the capture and must stay where it
+            is. It must not synchronise with the host nor branch on values, and writes only the slots that `integers`
+            name.
         capture: captures a function.
 
     Attributes:

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels
-from rollflow.particle import Particle
-from rollflow.search import Row
+from rollflow.search.particle import Particle
+from rollflow.search.search import Row
 
 
 def _given(row: Row) -> Tensor | None:
@@ -52,7 +52,7 @@ def prepared(row: Row) -> Tensor | None:
 
 
 def _rotated(row: Row) -> Float[Tensor, "token channel"]:
-    """The move "rotate" of `rollflow.particle.Draw`, with `mix` and `coarse`."""
+    """The move "rotate" of `rollflow.draw.Draw`, with `mix` and `coarse`."""
     pool, asked, step = row.search.pool, row.asked, row.step
     assert asked is not None and row.parent is not None
     source = x = pool.x[row.parent.slot.index]
@@ -79,7 +79,7 @@ def coefficients(row: Row) -> tuple[float, float, float, float]:
 
 
 def move(row: Row, gradient: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
-    """How far the reward's gradient moves the posterior mean; see `rollflow.particle.Guide`."""
+    """How far the reward's gradient moves the posterior mean; see `rollflow.draw.Guide`."""
     assert row.asked is not None and row.asked.guide is not None
     guide, path, time = row.asked.guide, row.search.plan.path, row.step.time
     if path.alpha(time) == 0.0:

@@ -25,8 +25,8 @@ import rollflow
 from rollflow.errors import RequestError, RollflowError
 
 if TYPE_CHECKING:
+    from rollflow.cli.output import Bar
     from rollflow.engine import Engine
-    from rollflow.present import Bar
     from rollflow.request import Request, Result
 
 DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of function
@@ -213,6 +213,8 @@ class ModelOptions:
             raise RequestError(
                 f"device {self.device!r}: choose cpu, or cuda or cuda:N where torch finds one"
             ) from error
+        from rollflow.models import silence
+
         silence()
         dtype: Any = getattr(torch, self.dtype) if self.dtype not in (None, "auto") else self.dtype
         return rollflow.Engine.from_pretrained(
@@ -241,14 +243,14 @@ class Generate:
             raise RequestError('give at least one prompt, in quotes: rollflow generate "two red circles"')
         results = _run([self.search.request(prompt) for prompt in self.prompts], self.runtime, self.out)
 
-        from rollflow import present
+        from rollflow.cli import output
 
-        for name, result in zip(present.names(results), results, strict=True):
+        for name, result in zip(output.names(results), results, strict=True):
             image, record = self.out / f"{name}.png", self.out / f"{name}.json"
             result.image.save(image)
-            content = {"model": self.runtime.model, **present.record(result)}
+            content = {"model": self.runtime.model, **output.record(result)}
             record.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            print(f"{result.request.prompt}\n  {present.summary(result)}\n  {image}\n  {record}")
+            print(f"{result.request.prompt}\n  {output.summary(result)}\n  {image}\n  {record}")
 
 
 @dataclass(frozen=True)
@@ -279,12 +281,12 @@ class Demo:
         requests = [options.request(prompt) for prompt in self.prompts for options in (plain, search)]
         results = _run(requests, self.runtime, self.out)
 
-        from rollflow import present
+        from rollflow.cli import output
 
         pairs = list(zip(results[::2], results[1::2], strict=True))
-        present.print_table(pairs)
+        output.print_table(pairs)
         path = self.out / "demo.png"
-        present.grid(pairs).save(path)
+        output.grid(pairs).save(path)
         print(path)
 
 
@@ -297,9 +299,9 @@ def commands() -> dict[str, Callable[..., Any]]:
 
 def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Result]:
     """Checks what it can before it loads the model, then searches under a progress bar."""
+    from rollflow.cli.output import progress_bar
     from rollflow.models import traits
-    from rollflow.present import progress_bar
-    from rollflow.request import plan
+    from rollflow.plan import plan
 
     known = traits(runtime.model)
     for request in requests:
@@ -320,15 +322,6 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
 def _search(requests: list[Request], engine: Engine, bar: Bar) -> list[Result]:
     bar.start(sum(request.nfe for request in requests))
     return engine.generate(requests, on_progress=bar.update)
-
-
-def silence() -> None:
-    """Turns off the loading bars of diffusers and transformers."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _parse(arguments: Sequence[str]) -> Any:

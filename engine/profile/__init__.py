@@ -1,0 +1,1 @@
+"""What the device ran, and where the time went."""

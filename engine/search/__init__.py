@@ -1,0 +1,1 @@
+"""One live request: its method, its particles, what it waits for and its history."""
