@@ -17,14 +17,14 @@ from torch import Tensor
 
 from rollflow import kernels
 from rollflow.bench.gpu_parts import Deadline, Row, capture
-from rollflow.device.runner import PADDING, Runner
+from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.kernels import reference
 from rollflow.models.flux import FluxModel, load
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request
-from rollflow.schedule.pool import ParticlePool
+from rollflow.row import NONE
 
 FLOOR = 4e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,7 +61,7 @@ def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> It
     size, generator, row = f"{rows}x{token}x{channel}", torch.Generator().manual_seed(rows * token), torch.arange(rows)
     x, u = torch.randn(2, 2 * rows, token, channel, generator=generator).unbind(0)
     seed, key = torch.randint(-(2**63), 2**63 - 1, (2, rows), generator=generator).unbind(0)
-    parent, child = torch.where(row % 4 == 2, PADDING, row), torch.where(row % 4 == 3, PADDING, row + rows)
+    parent, child = torch.where(row % 4 == 2, NONE, row), torch.where(row % 4 == 3, NONE, row + rows)
     step = torch.tensor([0.9, -0.2, 0.4, 1.1]).repeat(rows, 1)
     step[1::4, 2] = 0
     z = exact_noise(seed, key, token, channel)
@@ -154,13 +154,12 @@ def _name(dtype: torch.dtype) -> str:
 def _replays(model: FluxModel, lanes: Lanes) -> list[tuple[int, float]]:
     """Buckets, and the largest difference of a replay from the eager step; infinite where one is not finite."""
     geometry, (conditioning,) = model.geometry(), model.encode([PROMPT])
-    pool, runner = (
-        ParticlePool(SLOTS, geometry.token, geometry.channel, model.device),
-        Runner(model, BUCKETS, Ledger(), lanes),
-    )
+    runner = Runner(model, BUCKETS, Ledger(), lanes)
+    runner.allocate(geometry, SLOTS)
+    pool = runner.storage(geometry)
     generator = torch.Generator().manual_seed(0)
     before = [torch.randn(pool.x.shape, generator=generator).to(model.device) for _ in range(2)]
-    runner.record(geometry, BUCKETS, pool, conditioning, capture(model.device))
+    runner.record(geometry, BUCKETS, conditioning, capture(model.device))
     graphs = runner.graphs[geometry]
 
     def after(step: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -185,9 +184,9 @@ def _inputs(model: FluxModel, conditioning: Any, bucket: int, seed: int) -> tupl
     generator = torch.Generator().manual_seed(seed)
     integers = torch.randint(2**62, (4, bucket), generator=generator)
     integers[:2] = torch.randperm(SLOTS, generator=generator)[: 2 * bucket].view(2, bucket)
-    integers[0, ::3] = PADDING
+    integers[0, ::3] = NONE
     if bucket > 1:
-        integers[:2, -1] = PADDING
+        integers[:2, -1] = NONE
     floats = torch.rand(8 * bucket, generator=generator) + 0.01
     return integers.to(model.device), floats.to(model.device), *model.collate([conditioning] * bucket)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from rollflow.errors import RequestError
 
@@ -19,6 +20,13 @@ class Evaluated(Protocol):
 
     reward: float | None
     step: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a method may yield in place of draws, to be kept beside the history; it is sent None."""
+
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Draw:
     mix: tuple[Evaluated, ...] = ()
     coarse: bool = False
     guide: Guide | None = None
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or self.count < 1:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
+import threading
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from diffusers import FluxPipeline
-from PIL import Image
 
 from rollflow import methods, rewards
 from rollflow.device import calibrate
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
-from rollflow.errors import RequestError
+from rollflow.errors import FunctionError, RequestError, RollflowError
+from rollflow.host import Host
+from rollflow.job import Job, Rendering, indexed
+from rollflow.loop import Loop, promise
 from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Geometry, Traits, tuning
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
 from rollflow.plan import Plan, plan
+from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request, Result
-from rollflow.schedule.odds import Odds
-from rollflow.schedule.pool import ParticlePool
-from rollflow.schedule.scheduler import Outcome, Scheduler
-from rollflow.search.search import Search
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
 CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -39,8 +41,8 @@ REPRODUCIBLE_BUCKET = 16
 MOST_LANES = 4  # on a CPU, where nothing was measured
 POOL_SLOTS = 4096
 POOL_BYTES = 2**30
-ENCODED_PROMPTS = 256  # kept for later calls
 _FIELDS = {field.name for field in fields(Request)}
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,49 @@ class Progress:
     best_reward: tuple[float, ...]
 
 
+class Checked(NamedTuple):
+    """A request that can be honoured; `resize` plans it anew, where its time decides the budget."""
+
+    plan: Plan
+    geometry: Geometry
+    resize: Callable[[int], Plan] | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine holds at a moment.
+
+    Attributes:
+        queued: requests that wait to be let in.
+        running: requests that were let in and are not over.
+        rows: rows and final images that are on the device or with a reward.
+        live: slots of particles that are in use.
+        promised: slots that running requests were promised or have taken beyond that.
+        free: slots that are not in use.
+        buckets: batch sizes by (height, width), of the image sizes that were used so far.
+        nfe_per_second: evaluations a second over the last ten seconds, those that ran in vain included.
+        abandoned: threads that were given up because a call of a reward did not come back within its timeout.
+        healthy: whether it takes requests: it was not closed, and its device did not fail.
+    """
+
+    queued: int
+    running: int
+    rows: int
+    live: int
+    promised: int
+    free: int
+    buckets: Mapping[tuple[int, int], tuple[int, ...]]
+    nfe_per_second: float
+    abandoned: int
+    healthy: bool
+
+
 class Engine:
     """Runs searches of many requests in shared forwards of one model.
+
+    Requests come and go at any time and from any thread: `submit` returns a `Job` at once, `generate` waits. A thread
+    of the engine's own does the work; it starts with the first request and ends with `close`, at the end of a `with`
+    block, when the engine is dropped, or with the interpreter.
 
     Args:
         model: a diffusers `FluxPipeline`, or any `rollflow.models.FlowModel`.
@@ -60,8 +103,8 @@ class Engine:
             `BUCKETS` that pay on this model and device, as measured before the first request. With a single bucket, a
             multiple of 8, a request's result does not depend on what runs beside it, bit for bit (on one CPU; on a GPU
             as far as its libraries compute a row alike at every place of a batch).
-        slots: how many particles of one image size can live at once, the bound of their memory. By default 4096, or
-            what fits into 1 GiB. A request is promised as many as its nfe, and waits until they are free.
+        slots: how many particles of one image size can live at once, the bound of their memory: by default 4096, or
+            what fits into 1 GiB. A request waits until the slots that its method needs are free.
         traits: what searches should know of the model, see `rollflow.models.Traits`.
         lanes: how many batches may be on the device at a time: cohorts of searches alternate, so that one is decoded,
             judged and decided on while another is in the transformer. On a CPU they run side by side, each on
@@ -75,6 +118,7 @@ class Engine:
             runs padded batches.
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
             size. It takes a model of tensors alone (`FluxModel.collate` and `FluxModel.forward`); others run without.
+        max_queued: how many requests may wait to be let in; `submit` raises `EngineBusy` for more. None: any number.
 
     Attributes:
         ledger: rows by kind and seconds by span since the engine was made.
@@ -92,28 +136,36 @@ class Engine:
         preview: bool = False,
         reproducible: bool = False,
         graphs: bool = True,
+        max_queued: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         if buckets is not None:
             buckets = _checked_buckets(buckets, reproducible)
         self.model = FluxModel(model) if isinstance(model, FluxPipeline) or not hasattr(model, "velocity") else model
         if preview and not _has_preview(self.model):
             raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
-        if self.model.device.type == "cpu":
+        on_cpu = self.model.device.type == "cpu"
+        if on_cpu:
             _keep_pages()
-        self.ledger, self.traits, self.preview = Ledger(), traits or Traits(), preview
-        self._slots = None if slots is None else whole("slots", slots, 1)
-        self._keep_buckets = reproducible or buckets is not None
-        usual = CPU_BUCKETS if self.model.device.type == "cpu" else BUCKETS
+        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits or Traits(), preview, clock
+        self._slots_of = partial(_slots_of, None if slots is None else whole("slots", slots, 1))
+        usual = CPU_BUCKETS if on_cpu else BUCKETS
         sizes = tuple(buckets) if buckets is not None else (REPRODUCIBLE_BUCKET,) if reproducible else usual
-        self._choose_lanes = lanes is None and threads is None and not reproducible and self.model.device.type == "cpu"
         count, each = _lanes(self.model.device, lanes, threads)
-        self._runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
+        most = None if max_queued is None else whole("max_queued", max_queued, 1)
         tensors_alone = hasattr(self.model, "collate") and hasattr(self.model, "forward")
-        self._graphs = graphs and tensors_alone and self.model.device.type == "cuda"
-        self._odds = Odds()
-        self._pools: dict[Geometry, ParticlePool] = {}
-        self._conditioning: dict[str, Any] = {}
-        self._warned = self._released = False
+        runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
+        preparations = Preparations(
+            runner,
+            self._slots_of,
+            measure=hasattr(self.model, "signature"),
+            keep_buckets=reproducible or buckets is not None,
+            choose_lanes=lanes is None and threads is None and not reproducible and on_cpu,
+            graphs=graphs and tensors_alone and not on_cpu,
+        )
+        loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
+        self._host, self._render = Host(loop, runner, preparations), Rendering()
+        weakref.finalize(self, self._host.close, False).atexit = False  # the host sees to that
 
     @classmethod
     def from_pretrained(
@@ -162,6 +214,30 @@ class Engine:
         light = load_light("" if preview is True else preview, name_or_path, device, dtype) if preview else None
         return cls(FluxModel(pipeline, light, attention), preview=light is not None, **options)
 
+    # Requests.
+
+    def submit(self, request: str | Request, *, id: Any = None, **options: Any) -> Job:
+        """Hands in a request, from any thread, at any time, and returns at once.
+
+        Args:
+            request: a prompt or a `Request`.
+            id: the job's name; by default a number.
+            options: as of `generate`, with a prompt.
+
+        Raises:
+            RequestError: a request that cannot be honoured.
+            EngineBusy: `max_queued` requests wait already; its `seconds` say when to come again.
+            EngineClosed, EngineDead: the engine takes no more requests.
+        """
+        return self._submit(self._check(_request(request, options)), id)
+
+    def _submit(self, checked: Checked, id: Any = None, force: bool = False) -> Job:
+        self._host.start()
+        job = Job(next(_NUMBERS) if id is None else id, checked.plan.request, self._host, self._render, self)
+        loop = self._host.loop
+        job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize))
+        return job
+
     @overload
     def generate(
         self, requests: str | Request, *, on_progress: Callable[[Progress], None] | None = None, **options: Any
@@ -172,87 +248,160 @@ class Engine:
         self,
         requests: Sequence[str | Request],
         *,
+        return_exceptions: Literal[False] = False,
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
     ) -> list[Result]: ...
+
+    @overload
+    def generate(
+        self,
+        requests: Sequence[str | Request],
+        *,
+        return_exceptions: bool,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> list[Result | BaseException]: ...
 
     def generate(
         self,
         requests: str | Request | Sequence[str | Request],
         *,
+        return_exceptions: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
-    ) -> Result | list[Result]:
+    ) -> Any:
         """Runs one request, or many together; returns a result for each, in order.
+
+        An interruption (Ctrl-C) cancels the requests of this call and leaves the engine as it was.
 
         Args:
             requests: prompts or `Request`s.
-            on_progress: called after each batch.
+            return_exceptions: put the error of a request in its place among the results, as `asyncio.gather` does.
+                Otherwise the others still finish, and then the first error is raised, with its place in the message.
+            on_progress: called when rewards have come, on the caller's thread.
             options: fields of `Request` for every prompt given as a string; other names are the method's options.
 
         Raises:
             RequestError: a request that cannot be honoured, before anything runs; of several, it says which.
+            RollflowError: what a request failed with; its cause is the original error.
         """
         if isinstance(requests, str | Request):
-            return self.generate([requests], on_progress=on_progress, **options)[0]
-        return self._run(self._prepare([_request(r, options) for r in requests]), on_progress)
+            found = self.generate([requests], return_exceptions=return_exceptions, on_progress=on_progress, **options)
+            return found[0]
+        self._host.check_waiting()
+        jobs = self._submit_all(requests, options, return_exceptions)
+        try:
+            _follow(jobs, on_progress)
+        except BaseException:
+            for job in jobs:
+                if isinstance(job, Job):
+                    job.cancel()
+            raise
+        return _collected(jobs, return_exceptions)
 
-    def _prepare(self, requests: list[Request]) -> list[tuple[Plan, Geometry]]:
-        """Checks every request, and encodes the prompts that are new."""
-        prepared = []
+    async def generate_async(
+        self,
+        requests: str | Request | Sequence[str | Request],
+        *,
+        return_exceptions: bool = False,
+        **options: Any,
+    ) -> Any:
+        """`generate` for asyncio. A task that is cancelled cancels its requests."""
+        if isinstance(requests, str | Request):
+            return (await self.generate_async([requests], return_exceptions=return_exceptions, **options))[0]
+        jobs = self._submit_all(requests, options, return_exceptions)
+        try:
+            for job in jobs:
+                if isinstance(job, Job):
+                    await job.over()
+        except BaseException:
+            for job in jobs:
+                if isinstance(job, Job):
+                    job.cancel()
+            raise
+        return _collected(jobs, return_exceptions)
+
+    def map(
+        self,
+        requests: Iterable[str | Request],
+        *,
+        concurrency: int = 64,
+        return_exceptions: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields `(index, Result)` of requests as they finish; takes from the iterable only as many as run.
+
+        Args:
+            requests: prompts or `Request`s, also without end.
+            concurrency: how many are in the engine at a time.
+            return_exceptions: yield errors in place of results; otherwise the first is raised, and the rest cancelled.
+            options: as of `generate`.
+        """
+        concurrency = whole("concurrency", concurrency, 1)
+        self._host.check_waiting()
+        return self._mapped(iter(requests), concurrency, return_exceptions, options)
+
+    def _mapped(
+        self, requests: Iterator[str | Request], most: int, return_exceptions: bool, options: dict[str, Any]
+    ) -> Iterator[tuple[int, Any]]:
+        running: dict[concurrent.futures.Future, tuple[int, Job]] = {}
+        numbered = enumerate(requests)
+        try:
+            while True:
+                while len(running) < most and (one := next(numbered, None)) is not None:
+                    try:
+                        job = self._submit(self._check(_request(one[1], options)), force=True)
+                    except RollflowError as error:
+                        if not return_exceptions:
+                            raise indexed(error, one[0], 2) from error.__cause__
+                        yield one[0], error
+                    else:
+                        running[job.future] = one[0], job
+                if not running:
+                    return
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    index, job = running.pop(future)
+                    error = job.exception()
+                    if error is not None and not return_exceptions:
+                        raise indexed(error, index, 2) from error.__cause__
+                    yield index, job.result() if error is None else error
+        finally:
+            for _, job in running.values():
+                job.cancel()
+
+    def _submit_all(
+        self, requests: Sequence[str | Request], options: dict[str, Any], return_exceptions: bool
+    ) -> list[Job | RollflowError]:
+        """A job for each request; errors of requests in their places, or the first of them before anything runs."""
+        self._host.start()
+        asked: list[Checked | RollflowError] = []
         for i, request in enumerate(requests):
             try:
-                prepared.append(self._check(request))
+                asked.append(self._check(_request(request, options)))
+            except RollflowError as error:
+                if not return_exceptions:
+                    raise indexed(error, i, len(requests)) from error.__cause__
+                asked.append(error)
+        return [self._submit(one, force=True) if isinstance(one, Checked) else one for one in asked]
+
+    def _check(self, request: Request) -> Checked:
+        """A request that can be honoured, with all that this takes."""
+        timed = request.nfe is None and (request.seconds is not None or request.deadline is not None)
+
+        def for_budget(nfe: int | None) -> Plan:
+            try:
+                return plan(replace(request, nfe=nfe), self.traits, self.preview)
             except RequestError as error:
-                raise (error if len(requests) == 1 else RequestError(f"request {i}: {error}")) from None
-        if not self._released:
-            for prompt in list(self._conditioning)[: max(0, len(self._conditioning) - ENCODED_PROMPTS)]:
-                del self._conditioning[prompt]
-        self._encode(dict.fromkeys(r.prompt for r in requests))
-        if hasattr(self.model, "signature"):
-            for geometry in dict.fromkeys(geometry for _, geometry in prepared):
-                self.warm_up(geometry.height, geometry.width)
-        return prepared
+                smallest = getattr(error, "smallest", None)
+                if smallest is None or not timed:
+                    raise
+                return plan(replace(request, nfe=smallest), self.traits, self.preview)
 
-    def encode(self, prompts: str | Sequence[str]) -> None:
-        """Encodes prompts that requests will come for, each distinct one once.
-
-        Raises:
-            RequestError: a prompt that the model cannot read.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        for prompt in prompts:
-            if prompt not in self._conditioning:
-                self.model.check_prompt(prompt)
-        self._encode(prompts)
-
-    def release_text_encoders(self) -> None:
-        """Frees the memory of the text encoders. From then on only prompts that were encoded before are accepted.
-
-        Raises:
-            RequestError: the model cannot do without them.
-        """
-        if not hasattr(self.model, "release_text_encoders"):
-            raise RequestError(f"a {type(self.model).__name__} has no text encoders that could be released")
-        self.model.release_text_encoders()
-        self._released = True
-
-    def forget_prompts(self) -> None:
-        """Drops the encoded prompts that it keeps for later calls."""
-        if not self._released:
-            self._conditioning.clear()
-
-    def _encode(self, prompts: Iterable[str]) -> None:
-        for prompt in prompts:
-            if prompt not in self._conditioning:  # encoded alone, so that its bits do not depend on its company
-                (self._conditioning[prompt],) = self.model.encode([prompt])
-
-    def _check(self, request: Request) -> tuple[Plan, Geometry]:
-        checked = plan(request, self.traits, self.preview)
-        if request.prompt not in self._conditioning:
-            self.model.check_prompt(request.prompt)
-        checked.reward.check(request.prompt)
-        geometry = self.model.geometry(request.height, request.width)
+        checked = for_budget(request.nfe)
+        self._check_prompt(checked.request.prompt)
+        checked.reward.check(checked.request.prompt)
+        geometry = self.model.geometry(checked.request.height, checked.request.width)
         size = rewards.size(checked.reward)
         if size is not None and (geometry.height, geometry.width) != size:
             raise RequestError(
@@ -264,127 +413,98 @@ class Engine:
                 f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
                 f"[{geometry.token}, {geometry.channel}]"
             )
-        slots = self._slots_of(geometry)
-        if request.nfe > slots:
+        slots, needed = self._slots_of(geometry), promise(checked)
+        if needed > slots:
             raise RequestError(
-                f"nfe={request.nfe}: this engine holds {slots} particles of this size, and a request may need as many "
-                "as its nfe; lower it, or make the engine with Engine(slots=...)"
+                f"nfe={checked.request.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
+                f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
+                "with Engine(slots=...)"
             )
-        return checked, geometry
+        return Checked(checked, geometry, (lambda nfe: for_budget(min(nfe, slots))) if timed else None)
 
-    def _slots_of(self, geometry: Geometry) -> int:
-        each = geometry.token * geometry.channel * 8
-        return self._slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
+    def _check_prompt(self, prompt: str) -> None:
+        if prompt not in self._host.preparations.conditioning:
+            self.model.check_prompt(prompt)
 
-    def _pool(self, geometry: Geometry) -> ParticlePool:
-        if geometry not in self._pools:
-            slots = self._slots_of(geometry)
-            self._pools[geometry] = ParticlePool(slots, geometry.token, geometry.channel, self.model.device)
-        return self._pools[geometry]
+    # What is prepared ahead.
 
-    @property
-    def lanes(self) -> Lanes:
-        """The threads that run its batches."""
-        return self._runner.threads
+    def encode(self, prompts: str | Sequence[str]) -> None:
+        """Encodes prompts that requests will come for, each distinct one once.
 
-    def buckets(self, height: int | None = None, width: int | None = None) -> Mapping[int, float]:
-        """The batch sizes for an image size, and the seconds that a batch of each was measured to take."""
-        self.warm_up(height, width)
-        return self._runner.costs[self.model.geometry(height, width)].seconds
+        Raises:
+            RequestError: a prompt that the model cannot read.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for prompt in prompts:
+            self._check_prompt(prompt)
+        self._host.prepare(prompts, None)
 
     def warm_up(self, height: int | None = None, width: int | None = None) -> None:
         """Measures what batches of this image size cost, so that the first request does not have to wait for it.
 
         The measured batch sizes, and on a CPU the numbers of lanes and threads, hold for the engine from then on.
+        Requests of other sizes go on meanwhile.
         """
-        geometry = self.model.geometry(height, width)
-        if geometry in self._runner.costs:
-            return
-        conditioning = next(iter(self._conditioning.values()), None) or self.model.encode([""])[0]
-        if self.model.device.type == "cpu" and isinstance(self.model, FluxModel):
-            self.model.record(geometry, conditioning)
-        if self._choose_lanes:
-            count, threads = calibrate.best_lanes(self.model, geometry, conditioning, self.preview)
-            if (count, threads) != (self._runner.threads.count, self._runner.threads.threads):
-                self._runner.use(Lanes(self.model.device, count, threads))
-            self._choose_lanes = False
-        runner, lanes = self._runner, self._runner.threads
-        known = (self.model, geometry, conditioning)
-        costs = calibrate.cost_model(*known, runner.buckets, lanes, self.preview, self._keep_buckets)
-        if self._graphs:
-            lanes.run(runner.record, geometry, costs.seconds, self._pool(geometry), conditioning).result()
-            costs = calibrate.replayed(
-                costs, *known, lanes, self.preview, partial(runner.replay, geometry, conditioning)
-            )
-        runner.costs[geometry] = costs  # last: what failed is tried again, not skipped
+        self._host.prepare([], self.model.geometry(height, width))
 
-    def _run(self, prepared: list[tuple[Plan, Geometry]], on_progress: Callable | None) -> list[Result]:
-        order = sorted(range(len(prepared)), key=lambda i: -prepared[i][0].request.priority)
-        scheduler, waiting = Scheduler(self._runner), deque(order)
-        if self.model.device.type == "cuda":  # what the caller's stream encoded, lanes will read
-            torch.cuda.current_stream(self.model.device).synchronize()
-        searches: list[Search | None] = [None] * len(prepared)
-        places: dict[Search, int] = {}
-        results: dict[int, Result] = {}
-        try:
-            while waiting or scheduler.live:
-                while waiting and (search := self._admit(*prepared[waiting[0]])) is not None:
-                    places[search] = i = waiting.popleft()
-                    searches[i] = search
-                    scheduler.add(search)
-                over = scheduler.tick()
-                for search, outcome in over:
-                    results[places[search]] = self._result(search, outcome)
-                    self._release(search)
-                if on_progress is not None and scheduler.news:
-                    on_progress(_progress(searches))
-        finally:  # after an error, in a reward say, give back what the searches hold
-            scheduler.drain()
-            for search in searches:
-                if search is not None:
-                    self._release(search)
-        return [results[i] for i in range(len(prepared))]
+    def buckets(self, height: int | None = None, width: int | None = None) -> Mapping[int, float]:
+        """The batch sizes for an image size, and the seconds that a batch of each was measured to take."""
+        self.warm_up(height, width)
+        return self._host.preparations.cost(self.model.geometry(height, width)).seconds
 
-    def _admit(self, checked: Plan, geometry: Geometry) -> Search | None:
-        """A live search, or None while the pool has promised its slots to others."""
-        pool = self._pool(geometry)
-        if not pool.reserve(checked.request.nfe):
-            return None
-        conditioning = self._conditioning[checked.request.prompt]
-        try:
-            return Search(checked, geometry, conditioning, pool, self.ledger, self._odds)
-        except BaseException:  # of a method of one's own, at its first step
-            pool.unreserve(checked.request.nfe)
-            raise
+    def release_text_encoders(self) -> None:
+        """Frees the memory of the text encoders. From then on only prompts that were encoded before are accepted.
 
-    def _release(self, search: Search) -> None:
-        if not search.closed:
-            search.close()
-            search.pool.unreserve(search.plan.request.nfe)
+        Raises:
+            RequestError: the model cannot do without them.
+        """
+        if not hasattr(self.model, "release_text_encoders"):
+            raise RequestError(f"a {type(self.model).__name__} has no text encoders that could be released")
+        self.model.release_text_encoders()
+        self._host.preparations.pinned = True
 
-    def _result(self, search: Search, outcome: Outcome) -> Result:
-        plan, request = search.plan, search.plan.request
-        if search.invalid and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the reward {plan.reward.name} gave {search.invalid} of {len(search._history)} particles of "
-                f"{request.prompt!r} a score that is no finite number: these count as worst. Result.invalid_rewards "
-                "counts them; this engine warns once",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        return Result(
-            image=Image.fromarray(outcome.rounded.permute(1, 2, 0).numpy()),
-            pixels=outcome.pixels,
-            reward=outcome.reward,
-            held_out=outcome.held_out,
-            committed_nfe=search.committed,
-            executed_nfe=search.executed,
-            invalid_rewards=search.invalid,
-            history=search.history,
-            seconds=time.perf_counter() - search.start,
-            request=request,
+    def forget_prompts(self) -> None:
+        """Drops the encoded prompts that it keeps for later requests."""
+        self._host.do(self._host.preparations.forget)
+
+    # Its life.
+
+    @property
+    def lanes(self) -> Lanes:
+        """The threads that run its batches."""
+        return self._host.runner.threads
+
+    def stats(self) -> Stats:
+        """What it holds now; of any thread."""
+        host = self._host
+        found = host.do(host.loop.snapshot)
+        buckets = {(g.height, g.width): sizes for g, sizes in [*host.runner.buckets.items()]}
+        return Stats(
+            queued=found.queued,
+            running=found.running,
+            rows=found.rows,
+            live=found.live,
+            promised=found.promised,
+            free=found.free,
+            buckets=buckets,
+            nfe_per_second=found.nfe_per_second,
+            abandoned=host.runner.threads.abandoned,
+            healthy=found.dead is None and not host.closed,
         )
+
+    def close(self, drain: bool = True) -> None:
+        """Takes no more requests, ends what is there, and gives threads and memory back. Further calls do nothing.
+
+        Args:
+            drain: finish the requests that are there; otherwise they are cancelled.
+        """
+        self._host.close(drain)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
 
 
 def _checked_buckets(buckets: Any, reproducible: bool) -> list[int]:
@@ -440,8 +560,51 @@ def _request(asked: str | Request, options: dict[str, Any]) -> Request:
     return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})
 
 
-def _progress(searches: list[Search | None]) -> Progress:
+def _slots_of(slots: int | None, geometry: Geometry) -> int:
+    """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory."""
+    each = geometry.token * geometry.channel * 8
+    return slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
+
+
+def _follow(jobs: Sequence[Job | RollflowError], on_progress: Callable[[Progress], None] | None) -> None:
+    """Waits for all jobs, and tells how far they are."""
+    running = [job for job in jobs if isinstance(job, Job)]
+    if on_progress is None:
+        concurrent.futures.wait([job.future for job in running])
+        return
+    changed, told = threading.Event(), None
+    with ExitStack() as watches:
+        for job in running:
+            watches.enter_context(job.watched(changed.set))
+        over = False
+        while not over:
+            if not all(job.done() for job in running):
+                changed.wait()
+                changed.clear()
+            over = all(job.done() for job in running)
+            state = _progress(jobs)
+            if state != told and any(state.committed_nfe):
+                told = state
+                try:
+                    on_progress(state)
+                except Exception as error:
+                    raise FunctionError(f"the progress callback raised {type(error).__name__}: {error}") from error
+
+
+def _progress(jobs: Sequence[Job | RollflowError]) -> Progress:
+    updates = [job.update if isinstance(job, Job) else None for job in jobs]
     return Progress(
-        tuple(0 if s is None else s.committed for s in searches),
-        tuple(float("-inf") if s is None else s.best_reward for s in searches),
+        tuple(0 if update is None else update.committed_nfe for update in updates),
+        tuple(float("-inf") if update is None else update.best_reward for update in updates),
     )
+
+
+def _collected(jobs: Sequence[Job | RollflowError], return_exceptions: bool) -> list[Any]:
+    """The results of jobs that are over, with errors in their places, or else the first of them."""
+    found: list[Any] = []
+    for i, job in enumerate(jobs):
+        error = job.exception() if isinstance(job, Job) else job
+        if error is not None and not return_exceptions:
+            raise indexed(error, i, len(jobs)) from error.__cause__
+        found.append(job.result() if isinstance(job, Job) and error is None else error)
+    return found

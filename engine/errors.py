@@ -1,5 +1,7 @@
 """The exceptions of rollflow: few, and each says what was given, what is allowed and what to do."""
 
+import concurrent.futures
+
 
 class RollflowError(Exception):
     """Base of every error that rollflow raises on purpose."""
@@ -11,3 +13,33 @@ class RequestError(RollflowError, ValueError):
 
 class ModelError(RollflowError):
     """A model folder or pipeline that cannot be used."""
+
+
+class FunctionError(RollflowError):
+    """What a user's own function raised; the original exception is the cause."""
+
+
+class RewardUnavailable(RollflowError):
+    """A reward raises it to be called again later."""
+
+
+class Cancelled(RollflowError, concurrent.futures.CancelledError):
+    """The request was cancelled."""
+
+
+class EngineBusy(RollflowError):
+    """Too many requests wait already; `seconds` is how long one more is expected to wait."""
+
+    seconds = 0.0
+
+
+class EngineClosed(RollflowError):
+    """The engine takes no more work."""
+
+
+class EngineDead(RollflowError):
+    """The device failed for good."""
+
+
+class OutOfTime(RollflowError, TimeoutError):
+    """The time of a request ended before it had anything to show."""

@@ -151,6 +151,8 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
         raise RequestError(f"prompt={request.prompt!r}: it must be a sentence")
     traits = traits or Traits()
     request = _whole_request(request, traits)
+    if request.nfe is None:
+        request = replace(request, nfe=100)
     whole("nfe", request.nfe, 1), whole("finish", request.finish, 0)
     whole("seed", request.seed, -(2**63))
     if request.seed >= 2**63:

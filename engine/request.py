@@ -60,7 +60,7 @@ class Request:
     prompt: str
     reward: Any = "count"
     method: str | Callable[..., methods.Search] = "sprout"
-    nfe: int = 100
+    nfe: int | None = None
     steps: int | None = None
     interpolant: str | interpolants.Interpolant | None = None
     seed: int = 0
@@ -72,6 +72,8 @@ class Request:
     finish: int = 0
     finalists: int | None = None
     stop_at: float | None = None
+    seconds: float | None = None
+    deadline: float | None = None
     latents: torch.Tensor | None = None
     priority: int = 0
     guidance: float = 3.5
@@ -114,8 +116,11 @@ class Result:
             the search.
         executed_nfe: what the device ran for this request, its share of padding included; a row counts as much as it is
             charged.
+        stopped: what ended the search: "budget" (all of it is spent, or the method had enough), "stop_at", "seconds",
+            "deadline" or "cancelled".
         invalid_rewards: how many particles had a reward that is no finite number, and count as worst, or a gradient
             that is none, and were not guided.
+        notes: what the method noted on its way, such as effective sample sizes; see `rollflow.draw.Note`.
         history: a record for each evaluated particle, in the order of evaluation.
         seconds: wall time from admission to the end.
         request: what was asked.
@@ -131,6 +136,8 @@ class Result:
     history: list[Record]
     seconds: float
     request: Request
+    stopped: str = "budget"
+    notes: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property
     def unspent_nfe(self) -> int:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rollflow import kernels
+from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Captured, Graphs
-from rollflow.device.runner import PADDING, Tables
+from rollflow.device.storage import Storage
 from rollflow.errors import ModelError
-from rollflow.schedule.pool import ParticlePool
+from rollflow.row import NONE
 
 TOKENS, CHANNELS, SLOTS = 4, 12, 24
 BUCKETS = (1, 2, 4, 8)
@@ -39,16 +40,16 @@ class FakeCapture:
         return Captured(replay, output, pool or object(), output.nbytes)
 
 
-def particles() -> ParticlePool:
+def particles() -> Storage:
     """Slots of random states and velocities."""
-    pool = ParticlePool(SLOTS, TOKENS, CHANNELS, torch.device("cpu"))
+    pool = Storage(SLOTS, TOKENS, CHANNELS, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     pool.x.normal_(generator=generator)
     pool.u.normal_(generator=generator)
     return pool
 
 
-def step_of(pool: ParticlePool) -> Callable[..., Tensor]:
+def step_of(pool: Storage) -> Callable[..., Tensor]:
     """Propose, a made-up velocity and finish: the runner's step with a model of one line."""
 
     def step(integers: Tensor, floats: Tensor, pooled: Tensor, sequence: Tensor) -> Tensor:
@@ -66,9 +67,9 @@ def batch(bucket: int, live: int, seed: int = 0, text: int = 3) -> tuple[Tensor,
     """Inputs of `live` rows and padding: children go to other slots than parents, every third row is of the prior."""
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randperm(SLOTS, generator=generator)
-    integers = torch.full((4, bucket), PADDING)
+    integers = torch.full((4, bucket), NONE)
     integers[0, :live], integers[1, :live] = slots[:live], slots[live : 2 * live]
-    integers[0, :live:3] = PADDING
+    integers[0, :live:3] = NONE
     integers[2:, :live] = torch.randint(2**62, (2, live), generator=generator)
     floats = torch.rand(8 * bucket, generator=generator)
     conditioning = torch.randn(bucket, text + 1, CHANNELS, generator=generator)
@@ -79,7 +80,7 @@ def padding(bucket: int) -> tuple[Tensor, ...]:
     return batch(bucket, 0)
 
 
-def recorded(pool: ParticlePool) -> tuple[Graphs, FakeCapture]:
+def recorded(pool: Storage) -> tuple[Graphs, FakeCapture]:
     capture = FakeCapture()
     graphs = Graphs(step_of(pool), capture)
     graphs.record(BUCKETS, padding)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 import rollflow
 from rollflow import kernels
+from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Graphs
-from rollflow.device.runner import PADDING, Tables
+from rollflow.device.storage import Storage
 from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.models.flux import FluxModel, load
 from rollflow.request import Request
-from rollflow.schedule.pool import ParticlePool
+from rollflow.row import NONE
 
 pytestmark = pytest.mark.gpu
 
@@ -45,16 +46,16 @@ def lane() -> Iterator[Lanes]:
     lanes.close()
 
 
-def particles(model: FluxModel) -> ParticlePool:
+def particles(model: FluxModel) -> Storage:
     geometry = model.geometry()
-    pool = ParticlePool(SLOTS, geometry.token, geometry.channel, model.device)
+    pool = Storage(SLOTS, geometry.token, geometry.channel, model.device)
     generator = torch.Generator().manual_seed(1)
     for state in (pool.x, pool.u):
         state.copy_(torch.randn(state.shape, generator=generator))
     return pool
 
 
-def step_of(model: FluxModel, pool: ParticlePool) -> Callable[..., Tensor]:
+def step_of(model: FluxModel, pool: Storage) -> Callable[..., Tensor]:
     geometry = model.geometry()
     scale = {"scaling": model.scaling, "shift": model.shift, "dtype": model.dtype}
 
@@ -73,9 +74,9 @@ def batch(model: FluxModel, bucket: int, live: int, seed: int = 0) -> tuple[Tens
     """Inputs of `live` rows and padding: children go to other slots than parents, every third row is of the prior."""
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randperm(SLOTS, generator=generator)
-    integers = torch.full((4, bucket), PADDING)
+    integers = torch.full((4, bucket), NONE)
     integers[0, :live], integers[1, :live] = slots[:live], slots[live : 2 * live]
-    integers[0, :live:3] = PADDING
+    integers[0, :live:3] = NONE
     integers[2:, :live] = torch.randint(2**62, (2, live), generator=generator)
     floats = torch.rand(8 * bucket, generator=generator) + 0.01
     like = model.collate([conditioning(model)] * bucket)
@@ -87,7 +88,7 @@ def conditioning(model: FluxModel) -> Any:
     return model.encode(["two red circles"])[0]
 
 
-def recorded(model: FluxModel, pool: ParticlePool, lane: Lanes, buckets: tuple[int, ...] = BUCKETS) -> Graphs:
+def recorded(model: FluxModel, pool: Storage, lane: Lanes, buckets: tuple[int, ...] = BUCKETS) -> Graphs:
     graphs = Graphs(step_of(model, pool))
     lane.run(graphs.record, buckets, lambda bucket: batch(model, bucket, 0)).result()
     return graphs
@@ -193,7 +194,7 @@ def test_an_engine_decides_alike_with_graphs_and_without(model: FluxModel, metho
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # a batch that no graph fits
             results.append(engine.generate([ask(method, seed) for seed in range(3)]))
-        assert bool(engine._runner.graphs) == graphs
+        assert bool(engine._host.runner.graphs) == graphs
     for ours, theirs in zip(*results, strict=True):
         assert ours.history == theirs.history
         assert ours.reward == theirs.reward and ours.committed_nfe == theirs.committed_nfe

@@ -55,8 +55,8 @@ class Particle:
         self.step, self.reward = step, 0.0
 
 
-def state(particle):
-    return particle.slot._lease._pool.x[particle.slot.index].clone()
+def state(engine, particle):
+    return engine._host.runner.storage(engine.model.geometry()).x[particle.slot.index].clone()
 
 
 def run(draws_of, seeds=range(1), reward=lambda images, prompts: images.mean((1, 2, 3)), **options):
@@ -69,12 +69,13 @@ def run(draws_of, seeds=range(1), reward=lambda images, prompts: images.mean((1,
             drawn = yield draws
             new = [child for children in drawn for child in children]
             particles += new
-            states += map(state, new)
+            states += [state(engine, particle) for particle in new]
         found.append(torch.stack(states))
         return particles[-1]
 
+    engine = Engine(Gaussian())
     fields = {"nfe": 50, "steps": 5, "interpolant": "linear", "reward": reward, **options}
-    Engine(Gaussian()).generate([Request("a", method=method, seed=s, **fields) for s in seeds])
+    engine.generate([Request("a", method=method, seed=s, **fields) for s in seeds])
     return torch.stack(found).double()
 
 
@@ -249,7 +250,7 @@ def test_guided_particles_are_charged_and_recorded():
     kinds = [(r.kind, r.nfe, r.level) for r in second.history]
     assert kinds == [("guided", 2, 0)] * 4 + [("guided", 2, 1)] * 4 + [("committed", 1, 2)] * 5
     assert e.ledger.executed["guided"] == 8 and e.ledger.seconds["backward"] > 0
-    assert all(pool.live == 0 for pool in e._pools.values())
+    assert e.stats().live == 0
 
 
 def test_what_a_reward_loads_in_a_plain_search_can_be_used_in_a_guided_one():
@@ -411,7 +412,7 @@ def test_methods_that_break_give_their_memory_back():
     ):
         with pytest.raises(RequestError, match=message) as kept:  # noqa: F841, its traceback must not hold slots
             e.generate([Request("a", reward=brightness, method=m, nfe=9, steps=3) for m in ("rbf", method)])
-        assert all(pool.live == 0 and pool._promised == 0 for pool in e._pools.values())
+        assert e.stats().live == e.stats().promised == 0
 
 
 def test_built_in_methods_can_be_given_as_functions():

@@ -4,7 +4,7 @@ import math
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 
 import pytest
 import torch
@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from rollflow import methods, rewards
 from rollflow.draw import Draw
 from rollflow.engine import Engine
+from rollflow.errors import FunctionError, ModelError
+from rollflow.loop import Finished, Loop, promise
 from rollflow.models import Geometry
 from rollflow.plan import plan
+from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request
+from rollflow.row import Done, Free, Landed, Outcome, Shown
 from rollflow.schedule.cost import CostModel
 from rollflow.schedule.odds import Odds
-from rollflow.schedule.pool import ParticlePool
-from rollflow.schedule.scheduler import Outcome, Report, Scheduler
-from rollflow.search.search import Search
 
 SIZE = Geometry(8, 8, 8, 8, 16, 12)
 
@@ -31,76 +32,87 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
+class Prepared(Preparations):
+    """Every prompt is encoded and every size measured."""
+
+    def __init__(self, cost):
+        self.conditioning, self.costs, self.chores = defaultdict(lambda: None), {}, deque()
+        self.cost = lambda geometry: cost
+
+    def want(self, prompt, geometry, then):
+        then(None)
+
+
 class Scripted:
-    """A runner without a model: a row's reward is a function of its request, noise key and parent, and batches come
-    back in any order. An eager one lets rows run ahead as far as they may; another runs one row at a time."""
+    """A device without a model: a row's reward is a function of its request, noise key and time, and batches come back
+    in any order. An eager one lets rows run ahead as far as they may; another runs one row at a time."""
+
+    judge, preview = None, False
 
     def __init__(self, script, lanes=2, parallel=True, seed=0, buckets=(1, 2, 4, 8, 16, 64), eager=True):
         self.lanes, self.parallel, self.script, self.eager = lanes, parallel, script, eager
         self.random = random.Random(seed)
-        self.held, self.batches, self.report = [], [], None
+        self.held, self.batches = [], []
         flat = dict.fromkeys(buckets, 1.0)  # a batch costs the same whatever its size: run ahead all the way
         linear = {bucket: float(bucket) for bucket in range(1, max(buckets) + 1)}  # to run ahead never pays
-        self._cost = CostModel(flat if eager else linear)
+        self.cost = CostModel(flat if eager else linear)
 
-    def cost(self, geometry, guided):
-        return self._cost
+    def bucket(self, rows, geometry):
+        return self.cost.bucket(rows)
 
-    def submit(self, rows, report):
-        assert len({(row.search.geometry, row.kind == "guided") for row in rows}) == 1
-        self.batches.append([(row.search, row.kind, row.ahead) for row in rows])
-        if not self.eager:
-            report(Report([]))
-            report(Report(rows, [self.script(row) if row.scored else None for row in rows]))
-            return
-        report(Report([]))  # as if rewards took for ever: the lane is free at once
+    def allocate(self, geometry, slots):
+        pass
+
+    def peek(self, candidate, geometry):
+        return None
+
+    def submit(self, rows, report, attempt=0):
+        assert len({(row.brief.geometry, row.kind == "guided") for row in rows}) == 1
+        self.batches.append([(row.brief.seed, row.kind, row.ahead) for row in rows])
+        report(Free())  # as if rewards took for ever: the lane is free at once
         self.held.append(rows)
-        while self.held and (len(self.held) > 3 or self.random.random() < 0.5):
-            self.release(report)
         self.report = report
+        while self.held and (not self.eager or len(self.held) > 3 or self.random.random() < 0.5):
+            self.release()
 
-    def release(self, report):
+    def release(self):
         rows = self.held.pop(self.random.randrange(len(self.held)))
-        report(Report(rows, [self.script(row) if row.scored else None for row in rows]))
+        self.report(Landed(rows, [self.script(row) if row.scored else None for row in rows]))
 
-    def submit_images(self, searches, report):
-        report(Report([]))
+    def submit_images(self, shows, report):
+        report(Free())
         pixels = torch.zeros(3, 8, 8)
-        report(Report(searches, [Outcome(pixels, pixels.to(torch.uint8), 0.0, None) for _ in searches]))
+        outcomes = [Outcome(pixels, pixels.to(torch.uint8), float(s.candidates[0].level), None) for s in shows]
+        report(Shown(shows, outcomes))
+
+    def submit_work(self, work, then, report):
+        report(Done(then, work()))
+        report(Free())
 
 
-def drive(requests, runner, slots=4096):
-    """Runs requests to the end; returns each one's history and chosen index."""
-    ledger, odds = Ledger(), Odds()
-    pool = ParticlePool(slots, 1, 1, torch.device("cpu"))
-    scheduler = Scheduler(runner)
-    searches = [Search(plan(request), SIZE, None, pool, ledger, odds) for request in requests]
-    found = {}
-    for search in searches:
-        assert pool.reserve(search.plan.request.nfe)
-        scheduler.add(search)
-    while scheduler.live:
-        while scheduler._away == sum(map(len, runner.held)) > 0 and scheduler._reports.empty():
-            launched = len(runner.batches)
-            scheduler._launch()
-            if len(runner.batches) == launched:
-                runner.release(runner.report)
-        for search, _ in scheduler.tick():
-            found[search] = (search.history, search.chosen.index)
-            search.close()
-            pool.unreserve(search.plan.request.nfe)
-    assert pool.live == 0 and pool._promised == 0
-    return [found[search] for search in searches], ledger
+def drive(requests, device, slots=4096):
+    """Runs requests to the end; returns each one's history and the point of the grid of its choice."""
+    ledger, found = Ledger(), {}
+    loop = Loop(device, Prepared(device.cost), ledger, lambda geometry: slots)
+    for i, request in enumerate(requests):
+        loop.submit(plan(request), SIZE, lambda news, i=i: found.__setitem__(i, news))
+    while not all(isinstance(found.get(i), Finished) for i in range(len(requests))):
+        if loop.inbox.empty() and device.held:
+            device.release()
+        assert not loop.inbox.empty(), "the loop waits for nothing"
+        loop.step(0)
+    assert loop.snapshot().live == loop.snapshot().promised == 0
+    return [(found[i].history.records, found[i].outcome.reward) for i in range(len(requests))], ledger
 
 
 def script_of(seed, success):
     """Rewards that depend on who asks and on the noise, not on the packing: ties, NaNs, now and then a new best."""
 
     def reward(row):
-        dice = random.Random(f"{seed} {row.search.plan.request.seed} {row.noise_key}")
+        dice = random.Random(f"{seed} {row.brief.seed} {row.key} {row.step.time}")
         if dice.random() < 0.05:
             return math.nan
-        return float(dice.randrange(3)) + (row.particle.step * 3 if dice.random() < success else 0)
+        return float(dice.randrange(3)) + (round(40 * (1 - row.step.time)) if dice.random() < success else 0)
 
     return reward
 
@@ -142,7 +154,8 @@ def test_rows_run_ahead_and_what_is_not_needed_is_wasted_and_counted():
 
 def test_nobody_runs_ahead_on_slots_that_others_are_promised():
     runner = Scripted(script_of(1, 0.3), lanes=1)
-    drive([Request("a", reward=brightness, method="rbf", nfe=60, steps=6)], runner, slots=63)
+    request = Request("a", reward=brightness, method="rbf", nfe=60, steps=6)
+    drive([request], runner, slots=promise(plan(request)) + 3)
     assert 0 < max(sum(ahead for *_, ahead in batch) for batch in runner.batches) <= 3
 
 
@@ -153,7 +166,7 @@ def test_priorities_go_first_and_equals_take_turns():
         for i, p in enumerate([0, 0, 5, 0])
     ]
     drive(requests, runner)
-    served = [search.plan.request.seed for batch in runner.batches for search, *_ in batch]
+    served = [seed for batch in runner.batches for seed, *_ in batch]
     assert served[:4] == [2, 2, 2, 2]
     assert sorted(served[4:7]) == [0, 1, 3] and sorted(served[7:10]) == [0, 1, 3]
 
@@ -263,7 +276,7 @@ def test_every_method_decides_alike_on_any_number_of_lanes(method):
         engine = Engine(Tiny(), buckets=(8,), **options)
         results = engine.generate(base)
         found.append([(r.reward, repr(r.history)) for r in results])
-        assert all(p.live == 0 and p._promised == 0 for p in engine._pools.values())
+        assert engine.stats().live == engine.stats().promised == 0
     assert found[0] == found[1]
 
 
@@ -277,9 +290,9 @@ def test_an_error_in_a_lane_leaves_the_engine_whole():
             raise ValueError("the judge is ill")
         return images.mean((1, 2, 3))
 
-    with pytest.raises(ValueError, match="the judge is ill"):
-        engine.generate([ask(reward=breaks, seed=i) for i in range(6)])
-    assert all(p.live == 0 and p._promised == 0 for p in engine._pools.values())
+    with pytest.raises(FunctionError, match="the judge is ill"):
+        engine.generate(ask(reward=breaks))
+    assert engine.stats().live == engine.stats().promised == 0
     assert engine.generate(ask()).committed_nfe == 40
 
 
@@ -289,15 +302,18 @@ def test_an_error_of_the_decoder_in_a_batch_of_judged_and_unjudged_rows_is_raise
 
         def decode(self, latents):
             self.decodes += 1
-            if self.decodes == 3:
+            if self.decodes >= 3:
                 raise RuntimeError("the decoder is ill")
             return latents.sigmoid()
 
     for lanes in (1, 2):
         engine = Engine(Broken(), lanes=lanes)
-        with pytest.raises(RuntimeError, match="the decoder is ill"):
+        with (
+            pytest.warns(RuntimeWarning, match="runs again request by request"),
+            pytest.raises(ModelError, match="the decoder is ill"),
+        ):
             engine.generate([ask(method="bon", steps=1 + i % 4, seed=i) for i in range(9)])
-        assert all(p.live == 0 and p._promised == 0 for p in engine._pools.values())
+        assert engine.stats().live == engine.stats().promised == 0
 
 
 def test_a_method_that_fails_at_its_first_step_keeps_no_slots():
@@ -307,7 +323,7 @@ def test_a_method_that_fails_at_its_first_step_keeps_no_slots():
 
     engine = Engine(Tiny(), slots=50)
     for _ in range(3):
-        with pytest.raises(ValueError, match="no idea"):
+        with pytest.raises(FunctionError, match="the method fails raised ValueError: no idea"):
             engine.generate(ask(method=fails))
     assert engine.generate(ask()).committed_nfe == 40
 

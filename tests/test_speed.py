@@ -77,7 +77,6 @@ def test_previews_have_more_finalists_and_a_finish_has_one():
     engine = Engine(Misleading(), preview=True)
     for options, decoded in (({}, 8), ({"finish": 2}, 1), ({"finalists": 3}, 3)):
         engine.model.decoded = 0
-        engine._runner.costs.clear()
         engine.generate(Request("a", reward=brightness, method="bon", nfe=30, steps=2, **options))
         assert engine.model.decoded == decoded
 
@@ -172,9 +171,9 @@ def test_measured_costs_rise_with_the_batch_and_are_kept_for_the_process(pipelin
     engine.warm_up()
     seconds = engine.buckets()
     assert [*seconds] == [1, 8, 32] and 0 < seconds[1] < seconds[8] < seconds[32]
-    known = len(calibrate._costs)
+    known = len(calibrate._seconds_by)
     assert Engine(pipeline, buckets=(1, 8, 32), lanes=1, threads=1).buckets() == seconds
-    assert len(calibrate._costs) == known
+    assert len(calibrate._seconds_by) == known
 
 
 def test_prompts_are_encoded_before_the_text_encoders_go():

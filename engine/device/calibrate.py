@@ -6,7 +6,7 @@ Measurements are kept for the process: by model, image size, dtype, device, thre
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,21 @@ import torch
 
 from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
-from rollflow.schedule.cost import CostModel
 
 GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or three in a row end the search
 SHORT = 0.1  # seconds of a batch up to which sizes are timed and kept in any case: a timing may mislead
 ROUNDS = 2  # in which a CPU's lanes are compared, in turns; each option's best counts
 TIMED = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sizes that are timed; what lies between is interpolated
 PROBE = 16  # rows of the batch by which a CPU's lanes are chosen
-_costs: dict[tuple, CostModel] = {}
+Timing = Generator[Callable[[], float], float, dict[int, float]]  # yields work for a lane, is sent its seconds
+_seconds_by: dict[tuple, dict[int, float]] = {}
 _lanes: dict[tuple, tuple[int, int]] = {}
 
 
-def cost_model(
-    model: FlowModel, geometry: Geometry, conditioning: Any, buckets: tuple[int, ...], lanes: Lanes, preview: bool,
+def measured(
+    model: FlowModel, geometry: Geometry, conditioning: Any, buckets: tuple[int, ...], threads: int, preview: bool,
     keep_all: bool,
-) -> CostModel:  # fmt: skip
+) -> Timing:  # fmt: skip
     """Seconds of forward and decode at each bucket, on a lane.
 
     Args:
@@ -37,45 +37,42 @@ def cost_model(
         geometry: of the batches.
         conditioning: of any prompt.
         buckets: batch sizes, ascending.
-        lanes: the threads that will run the batches.
+        threads: cores of a lane.
         preview: whether the light decoder is the one that counts.
         keep_all: whether to keep buckets that are no faster a row than smaller ones.
     """
-    key = (*_key(model), geometry, buckets, lanes.threads, preview, keep_all)
-    if key not in _costs:
-        timed = buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]
-        seconds: dict[int, float] = {}
-        best = slower = 0
-        for bucket in timed:
-            repetitions = 4 if bucket <= 8 else 2
-            seconds[bucket] = lanes.run(_seconds, model, geometry, conditioning, bucket, preview, repetitions).result()
-            if not best or bucket / seconds[bucket] > GAIN * best / seconds[best]:
-                best, slower = bucket, 0
-            else:
-                slower += 1
-            if slower == 3 and seconds[bucket] > SHORT and not keep_all:
-                break
-        largest = max([best, *(bucket for bucket in seconds if keep_all or seconds[bucket] <= SHORT)])
-        measured = CostModel({b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest})
-        if not hasattr(model, "signature"):
-            return measured  # nothing tells it from another model
-        _costs[key] = measured
-    return _costs[key]
+    key = (*_key(model), geometry, buckets, threads, preview, keep_all)
+    if key in _seconds_by:
+        return _seconds_by[key]
+    timed = buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]
+    seconds: dict[int, float] = {}
+    best = slower = 0
+    for bucket in timed:
+        repetitions = 4 if bucket <= 8 else 2
+        seconds[bucket] = yield partial(_seconds, model, geometry, conditioning, bucket, preview, repetitions)
+        if not best or bucket / seconds[bucket] > GAIN * best / seconds[best]:
+            best, slower = bucket, 0
+        else:
+            slower += 1
+        if slower == 3 and seconds[bucket] > SHORT and not keep_all:
+            break
+    largest = max([best, *(bucket for bucket in seconds if keep_all or seconds[bucket] <= SHORT)])
+    found = {b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest}
+    if hasattr(model, "signature"):  # what tells it from other models
+        _seconds_by[key] = found
+    return found
 
 
 def replayed(
-    costs: CostModel, model: FlowModel, geometry: Geometry, conditioning: Any, lanes: Lanes, preview: bool,
+    buckets: Iterable[int], model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool,
     replay: Callable[[int], Any],
-) -> CostModel:  # fmt: skip
-    """The seconds of the same buckets where the forward is a replay of the bucket's CUDA graph."""
-    return CostModel(
-        {
-            bucket: lanes.run(
-                _seconds, model, geometry, conditioning, bucket, preview, 4, partial(replay, bucket)
-            ).result()
-            for bucket in costs.seconds
-        }
-    )
+) -> Timing:  # fmt: skip
+    """The seconds of buckets where the forward is a replay of the bucket's CUDA graph."""
+    seconds: dict[int, float] = {}
+    for bucket in buckets:
+        work = (model, geometry, conditioning, bucket, preview, 4, partial(replay, bucket))
+        seconds[bucket] = yield partial(_seconds, *work)
+    return seconds
 
 
 def best_lanes(model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool) -> tuple[int, int]:

@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels
-from rollflow.search.particle import Particle
-from rollflow.search.search import Row
+from rollflow.device.storage import Storage
+from rollflow.draw import Guide
+from rollflow.row import Row
 
 
-def _given(row: Row) -> Tensor | None:
-    """The latents that the request gives for this row, if it is one of the first samples of the prior."""
-    latents = row.search.plan.latents
-    return latents[row.prior] if latents is not None and row.prior is not None and row.prior < len(latents) else None
+def prepared(row: Row, storage: Storage) -> Float[Tensor, "token channel"] | None:
+    """The child's state where it takes more than one parent's x and u and fresh noise z; None for all others."""
+    if row.given is not None:
+        assert row.brief.latents is not None
+        return row.brief.latents[row.given] * row.step.k
+    if row.moved and row.kind != "finish":  # steps of the finish start from the particle as it was judged
+        return _moved(row, storage)
+    return _rotated(row, storage) if row.mixture is not None else None
 
 
-def _composed(row: Row) -> bool:
-    """Whether the row's state is made of more than one particle's state and noise."""
-    return row.asked is not None and (bool(row.asked.mix) or row.asked.coarse)
-
-
-def _noise(row: Row) -> Float[Tensor, "token channel"]:
-    x = row.search.pool.x
-    seed, key = (torch.tensor([v], device=x.device) for v in (row.search.plan.request.seed, row.noise_key))
+def _noise(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
+    x = storage.x
+    seed, key = (torch.tensor([value], device=x.device) for value in (row.brief.seed, row.key))
     return kernels.noise(seed, key, *x.shape[1:])[0]
 
 
-def _guided(row: Row) -> Float[Tensor, "token channel"]:
-    """A step from a guided particle: its velocity is moved by the reward's gradient, but for steps of the finish."""
-    pool, step = row.search.pool, row.step
-    assert row.parent is not None and row.parent.shift is not None
-    slot, u = row.parent.slot.index, pool.u[row.parent.slot.index]
-    if row.kind != "finish":
-        u = u + row.parent.shift
-    state = step.a * pool.x[slot] + step.b * u
-    return state + step.k * _noise(row) if step.k else state
+def _moved(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
+    """A step from a guided particle: its velocity is moved by the reward's gradient."""
+    step, parent = row.step, row.parent
+    state = step.a * storage.x[parent] + step.b * (storage.u[parent] + storage.move[parent])
+    return state + step.k * _noise(row, storage) if step.k else state
 
 
-def prepared(row: Row) -> Tensor | None:
-    """The child's state where it takes more than one parent's x and u and fresh noise z: given latents and mixtures."""
-    latents = _given(row)
-    if latents is not None:
-        return latents * row.step.k
-    if row.parent is not None and row.parent.shift is not None:
-        return _guided(row)
-    return _rotated(row) if _composed(row) else None
-
-
-def _rotated(row: Row) -> Float[Tensor, "token channel"]:
+def _rotated(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
     """The move "rotate" of `rollflow.draw.Draw`, with `mix` and `coarse`."""
-    pool, asked, step = row.search.pool, row.asked, row.step
-    assert asked is not None and row.parent is not None
-    source = x = pool.x[row.parent.slot.index]
-    if asked.mix:
-        source = x + pool.x[[cast("Particle", other).slot.index for other in asked.mix]].sum(0)
-        band = _patch_means if asked.coarse else torch.Tensor.clone  # what turns, and has the norm of noise
+    assert row.mixture is not None
+    step, (others, coarse) = row.step, row.mixture
+    source = x = storage.x[row.parent]
+    if others:
+        source = x + storage.x[list(others)].sum(0)
+        band = _patch_means if coarse else torch.Tensor.clone  # what turns, and has the norm of noise
         source = source * (band(x).norm() / band(source).norm())
-    rotated = step.a * source + step.k * _noise(row)
-    return x + _patch_means(rotated - x) if asked.coarse else rotated
+    rotated = step.a * source + step.k * _noise(row, storage)
+    return x + _patch_means(rotated - x) if coarse else rotated
 
 
 def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
@@ -70,26 +54,22 @@ def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token chan
     return patches.mean(2, keepdim=True).expand_as(patches).reshape(x.shape)
 
 
-def coefficients(row: Row) -> tuple[float, float, float, float]:
-    """(a, b, k, 1 / scale) of propose; a prepared state is the child already."""
-    step = row.step
-    prepared = _given(row) is not None or _composed(row) or (row.parent is not None and row.parent.shift is not None)
-    a, b, k = (1.0, 0.0, 0.0) if prepared else (step.a, step.b, step.k)
-    return a, b, k, 1 / step.scale
+def guided(
+    guide: Guide, reach: float, gradient: Float[Tensor, "token channel"]
+) -> tuple[Float[Tensor, "token channel"], bool]:
+    """How far the reward's gradient moves the posterior mean, see `rollflow.draw.Guide`; whether it was a number.
 
-
-def move(row: Row, gradient: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
-    """How far the reward's gradient moves the posterior mean; see `rollflow.draw.Guide`."""
-    assert row.asked is not None and row.asked.guide is not None
-    guide, path, time = row.asked.guide, row.search.plan.path, row.step.time
-    if path.alpha(time) == 0.0:
-        return torch.zeros_like(gradient)
-    move = guide.scale * path.sigma(time) ** 2 / path.alpha(time) * gradient
+    Args:
+        guide: what was asked.
+        reach: `sigma^2 / alpha` at the particle's time; 0 where there is nothing but noise, and nothing moves.
+        gradient: of the reward with respect to the state.
+    """
+    if reach == 0.0:
+        return torch.zeros_like(gradient), True
+    move = guide.scale * reach * gradient
     size = move.square().mean().sqrt()
-    if not size.isfinite():
-        row.invalid = True
     if not size.isfinite() or size == 0:
-        return torch.zeros_like(gradient)
+        return torch.zeros_like(gradient), bool(size.isfinite())
     if guide.normalised:
         move, size = move * (guide.scale / size), size.new_tensor(guide.scale)
-    return move if guide.clip is None else move * (guide.clip / size).clamp(max=1)
+    return (move if guide.clip is None else move * (guide.clip / size).clamp(max=1)), True

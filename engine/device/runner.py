@@ -2,68 +2,48 @@
 
 from __future__ import annotations
 
-import math
+import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels, rewards
+from rollflow.device import batch, guided
+from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
-from rollflow.device.moves import coefficients, move, prepared
-from rollflow.device.workers import Lanes, Locks
-from rollflow.errors import RequestError
+from rollflow.device.finals import Finals, rounded
+from rollflow.device.judge import RETRY_SECONDS, Call, Judge, grouped
+from rollflow.device.storage import Storage
+from rollflow.device.workers import Lanes
+from rollflow.errors import EngineDead, ModelError, RollflowError
 from rollflow.models import FlowModel, Geometry
 from rollflow.profile.ledger import Ledger
-from rollflow.rewards import FunctionReward, Reward
-from rollflow.schedule.cost import CostModel
-from rollflow.schedule.pool import ParticlePool
-from rollflow.schedule.scheduler import Outcome, Report
-from rollflow.search.particle import Particle
-from rollflow.search.search import Row, Search
+from rollflow.row import (
+    NONE,
+    Candidate,
+    Done,
+    Event,
+    Failed,
+    Free,
+    Landed,
+    Report,
+    Rerun,
+    Row,
+    Show,
+    Shrunk,
+)  # fmt: skip
 
-PADDING = -1
-Reporter = Callable[[Report], None]
-Part = tuple[list[Any], Reward, Callable[[], Sequence[Any]]]  # of a batch: what is judged, by whom, and how
-
-
-class Tables(NamedTuple):
-    """What a batch tells the device of its rows, padded to the bucket, in two transfers.
-
-    `integers` are parent and child slots, seeds and noise keys; `floats` the coefficients of propose (4 a row) and of
-    the posterior mean (2), then linear times and guidance scales.
-    """
-
-    integers: Tensor
-    floats: Tensor
-
-    @property
-    def rows(self) -> int:
-        return self.integers.shape[1]
-
-    @property
-    def coefficients(self) -> Tensor:
-        return self.floats[: 4 * self.rows].view(self.rows, 4)
-
-    @property
-    def posterior(self) -> Tensor:
-        return self.floats[4 * self.rows : 6 * self.rows].view(self.rows, 2)
-
-    @property
-    def tau(self) -> Tensor:
-        return self.floats[6 * self.rows : 7 * self.rows]
-
-    @property
-    def guidance(self) -> Tensor:
-        return self.floats[7 * self.rows :]
+After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
 
 
 class Runner:
-    """Executes batches of rows on a model; see `rollflow.schedule.scheduler.Runner`.
+    """Runs batches of rows on a model.
 
     Args:
         model: the flow model.
@@ -71,130 +51,291 @@ class Runner:
         ledger: where rows and times are written.
         lanes: the threads that work.
         preview: judge particles on the model's light decoder; what is returned is decoded in full.
+
+    Attributes:
+        lanes: how many batches may be on the device at a time.
+        parallel: whether lanes compute side by side (threads of a CPU) or one after another (one GPU, where a second
+            batch only keeps the device busy while the first is decided on).
+        buckets: by geometry, where they are not the ones given.
+        graphs: CUDA graphs by geometry.
     """
 
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
-        self.model, self.buckets, self.ledger = model, buckets, ledger
-        self.preview = preview
-        self.use(lanes)
-        self.costs: dict[Geometry, CostModel] = {}
+        self.model, self.ledger, self.preview = model, ledger, preview
+        self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
         self.graphs: dict[Geometry, Graphs] = {}
-        self._assumed = CostModel.assumed(buckets)
-        self._locks = Locks()
+        self._storage: dict[Geometry, Storage] = {}
         on_gpu = model.device.type == "cuda"
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
+        self._warned = False
+        self.use(lanes)
 
     def use(self, lanes: Lanes) -> None:
         """Works on these threads from now on; no batch may be on its way."""
         self.threads, self.lanes, self.parallel = lanes, lanes.count, lanes.parallel
+        single = self.usual[-1] if len(self.usual) == 1 else None
+        self.judge = Judge(lanes, self.ledger, single, self.model.device, self._judging)
 
-    def cost(self, geometry: Geometry, guided: bool) -> CostModel:
-        """See `rollflow.schedule.scheduler.Runner`."""
-        return self.costs.get(geometry, self._assumed)
+    def allocate(self, geometry: Geometry, slots: int) -> None:
+        """Makes the storage of a geometry, once."""
+        if geometry not in self._storage:
+            self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
+
+    def storage(self, geometry: Geometry) -> Storage:
+        """Where the particles of a geometry are."""
+        return self._storage[geometry]
+
+    def free(self) -> None:
+        """Drops all storage and graphs."""
+        self._storage.clear()
+        self.graphs.clear()
+
+    def bucket(self, rows: int, geometry: Geometry) -> int:
+        """The smallest batch size that holds `rows`."""
+        buckets = self.buckets.get(geometry, self.usual)
+        return buckets[bisect_left(buckets, rows)]
+
+    # CUDA graphs.
 
     def record(
-        self,
-        geometry: Geometry,
-        buckets: Iterable[int],
-        pool: ParticlePool,
-        conditioning: Any,
-        capture: Capture | None = None,
+        self, geometry: Geometry, buckets: Iterable[int], conditioning: Any, capture: Capture | None = None
     ) -> None:
         """Captures the step of every bucket of an image size as a CUDA graph; on a lane, before its first batch.
 
         Args:
-            geometry: of the batches.
+            geometry: of the batches, whose storage was allocated.
             buckets: their sizes.
-            pool: the one pool that its particles live in.
             conditioning: of any prompt.
             capture: see `Graphs`.
         """
+        storage = self.storage(geometry)
 
         def step(integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
             tables = Tables(integers, floats)
-            x = self._propose(tables, pool)
+            x = self.propose(tables, storage)
             u = self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
-            return self._finish(u, pool, integers[1], tables.posterior, geometry)
+            return self._finish(u, storage, integers[1], tables.posterior, geometry)
 
         graphs = Graphs(step, capture)
         graphs.record(buckets, partial(self._padding, conditioning))
         self.graphs[geometry] = graphs
 
     def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
-        """A batch of padding by its graph, for what it costs."""
+        """Runs the bucket's graph on a batch of padding, to time it."""
         return self.graphs[geometry].run(*self._padding(conditioning, bucket))
 
     def _padding(self, conditioning: Any, bucket: int) -> tuple[Tensor, ...]:
-        tables = Tables(
-            torch.full((4, bucket), PADDING, device=self.model.device),
-            torch.zeros(8 * bucket, device=self.model.device),
-        )
-        tables.tau.fill_(1.0)
-        return *tables, *self.model.collate([conditioning] * bucket)  # type: ignore[attr-defined]
+        collated = self.model.collate([conditioning] * bucket)  # type: ignore[attr-defined]
+        return *batch.padding(bucket, self.model.device), *collated
 
-    def submit(self, rows: list[Row], report: Reporter) -> None:
-        """See `rollflow.schedule.scheduler.Runner`."""
-        self.ledger.rows(rows, self._bucket(len(rows), rows[0].search.geometry))
-        self.threads.run(_reporting, partial(self._run, rows), rows, report)
+    # What the loop asks for.
 
-    def submit_images(self, searches: list[Search], report: Reporter) -> None:
-        """See `rollflow.schedule.scheduler.Runner`."""
-        self.threads.run(_reporting, partial(self._run_images, searches), searches, report)
+    def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
+        """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
+        self.ledger.rows(rows, self.bucket(len(rows), rows[0].brief.geometry))
+        self.threads.post(self._on_lane, partial(self._run, attempt=attempt), rows, report)
 
-    def _run(self, rows: list[Row], report: Reporter) -> None:
+    def submit_images(self, shows: Sequence[Show], report: Report) -> None:
+        """Starts making images of searches of one geometry; reports a free lane once, and every search once."""
+        self.threads.post(self._on_lane, self._run_images, shows, report)
+
+    def submit_work(self, work: Callable[[], Any], then: Callable, report: Report) -> None:
+        """Does something else on a lane; reports a free lane and a `Done`."""
+        self.threads.post(_do, work, then, report)
+
+    def peek(self, candidate: Candidate, geometry: Geometry) -> Tensor:
+        """A particle as an 8-bit image [3, height, width]; on a lane."""
+        with torch.no_grad():
+            images = self._images([candidate], geometry)
+            if self._side is not None:
+                self._side.synchronize()
+            return rounded(images.cpu())[0]
+
+    def _on_lane(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
+        """Runs a batch; what fails is run again in smaller parts, until the error belongs to one request.
+
+        A batch that does not fit into the device's memory is halved. For any other error each request runs by itself.
+        An error of the device itself fails all.
+        """
+        left, free = [work], partial(report, Free())
+        while left:
+            part, after, error = left.pop(), None, None
+            try:
+                after = run(part, report)
+            except BaseException as caught:
+                error = caught
+            if error is None:
+                if after is not None:
+                    after(_nothing if left else free)
+                    if not left:
+                        return
+            elif is_fatal(error):
+                dead = EngineDead(f"the device failed for good ({type(error).__name__}: {error}): make a new engine")
+                dead.__cause__ = error
+                for one in (part, *left):
+                    report(Failed(one, dead))
+                break
+            elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
+                error = None  # and with it the frames that hold the batch's tensors
+                self._shrink(part[0].brief.geometry, len(part), report)
+                left += [part[len(part) // 2 :], part[: len(part) // 2]]
+            elif len(parts := _by_request(part)) > 1:
+                self._warn_of(error, len(part))
+                left += parts[::-1]
+            else:
+                report(Failed(part, model_error(error)))
+        free()
+
+    def _shrink(self, geometry: Geometry, rows: int, report: Report) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        report(Shrunk(geometry, rows))
+
+    def _warn_of(self, error: BaseException, rows: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by request, "
+                "which is slower; what fails then fails alone. This warning comes once",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # A batch of rows.
+
+    def _run(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> After | None:
+        """Evaluates rows; returns what is to be done last, which frees the lane."""
         if rows[0].kind == "guided":
-            scores = self._run_guided(rows)
-            report(Report([]))
-            report(Report(rows, scores))
-            return
+            self._run_guided(rows, report, attempt)
+            return None
+        geometry = rows[0].brief.geometry
+        judged = [i for i, row in enumerate(rows) if row.scored]
+        images = None
         with torch.no_grad():  # not inference mode: what a reward loads at its first call may later need gradients
             latents = self._evaluate(rows)
-            judged = [row for row in rows if row.scored]
-            unjudged = [row for row in rows if not row.scored]
-            if not judged:
-                report(Report([]))
-                report(Report(rows, [None] * len(rows)))
-                return
-            if unjudged:
-                latents = latents[self._places([i for i, row in enumerate(rows) if row.scored])]
+            if judged:
+                if len(judged) < len(rows):
+                    latents = latents[self._device(torch.tensor(judged))]
+                with self._beside(latents):
+                    images = self.decode(latents, len(judged), geometry)
+        unjudged = [row for row in rows if not row.scored]  # until here, an error is one of all rows
+        if unjudged:
+            report(Landed(unjudged, [None] * len(unjudged)))
+        return None if images is None else partial(self._judge_rows, [rows[i] for i in judged], images, report)
+
+    def _run_guided(self, rows: Sequence[Row], report: Report, attempt: int) -> None:
+        try:
+            report(guided.run(self, rows))
+        except Exception as error:
+            own = [row.brief.reward for row in rows]
+            later = isinstance(error.__cause__ or error, tuple(kind for r in own for kind in rewards.retry_on(r)))
+            if not later or attempt >= max(map(rewards.retries, own)):
+                raise
+            report(Rerun(rows, RETRY_SECONDS * 2**attempt, attempt + 1))
+
+    def _judge_rows(self, rows: Sequence[Row], images: Tensor, report: Report, free: Callable[[], None]) -> None:
+        wait = self._hand_over(images, free)
+        for reward, group in grouped([row.brief.reward for row in rows]):
+            call = Call(reward, [rows[i] for i in group], [[i] for i in group], partial(_after, wait, images), _landed)
+            self.judge.post(call, report)
+
+    def _hand_over(self, images: Tensor, free: Callable[[], None]) -> Callable[[], None]:
+        """Frees the lane when the images are there; returns what waits for that on other threads."""
+        if self._side is None:
+            free()
+            return _nothing
+        done = torch.cuda.Event()
+        done.record(self._side)
+        images.record_stream(self._judging)
+        self.threads.watch(_when, done, free)
+        return done.synchronize
+
+    def _evaluate(self, rows: Sequence[Row]) -> Float[Tensor, "bucket channel height width"]:
+        """Advances and evaluates the rows; returns their posterior means, padded to the bucket."""
+        geometry = rows[0].brief.geometry
+        storage = self.storage(geometry)
+        tables, conditioning = self.tables(rows)
+        if (graphs := self.graphs.get(geometry)) is not None:
+            with self.ledger.span("forward", self.model.device):  # and propose and finish, in the same launch
+                return graphs.run(*tables, *self.model.collate(conditioning))  # type: ignore[attr-defined]
+        with self.ledger.span("propose"):
+            x = self.propose(tables, storage)
+        with self.ledger.span("forward", self.model.device):
+            u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
+        with self.ledger.span("finish"):
+            return self._finish(u, storage, tables.integers[1], tables.posterior, geometry)
+
+    def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:
+        """The batch's tables and conditionings."""
+        geometry = rows[0].brief.geometry
+        return batch.tables(rows, self.bucket(len(rows), geometry), self.storage(geometry), self._device)
+
+    def propose(self, tables: Tables, storage: Storage) -> Float[Tensor, "bucket token channel"]:
+        """Steps every row's parent to its child, and returns the model's input."""
+        parent, child, seed, key = tables.integers.unbind(0)
+        steps = tables.coefficients
+        return kernels.propose(storage.x, storage.u, parent, child, steps, seed, key, self.model.dtype)
+
+    def _finish(
+        self, u: Tensor, storage: Storage, slots: Tensor, posterior: Tensor, geometry: Geometry
+    ) -> Float[Tensor, "bucket channel height width"]:
+        return kernels.finish(
+            u,
+            storage.x,
+            storage.u,
+            slots,
+            posterior,
+            geometry.latent_height,
+            geometry.latent_width,
+            self.model.scaling,
+            self.model.shift,
+            self.model.dtype,
+        )
+
+    def decode(
+        self, latents: Tensor, count: int, geometry: Geometry, preview: bool | None = None
+    ) -> Float[Tensor, "row 3 height width"]:
+        """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
+        bucket = self.bucket(count, geometry)
+        latents = latents[:bucket]
+        if len(latents) < bucket:
+            latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])
+        light = self.preview if preview is None else preview
+        self.ledger.decodes("preview" if light else "full", count)
+        with self.ledger.span("decode", self.model.device):
+            decode = self.model.preview if light else self.model.decode  # type: ignore[attr-defined]
+            return decode(latents)[:count]
+
+    # Images of searches that are over.
+
+    @torch.no_grad()
+    def _run_images(self, shows: Sequence[Show], report: Report) -> After:
+        """Decodes what the searches chose in full, and has the 8-bit images that are returned judged.
+
+        Where particles were judged on previews, all finalists are decoded and the best of the images is returned.
+        """
+        images = self._images([c for show in shows for c in show.candidates], shows[0].brief.geometry)
+
+        def judge(free: Callable[[], None]) -> None:
+            wait = self._hand_over(images, free)
+            Finals(shows, images, wait, self.judge, self.model.device, report).post()
+
+        return judge
+
+    def _images(self, candidates: Sequence[Candidate], geometry: Geometry) -> Float[Tensor, "row 3 height width"]:
+        storage, decoded = self.storage(geometry), []
+        size = self.buckets.get(geometry, self.usual)[-1]
+        for start in range(0, len(candidates), size):
+            part = candidates[start : start + size]
+            padding = self.bucket(len(part), geometry) - len(part)
+            slot = self._device(torch.tensor([c.slot for c in part] + [NONE] * padding))
+            posterior = self._device(torch.tensor([[c.p, c.q] for c in part] + [[0.0, 0.0]] * padding))
+            latents = self._finish(storage.u[slot.clamp(min=0)], storage, slot, posterior, geometry)
             with self._beside(latents):
-                images = self._decode(latents, len(judged), rows[0])
-        parts: list[Part] = []
-        for reward, group in _grouped([row.search.plan.reward for row in judged]):
-            part = [judged[i] for i in group]
-            parts.append((part, reward, partial(self._judge_rows, part, reward, images, group)))
-        if unjudged:  # only now: until here, an error is one of all rows
-            report(Report(unjudged, [None] * len(unjudged)))
-        self._hand_over(parts, images, report)
-
-    def _hand_over(self, parts: Sequence[Part], images: Tensor, report: Reporter) -> None:
-        """Frees the lane, and lets judges' threads do the rest, each reward's on its own: it may take its time."""
-        done = None
-        if self._side is not None:  # the lane is free when the images are there
-            done = torch.cuda.Event()
-            done.record(self._side)
-            images.record_stream(self._judging)
-            self.threads.watch(_when, done, report)
-        else:
-            report(Report([]))
-
-        def judge(work: list[Any], judging: Callable[[], Sequence[Any]]) -> None:
-            apart = nullcontext() if done is None else torch.cuda.stream(self._judging)  # not behind the next decode
-            try:
-                if done is not None:
-                    done.synchronize()
-                with torch.no_grad(), apart:
-                    results = judging()
-            except BaseException as error:
-                report(Report(work, error=error))
-            else:
-                report(Report(work, results))
-
-        for work, reward, judging in parts:
-            judged = _called(reward)
-            alone = None if getattr(judged, "concurrent", False) else judged
-            self.threads.judge(judge, work, judging, one_at_a_time=alone)
+                decoded.append(self.decode(latents, len(part), geometry, preview=False))
+        with self._beside():
+            return torch.cat(decoded)
 
     def _beside(self, *used: Tensor) -> AbstractContextManager[Any]:
         """On a GPU, the stream of decoding, after what has been asked of the main one so far."""
@@ -205,256 +346,58 @@ class Runner:
             tensor.record_stream(self._side)
         return torch.cuda.stream(self._side)
 
-    def _evaluate(self, rows: list[Row]) -> Float[Tensor, "bucket channel height width"]:
-        """Advances and evaluates the rows; returns their posterior means, padded to the bucket."""
-        pool, geometry = rows[0].search.pool, rows[0].search.geometry
-        tables, conditioning = self._tables(rows)
-        if (graphs := self.graphs.get(geometry)) is not None:
-            with self.ledger.span("forward", self.model.device):  # and propose and finish, in the same launch
-                return graphs.run(*tables, *self.model.collate(conditioning))  # type: ignore[attr-defined]
-        with self.ledger.span("propose"):
-            x = self._propose(tables, pool)
-        with self.ledger.span("forward", self.model.device):
-            u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
-        with self.ledger.span("finish"):
-            return self._finish(u, pool, tables.integers[1], tables.posterior, geometry)
-
-    def _run_guided(self, rows: list[Row]) -> list[float]:
-        """Also takes the gradient of the rewards through decoder and model, by which the particles' children move.
-
-        The move of the posterior mean is that of `rollflow.draw.Guide`; `x0_hat = p x + q u` makes it one of `u`.
-        The particle itself stays what was judged. The full decoder judges: its gradients are the faithful ones.
-        """
-        pool, geometry = rows[0].search.pool, rows[0].search.geometry
-        with torch.no_grad():
-            tables, conditioning = self._tables(rows)
-            with self.ledger.span("propose"):
-                self._propose(tables, pool)
-        live, bucket = tables.integers[1][: len(rows)], tables.rows
-        with torch.enable_grad():
-            x = torch.zeros(bucket, geometry.token, geometry.channel, device=pool.x.device)
-            x[: len(rows)] = pool.x[live]
-            x.requires_grad_(True)
-            entering = (x * tables.coefficients[:, 3, None, None]).to(self.model.dtype)
-            with self.ledger.span("forward", self.model.device):
-                u = self.model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
-            p, q = tables.posterior[:, :, None, None].unbind(1)
-            latents = _unpack(p * x + q * u, geometry) / self.model.scaling + self.model.shift
-            images = self._decode(latents.to(self.model.dtype), len(rows), rows[0], preview=False)
-            scores = [0.0] * len(rows)
-            total = torch.zeros((), device=x.device)
-            for reward, group in _grouped([row.search.plan.reward for row in rows]):
-                with self.ledger.span("reward", self.model.device):
-                    prompts = [rows[i].search.plan.request.prompt for i in group]
-                    values = self._judge(reward, images[group], prompts)
-                if not values.requires_grad:
-                    raise RequestError(
-                        f"the gradient of the reward {reward.name} does not reach the latents: reward, decoder and "
-                        "model must be differentiable for a guided method"
-                    )
-                total = total + values.sum().to(x.device)
-                for i, value in zip(group, values.detach().tolist(), strict=True):
-                    scores[i] = value
-            with self.ledger.span("backward", self.model.device):
-                (gradient,) = torch.autograd.grad(total, x)
-        pool.u[live] = u.detach()[: len(rows)]
-        for i, row in enumerate(rows):
-            row.particle.shift = move(row, gradient[i].detach()) / row.step.q
-        return scores
-
-    def _tables(self, rows: list[Row]) -> tuple[Tables, list[Any]]:
-        """The batch's tables and conditionings; prepared states are written to the children's slots."""
-        bucket = self._bucket(len(rows), rows[0].search.geometry)
-        padding = bucket - len(rows)
-        parents = []
-        for row in rows:
-            slot, state = row.particle.slot.index, prepared(row)
-            if state is not None:  # the child is there already, and its own parent
-                row.search.pool.x[slot].copy_(state)
-                parents.append(slot)
-            else:
-                parents.append(PADDING if row.parent is None else row.parent.slot.index)
-        filler = [PADDING] * padding
-        integers = [
-            [*parents, *filler],
-            [*(row.particle.slot.index for row in rows), *filler],
-            [*(row.search.plan.request.seed for row in rows), *filler],
-            [*(row.noise_key for row in rows), *filler],
-        ]
-        floats = [value for row in rows for value in coefficients(row)] + [0.0] * 4 * padding
-        floats += [value for row in rows for value in (row.step.p, row.step.q)] + [0.0] * 2 * padding
-        floats += [row.step.tau for row in rows] + [1.0] * padding
-        floats += [float(row.search.plan.request.guidance) for row in rows] + [0.0] * padding
-        conditioning = [row.search.conditioning for row in rows]
-        conditioning += conditioning[:1] * padding
-        return Tables(self._device(torch.tensor(integers)), self._device(torch.tensor(floats))), conditioning
-
     def _device(self, value: Tensor) -> Tensor:
         return value if self._side is None else value.pin_memory().to(self.model.device, non_blocking=True)
 
-    def _propose(self, tables: Tables, pool: ParticlePool) -> Float[Tensor, "bucket token channel"]:
-        parent, child, seed, key = tables.integers.unbind(0)
-        return kernels.propose(pool.x, pool.u, parent, child, tables.coefficients, seed, key, self.model.dtype)
 
-    def _finish(
-        self, u: Tensor, pool: ParticlePool, slots: Tensor, posterior: Tensor, geometry: Geometry
-    ) -> Float[Tensor, "bucket channel height width"]:
-        return kernels.finish(
-            u,
-            pool.x,
-            pool.u,
-            slots,
-            posterior,
-            geometry.latent_height,
-            geometry.latent_width,
-            self.model.scaling,
-            self.model.shift,
-            self.model.dtype,
-        )
-
-    def _decode(
-        self, latents: Tensor, count: int, row: Row, preview: bool | None = None
-    ) -> Float[Tensor, "row 3 height width"]:
-        """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
-        bucket = self._bucket(count, row.search.geometry)
-        latents = latents[:bucket]
-        if len(latents) < bucket:
-            latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])
-        light = self.preview if preview is None else preview
-        self.ledger.decoded["preview" if light else "full"] += count
-        with self.ledger.span("decode", self.model.device):
-            decode = self.model.preview if light else self.model.decode  # type: ignore[attr-defined]
-            return decode(latents)[:count]
-
-    def _judge_rows(
-        self, rows: list[Row], reward: Reward, images: Float[Tensor, "image 3 height width"], group: list[int]
-    ) -> list[float]:
-        """Scores of rows that share a reward; `group` are their places among the images."""
-        with self.ledger.span("reward", self.model.device):
-            prompts = [row.search.plan.request.prompt for row in rows]
-            own = images if len(group) == len(images) else images[self._places(group)]
-            return self._judge(reward, own, prompts).tolist()
-
-    def _judge(self, reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Tensor:
-        """The rewards of a group; padded to a single bucket, so that a network's scores depend on no other row.
-
-        Rewards that do not say that they are `concurrent` are called by one thread at a time.
-        """
-        missing = self.buckets[-1] - len(prompts) if len(self.buckets) == 1 else 0
-        if missing > 0:
-            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
-        judged = _called(reward)
-        free: AbstractContextManager[Any] = nullcontext()
-        with free if getattr(judged, "concurrent", False) else self._locks.of(judged):
-            scores = reward(images, prompts + prompts[:1] * max(0, missing))
-        if scores.shape != (len(images),):
-            raise RequestError(
-                f"the reward {reward.name} returned a tensor of shape {tuple(scores.shape)} for {len(images)} images: "
-                f"it must return one score an image, shape ({len(images)},)"
-            )
-        return scores[: len(prompts)]
-
-    @torch.no_grad()
-    def _run_images(self, searches: list[Search], report: Reporter) -> None:
-        """Decodes what the searches chose in full and judges the 8-bit images that are returned.
-
-        Where particles were judged on previews, all finalists are decoded and the best of the images is returned.
-        """
-        pool, geometry = searches[0].pool, searches[0].geometry
-        finalists = [(s, p) for s in searches for p in (s.finalists if self.preview else [s.chosen])]
-        decoded = []
-        size = self.cost(geometry, False).largest
-        for start in range(0, len(finalists), size):
-            part = finalists[start : start + size]
-            padding = self._bucket(len(part), geometry) - len(part)
-            slots = [p.slot.index for _, p in part] + [PADDING] * padding
-            posterior = [[p.arrival.p, p.arrival.q] for _, p in part] + [[0.0, 0.0]] * padding
-            slot = self._device(torch.tensor(slots))
-            u = pool.u[slot.clamp(min=0)]
-            latents = self._finish(u, pool, slot, self._device(torch.tensor(posterior)), geometry)
-            self.ledger.decoded["full"] += len(part)
-            with self._beside(latents), self.ledger.span("decode", self.model.device):
-                decoded.append(self.model.decode(latents)[: len(part)])
-        with self._beside():
-            images = torch.cat(decoded)
-        parts: list[Part] = []
-        for reward, group in _grouped([search.plan.reward for search in searches]):
-            own = [searches[i] for i in group]
-            places = [i for i, (search, _) in enumerate(finalists) if search in own]
-            judging = partial(self._outcomes, own, reward, [finalists[i] for i in places], images, places)
-            parts.append((own, reward, judging))
-        self._hand_over(parts, images, report)
-
-    def _outcomes(
-        self,
-        searches: list[Search],
-        reward: Reward,
-        finalists: list[tuple[Search, Particle]],
-        images: Float[Tensor, "image 3 height width"],
-        places: list[int],
-    ) -> list[Outcome]:
-        """The best of each search's finalists, as an 8-bit image, and what its reward and the held-out judge say."""
-        pixels = images.cpu()[places]
-        rounded = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-        scores = self._scores(reward, [search for search, _ in finalists], rounded)
-        ranks = [(_worth(score), particle.step) for score, (_, particle) in zip(scores, finalists, strict=True)]
-        mine = {search: [i for i, (owner, _) in enumerate(finalists) if owner is search] for search in searches}
-        chosen = [max(mine[search], key=ranks.__getitem__) for search in searches]
-        judge = rewards.held_out(reward)
-        held = [None] * len(chosen) if judge is None else self._scores(judge, searches, rounded[chosen])
-        return [Outcome(pixels[i], rounded[i], scores[i], other) for i, other in zip(chosen, held, strict=True)]
-
-    def _scores(self, judge: Reward, searches: Sequence[Search], images: Tensor) -> list[float]:
-        """Scores of 8-bit images."""
-        with self.ledger.span("reward", self.model.device):
-            shown = self._device(images).float() / 255
-            return self._judge(judge, shown, [search.plan.request.prompt for search in searches]).tolist()
-
-    def _places(self, places: list[int]) -> Tensor:
-        """Indices on the device, without waiting for it."""
-        return self._device(torch.tensor(places))
-
-    def _bucket(self, rows: int, geometry: Geometry) -> int:
-        return self.cost(geometry, False).bucket(rows)
+def _landed(rows: Sequence[Row], scores: list[list[float]]) -> Event:
+    return Landed(rows, [score for (score,) in scores])
 
 
-def _reporting(work: Callable[[Reporter], None], of: list[Any], report: Reporter) -> None:
-    """Does a lane's work; an error frees the lane and is reported."""
+def _do(work: Callable[[], Any], then: Callable, report: Report) -> None:
     try:
-        work(report)
+        done = Done(then, work())
     except BaseException as error:
-        report(Report([]))
-        report(Report(of, error=error))
+        done = Done(then, error=error)
+    report(done)
+    report(Free())
 
 
-def _when(done: Any, report: Reporter) -> None:
-    """Reports a free lane when a CUDA event is over."""
+def _after(wait: Callable[[], None], images: Tensor) -> Tensor:
+    wait()
+    return images
+
+
+def _when(done: Any, free: Callable[[], None]) -> None:
+    """Frees a lane when a CUDA event is over."""
     done.synchronize()
-    report(Report([]))
+    free()
 
 
-def _called(reward: Reward) -> Any:
-    """What is called in the end: two requests' plain functions are one reward if the function is one."""
-    return reward.function if isinstance(reward, FunctionReward) else reward
+def _nothing() -> None:
+    pass
 
 
-def _worth(score: float) -> float:
-    """A score that is no finite number is worst."""
-    return score if math.isfinite(score) else -math.inf
+def _by_request(work: Sequence[Any]) -> list[list[Any]]:
+    """Rows or searches by request, in order."""
+    parts: dict[int, list[Any]] = {}
+    for one in work:
+        parts.setdefault(one.brief.ticket, []).append(one)
+    return [*parts.values()]
 
 
-def _unpack(
-    x0: Float[Tensor, "row token channel"], geometry: Geometry
-) -> Float[Tensor, "row latent latent_height latent_width"]:
-    """Tokens, which are 2x2 patches, laid out as latent images."""
-    patches = x0.view(len(x0), geometry.latent_height // 2, geometry.latent_width // 2, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x0), -1, geometry.latent_height, geometry.latent_width)
+def is_fatal(error: BaseException) -> bool:
+    """Whether the device can do no more work: torch's own type, or CUDA's message where torch has no type for it."""
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or (
+        isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+    )
 
 
-def _grouped(judges: Sequence[Reward]) -> Iterable[tuple[Reward, list[int]]]:
-    """Rows grouped by reward, so that each reward is called once a batch: (reward, row indices)."""
-    groups: dict[int, tuple[Reward, list[int]]] = {}
-    for i, reward in enumerate(judges):
-        groups.setdefault(id(_called(reward)), (reward, []))[1].append(i)
-    return groups.values()
+def model_error(error: BaseException) -> BaseException:
+    """What a request is told of an error of the model."""
+    if isinstance(error, RollflowError):
+        return error
+    raised = ModelError(f"the model raised {type(error).__name__} for a batch of this request: {error}")
+    raised.__cause__ = error
+    return raised

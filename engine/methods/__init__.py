@@ -109,3 +109,7 @@ def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **opti
     parameters = inspect.signature(build).parameters
     given = {key: value for key, value in (("finish", finish), ("seed", seed)) if key in parameters}
     return build(nfe if "finish" in given else nfe - finish, steps, **given, **options)
+
+
+def holds(method, nfe, steps, finish=0, **options):
+    return nfe

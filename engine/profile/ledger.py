@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import nvtx
 import torch
@@ -40,13 +41,18 @@ class Ledger:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.ticks = 0
 
-    def rows(self, rows: list, bucket: int) -> None:
+    def rows(self, rows: Sequence[Any], bucket: int) -> None:
         """Writes down one batch's rows and its padding."""
         self.executed.update(row.kind for row in rows)
         self.executed["padding"] += bucket - len(rows)
         self.ahead += sum(row.ahead for row in rows)
         self.buckets[bucket] += 1
         self.ticks += 1
+
+    def decodes(self, decoder: str, images: int) -> None:
+        """Counts decoded images; of any thread."""
+        with self._lock:
+            self.decoded[decoder] += images
 
     def wasted(self, kind: str) -> None:
         """A row of this kind ran ahead of the answer and was not needed."""

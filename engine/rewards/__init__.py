@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, RewardUnavailable
 
 _BUILT_IN = {  # name -> module and class; imported when first asked for
     "count": ("rollflow.rewards.count", "CountReward"),
@@ -119,3 +119,18 @@ def differentiable(reward: object) -> bool:
 def held_out(reward: Reward) -> Reward | None:
     """The second judge that `reward` names for the final image, or None."""
     return getattr(reward, "held_out", None)
+
+
+def timeout(reward: Reward) -> float | None:
+    """Seconds that a call of `reward` may take, or None."""
+    return getattr(getattr(reward, "function", reward), "timeout", None)
+
+
+def retry_on(reward: Reward) -> tuple[type[BaseException], ...]:
+    """The errors after which `reward` is called again."""
+    return (RewardUnavailable, *getattr(getattr(reward, "function", reward), "retry_on", ()))
+
+
+def retries(reward: Reward) -> int:
+    """How often `reward` is called again."""
+    return getattr(getattr(reward, "function", reward), "retries", 3)

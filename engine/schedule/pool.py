@@ -1,34 +1,98 @@
-"""The slots of a particle pool, and who holds them."""
+"""The slots of one image size: how many there are, who was promised how many, and who holds which.
+
+A request is admitted when the pool can promise it as many slots as its method needs to go on. It may hold more while
+nobody else is promised them. So memory is bounded, and every request that was admitted can always take its next step.
+"""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+
+class Pool:
+    """At most `slots` particles of one geometry; the storage itself is the device's."""
+
+    def __init__(self, slots: int):
+        self.slots, self.promised = slots, 0
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def live(self) -> int:
+        """How many slots are in use."""
+        return self.slots - len(self._free)
+
+    def lease(self, promise: int) -> Lease | None:
+        """A lease with a promise of that many slots, or None while they are promised to others."""
+        return Lease(self, promise) if self.reserve(promise) else None
+
+    def reserve(self, count: int) -> bool:
+        """Promises `count` slots, if that many are not promised yet; says whether it did."""
+        if self.promised + count > self.slots:
+            return False
+        self.promised += count
+        return True
+
+    def unreserve(self, count: int) -> None:
+        """Takes a promise back."""
+        self.promised -= count
+
+    def take(self) -> int:
+        """A free slot. There is one for everybody who was promised one."""
+        if not self._free:
+            raise RuntimeError(f"all {self.slots} slots of the pool are in use: a fault of rollflow")
+        return self._free.pop()
+
+    def give_back(self, index: int) -> None:
+        """Frees a slot."""
+        self._free.append(index)
 
 
 class Lease:
-    """The places of a pool that one request holds."""
+    """The slots that one request holds: as many as it was promised, and more while there are any to spare.
 
-    def __init__(self, pool: ParticlePool):
-        self._pool, self._held = pool, set[int]()
+    Attributes:
+        promise: how many it can always have.
+    """
 
-    def take(self) -> Slot:
-        """A free place."""
+    __slots__ = ("_extra", "_held", "_pool", "promise")
+
+    def __init__(self, pool: Pool, promise: int):
+        self._pool, self.promise = pool, promise
+        self._held, self._extra = set[int](), 0  # slots beyond the promise, each reserved by itself
+
+    @property
+    def held(self) -> int:
+        """How many slots it holds."""
+        return len(self._held)
+
+    def take(self, within: bool = True) -> Slot | None:
+        """A slot, or None where it holds all it may and there is none to spare.
+
+        Args:
+            within: whether the slot may be one of the promised ones; rows that run ahead take spare slots alone.
+        """
+        if not (within and len(self._held) < self.promise + self._extra):
+            if not self._pool.reserve(1):
+                return None
+            self._extra += 1
         index = self._pool.take()
         self._held.add(index)
         return Slot(self, index)
 
     def give_back(self, index: int) -> None:
-        """Gives one place back, unless all were given back before."""
+        """Gives one slot back, unless all were given back before."""
         if index in self._held:
             self._held.remove(index)
             self._pool.give_back(index)
+            if self._extra:
+                self._extra -= 1
+                self._pool.unreserve(1)
 
     def close(self) -> None:
-        """Gives every place back, whoever may still refer to it."""
-        while self._held:
-            self._pool.give_back(self._held.pop())
+        """Gives every slot and the promise back, whoever may still refer to them."""
+        for index in self._held:
+            self._pool.give_back(index)
+        self._held = set()
+        self._pool.unreserve(self.promise + self._extra)
+        self.promise = self._extra = 0
 
 
 class Slot:
@@ -47,46 +111,3 @@ class Slot:
             lease.give_back(self.index)
 
     __del__ = release
-
-
-class ParticlePool:
-    """Preallocated state of at most `slots` particles of one geometry.
-
-    Args:
-        slots: how many particles can live at once; the memory is `slots * token * channel * 8` bytes.
-        token, channel: the shape of one latent.
-        device: where the storage is.
-    """
-
-    def __init__(self, slots: int, token: int, channel: int, device: torch.device):
-        self.slots = slots
-        self.x: Float[Tensor, "slot token channel"] = torch.zeros(slots, token, channel, device=device)
-        self.u: Float[Tensor, "slot token channel"] = torch.zeros(slots, token, channel, device=device)
-        self._free = list(range(slots - 1, -1, -1))
-        self._promised = 0
-
-    @property
-    def live(self) -> int:
-        """How many slots are in use."""
-        return self.slots - len(self._free)
-
-    def take(self) -> int:
-        """A free slot. Running out is an engine error: admission promises slots before they are needed."""
-        if not self._free:
-            raise RuntimeError(f"all {self.slots} slots of the particle pool are in use: admission promised too many")
-        return self._free.pop()
-
-    def give_back(self, index: int) -> None:
-        """Frees a slot."""
-        self._free.append(index)
-
-    def reserve(self, count: int) -> bool:
-        """Promises `count` slots to a request if that many are not promised yet; says whether it did."""
-        if self._promised + count > self.slots:
-            return False
-        self._promised += count
-        return True
-
-    def unreserve(self, count: int) -> None:
-        """Takes a promise back when its request is over."""
-        self._promised -= count

@@ -1,17 +1,28 @@
 """Particles are handles; their state lives in a pool of slots.
 
-A search method holds `Particle` objects and knows of each only its reward and its step. The device state (the
-latent `x` in float32 and the model's velocity `u` there) sits in preallocated storage, addressed by slot, so that
-resampling and survival copy nothing. A slot is free again when no particle refers to it.
+A search method holds `Particle` objects and knows of each only its reward and its step. The device state (the latent
+`x` in float32 and the model's velocity `u` there) sits in preallocated storage, addressed by slot, so that resampling
+and survival copy nothing. A slot is free again when no particle refers to it.
 """
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from typing import Protocol, runtime_checkable
 
-from rollflow.schedule.pool import Slot
+from rollflow.methods.budget import worth
+from rollflow.row import Candidate
 from rollflow.sde import Step
+
+
+@runtime_checkable
+class Slot(Protocol):
+    """A place in a pool; see `rollflow.schedule.pool.Slot`."""
+
+    index: int
+
+    def release(self) -> None:
+        """Gives the place back."""
+        ...
 
 
 class Particle:
@@ -20,24 +31,36 @@ class Particle:
     Attributes:
         reward: the reward of its posterior mean; `None` when it was drawn with `scored=False`.
         step: its place on the request's time grid, 0 for a sample of the prior.
-        index: its place in the request's history.
+        index: its place in the request's history; -1 until it is there.
         parent: the parent's place in the history, `None` for a sample of the prior.
         arrival: the step that led to it: its time, and the coefficients of its posterior mean.
         slot: its place in the pool.
-        shift: by how much its children's velocity `u` is moved by the reward's gradient; None for most.
+        moved: whether its children's velocity is moved by its reward's gradient.
+        kept: whether the method may still draw from it or return it; see `rollflow.draw.Draw.keep`.
     """
 
-    __slots__ = ("arrival", "index", "parent", "reward", "shift", "slot", "step")
+    __slots__ = ("__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step")
 
-    def __init__(self, step: int, arrival: Step, slot: Slot, index: int, parent: int | None):
-        self.step, self.arrival, self.slot, self.index, self.parent = step, arrival, slot, index, parent
+    def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False):
+        self.step, self.arrival, self.slot, self.moved = step, arrival, slot, moved
+        self.index, self.kept = -1, True
+        self.parent: int | None = None
         self.reward: float | None = None
-        self.shift: Float[Tensor, "token channel"] | None = None
 
     @property
     def time(self) -> float:
         """The interpolant's time at which it was evaluated."""
         return self.arrival.time
 
+    @property
+    def candidate(self) -> Candidate:
+        """What the device needs to make its image."""
+        return Candidate(self.slot.index, self.arrival.p, self.arrival.q, self.step)
+
     def __repr__(self) -> str:
         return f"Particle(step={self.step}, reward={self.reward}, index={self.index}, parent={self.parent})"
+
+
+def rank(particle: Particle) -> tuple[float, int]:
+    """Better rewards first; of equal ones that of the later point of the grid, whose posterior mean is sharper."""
+    return worth(particle), particle.step

@@ -1,52 +1,51 @@
-"""One live request: its generator, the draws it waits for, its history and its counts."""
+"""One live request: its method, the turn that it waits for, its finalists and its history."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from rollflow.draw import Draw
+from rollflow.draw import Draw, Note
 from rollflow.errors import RequestError
 from rollflow.methods import title
 from rollflow.methods.budget import worth
 from rollflow.methods.paths import shared
-from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.profile.ledger import Ledger
-from rollflow.request import Kind, Record
-from rollflow.schedule.cost import NEGLIGIBLE
-from rollflow.schedule.odds import Odds
-from rollflow.schedule.pool import Lease, ParticlePool
+from rollflow.row import NONE, Brief, Kind, Mixture, Row, Show
 from rollflow.sde import Step
-from rollflow.search.particle import Particle
+from rollflow.search.particle import Particle, Slot, rank
+from rollflow.search.record import History
+from rollflow.search.turn import Flight, Turn
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
 _KINDS: tuple[Kind, Kind] = ("committed", "guided")
 
 
-@dataclass(eq=False, slots=True)
-class Row:
-    """One row of a batch: advance `parent` by `step` (or sample the prior) and evaluate the child."""
+@runtime_checkable
+class Lease(Protocol):
+    """The slots of one request; see `rollflow.schedule.pool.Lease`."""
 
-    search: Search
-    step: Step
-    particle: Particle
-    parent: Particle | None
-    scored: bool
-    kind: Kind
-    nfe: int = 1
-    noise_key: int = 0
-    prior: int | None = None  # which sample of the prior this is, counted over the request
-    asked: Draw | None = None  # what the method asked for; None for a step of the finish
-    turn: int = 0
-    place: int = 0  # of the draw among the turn's draws, or of the finalist among the finalists
-    child: int = 0  # which of the draw's children this is
-    ahead: bool = False  # whether it runs before it is known to be needed
-    invalid: bool = False  # whether its gradient was no finite number
+    def take(self, within: bool = True) -> Slot | None:
+        """A slot, or None while there is none."""
+        ...
+
+    def close(self) -> None:
+        """Gives every slot back."""
+        ...
+
+
+@runtime_checkable
+class Odds(Protocol):
+    """What was learned of successes; see `rollflow.schedule.odds.Odds`."""
+
+    def observe(self, method: str, level: int, success: bool) -> None:
+        """One child was judged."""
+        ...
+
+    def success(self, method: str, level: int) -> float:
+        """The chance that the next child beats its bar."""
+        ...
 
 
 class Final:
@@ -54,26 +53,7 @@ class Final:
 
     def __init__(self, particle: Particle, steps: tuple[Step, ...]):
         self.particle, self.steps, self.waiting = particle, steps, False
-        self.rows: list[Row] = []  # those that led to it
-
-
-class _Turn:
-    """One draw of the turn: what was issued, what came back, and the children that the method will see."""
-
-    __slots__ = ("children", "closed", "draw", "issued", "judged", "limit", "prior", "sequential")
-
-    def __init__(self, draw: Draw, prior: int):
-        self.draw, self.prior = draw, prior  # index of its first child among the request's samples of the prior
-        self.issued, self.limit = 0, draw.count  # no child beyond the limit can be needed
-        self.judged: dict[int, Row] = {}  # came back before an earlier child did
-        self.children: list[Row] = []
-        self.sequential = draw.until != math.inf
-        self.closed = False  # whether it has all its children: its count is reached, or one has beaten `until`
-
-    @property
-    def unknown(self) -> int:
-        """How many issued children have not come back."""
-        return self.issued - len(self.children) - len(self.judged)
+        self.flights: list[Flight] = []  # of the rows that led to it
 
 
 class Search:
@@ -81,273 +61,319 @@ class Search:
 
     What a method sees, and the history, is what the strictly sequential algorithm gives, however many rows run at once
     and however far some run ahead of the answer.
+
+    Args:
+        plan: the checked request.
+        brief: what its rows carry to the device.
+        lease: the slots that its particles live in.
+        ledger: where rows that ran in vain are counted.
+        odds: how often children succeed, learned over all searches.
+
+    Attributes:
+        history: what was committed so far.
+        flying: the rows that are on their way, by number.
+        stopped: why it ended: "budget", "stop_at" or what `stop` was given; None before the end.
+        queued: for the scheduler: whether it stands in the queue of plain and of guided rows.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        geometry: Geometry,
-        conditioning: Any,
-        pool: ParticlePool,
-        ledger: Ledger | None = None,
-        odds: Odds | None = None,
-    ):
-        self.plan, self.geometry, self.conditioning, self.pool = plan, geometry, conditioning, pool
-        self.ledger, self.odds = ledger or Ledger(), odds or Odds()
-        self.title = title(plan.request.method)
-        self.method = plan.search()
-        self._history: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
-        self.best_reward = -math.inf
-        self.committed = self.executed = self.turn = self.priors = self.invalid = self.in_flight = 0
-        self.start = time.perf_counter()
-        self._ahead = 0  # rows that run ahead, whose slots are promised beyond those of the budget
-        self.closed = False
-        self.finals: list[Final] | None = None
-        self.queued = [False, False]  # by the scheduler, for plain and for guided rows
-        self._best: list[Particle] = []  # those judged best, at most as many as there are finalists
-        self._lease = Lease(pool)
-        self._begin(next(self.method))
+    def __init__(self, plan: Plan, brief: Brief, lease: Lease, ledger: Ledger, odds: Odds):
+        self.plan, self.brief, self.history = plan, brief, History()
+        self.geometry, self.priority = brief.geometry, plan.request.priority
+        self.flying: dict[int, Flight] = {}
+        self.queued, self.stopped = [False, False], None
+        self._lease, self._ledger, self._odds = lease, ledger, odds
+        self._title, self._method = title(plan.request.method), plan.search()
+        self._turn: Turn | None = None
+        self._finals: list[Final] | None = None
+        self._best: list[Particle] = []  # those judged best where rewards can be trusted, one for each finalist
+        self._latest: Particle | None = None  # until there is one of those: the last particle, judged or not
+        self._turns = self._rows = self._priors = 0
+        self._proceed(None)
 
-    def _begin(self, draws: list[Draw]) -> None:
-        if not isinstance(draws, list | tuple) or not draws or not all(isinstance(draw, Draw) for draw in draws):
-            raise RequestError(f"the method {self.title} yielded {draws!r}: it must yield lists of at least one Draw")
-        self.turn += 1
-        self._turns: list[_Turn] = []
-        self._ready: tuple[deque[int], deque[int]] = deque(), deque()  # draws with rows that can run, plain and guided
-        self._waiting = [0, 0]  # how many rows those are
-        self._sequential: list[int] = []
-        self._recorded = (0, 0)  # draw and child that the history continues with
-        prior = self.priors
-        for i, draw in enumerate(draws):
-            turn = _Turn(draw, prior)
-            self._turns.append(turn)
-            prior += draw.count if draw.parent is None else 0
-            guided = draw.guide is not None
-            self._ready[guided].append(i)
-            self._waiting[guided] += 1 if turn.sequential else draw.count
-            if turn.sequential:
-                self._sequential.append(i)
+    # What the scheduler asks.
+
+    def waiting(self, guided: bool) -> int:
+        """How many rows can run now and are needed whatever happens."""
+        if self._finals is not None:
+            return 0 if guided else sum(bool(final.steps) and not final.waiting for final in self._finals)
+        return self._turn.waiting(guided) if self._turn is not None else 0
+
+    def take(self, guided: bool) -> Row | None:
+        """The next of the waiting rows, in draw order; taking it issues it. None while there is no slot for it."""
+        slot = self._lease.take()
+        if slot is None:
+            return None
+        if self._finals is not None:
+            return self._finishing(slot)
+        assert self._turn is not None, "only a search with waiting rows is asked for one"
+        return self._issue(*self._turn.next(guided), slot)
+
+    def chances(self, guided: bool, least: float = 0.0) -> Iterator[tuple[float, int]]:
+        """Of the rows that `take_ahead` would give, the chance of each to be needed, if at least `least`; its draw."""
+        if self._finals is None and self._turn is not None:
+            for i, asked in self._turn.open(guided):
+                failure = 1 - self._odds.success(self._title, asked.draw.arrives)
+                for ahead in range(asked.limit - asked.issued):
+                    chance = failure ** (asked.unknown + ahead)
+                    if chance < least:
+                        break
+                    yield chance, i
+
+    def take_ahead(self, i: int) -> Row | None:
+        """The next row of draw `i`, which waits for an answer, before it is known to be needed; None without a slot."""
+        slot = self._lease.take(within=False)
+        if slot is None:
+            return None
+        assert self._turn is not None
+        return self._issue(i, self._turn.ahead(i), slot, ahead=True)
+
+    # What the device answers.
+
+    def deliver(self, row: Row, reward: float | None, invalid: bool = False) -> None:
+        """Takes an evaluated row back, and goes on as far as the rows that are back allow.
+
+        Raises:
+            RequestError: the method broke a rule.
+            Exception: whatever the method itself raises.
+        """
+        flight = self.flying.pop(row.number)
+        if invalid:
+            flight = flight._replace(invalid=True)
+        flight.particle.reward = reward
+        if flight.turn is None and self._finals:
+            self._finished(flight)
+        elif self._finals is not None or flight.turn is not self._turn or flight.turn.draws[flight.draw].closed:
+            self._drop(flight)
+        else:
+            needed, unneeded, successes = flight.turn.commit(flight)
+            for one, success in zip(needed, successes, strict=False):
+                self._odds.observe(self._title, one.particle.step, success)
+            for one in unneeded:
+                self._drop(one)
+            for one in flight.turn.recordable():
+                self._record(one)
+                if self._finals is not None:
+                    return
+            if flight.turn.complete:
+                self._turn, sent = None, flight.turn.children()
+                self._proceed(sent)
+
+    def lost(self, row: Row) -> None:
+        """A row of a search that is over came back, with or without an answer."""
+        self._drop(self.flying.pop(row.number))
+
+    # How it ends.
 
     @property
-    def history(self) -> list[Record]:
-        """A record for each committed particle, in draw order."""
-        return [Record(*values) for values in self._history]
+    def ending(self) -> bool:
+        """Whether the method is over, and only finalists are still on their way."""
+        return self._finals is not None
 
     @property
     def done(self) -> bool:
         """Whether every finalist is finished, and no row is still on the device."""
-        return self.finals is not None and not self.in_flight and not any(final.steps for final in self.finals)
+        return self._finals is not None and not self.flying and not any(final.steps for final in self._finals)
 
     @property
-    def finalists(self) -> list[Particle]:
-        """Those who compete in the end, finished; when it is done."""
-        assert self.finals, "only a search that is over has finalists"
-        return [final.particle for final in self.finals]
+    def best(self) -> Particle | None:
+        """The best particle so far, where rewards can be trusted, or else the last one; None before the first."""
+        if self._finals:
+            return max((final.particle for final in self._finals), key=rank)
+        return self._best[0] if self._best else self._latest
 
-    @property
-    def chosen(self) -> Particle:
-        """The finalist with the best reward, on ties the least noisy one, then the method's own; when it is done."""
-        return max(self.finalists, key=rank)
+    def stop(self, reason: str, finish: bool = True) -> bool:
+        """Ends the search with its best so far, still to be finished or not; False if it has nothing to show yet."""
+        if self._finals is not None:
+            return True
+        best = self.best
+        if best is None:
+            return False
+        self._end_with(best, reason, self.plan.request.finish if finish else 0)
+        return True
 
-    def waiting(self, guided: bool) -> int:
-        """How many rows can run now and are needed whatever happens."""
-        if self.finals is not None:
-            return 0 if guided else sum(bool(final.steps) and not final.waiting for final in self.finals)
-        return self._waiting[guided]
+    def cut(self) -> None:
+        """Leaves the finalists as they are: no further steps."""
+        for final in self._finals or ():
+            final.steps = ()
 
-    def take(self, guided: bool) -> Row:
-        """The next of the waiting rows, in draw order; taking it issues it."""
-        if self.finals is not None:
-            return self._finishing()
-        ready = self._ready[guided]
-        turn = self._turns[ready[0]]
-        row = self._issue(ready[0])
-        self._waiting[guided] -= 1
-        if turn.sequential or turn.issued == turn.draw.count:
-            ready.popleft()
+    def show(self, every: bool) -> Show:
+        """What is to become its image: the chosen finalist, or with `every` all of them, the chosen one first.
+
+        The choice is the finalist with the best reward, on ties the least noisy one, then the method's own.
+        """
+        assert self._finals, "only a search that is over has finalists"
+        finalists = sorted((final.particle for final in self._finals), key=rank, reverse=True)
+        return Show(self.brief, tuple(particle.candidate for particle in finalists[: None if every else 1]))
+
+    def discard(self) -> None:
+        """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
+        self._finals, self._turn, self._best, self._latest = [], None, [], None
+        self._method.close()
+
+    def close(self) -> None:
+        """Gives every slot back, whoever may still refer to them. None of its rows may be on the device."""
+        try:
+            self.discard()
+        finally:
+            self._lease.close()
+
+    # The rest is its own affair.
+
+    def _proceed(self, sent: Any) -> None:
+        """Hands the children to the method, and takes its next draws or its choice."""
+        try:
+            yielded = self._method.send(sent)
+            while isinstance(yielded, Note):
+                self.history.notes.append(yielded.values)
+                yielded = self._method.send(None)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            self._choose(stop.value)
+            return
+        self._begin(yielded)
+
+    def _begin(self, draws: Any) -> None:
+        if not isinstance(draws, list | tuple) or not draws or not all(isinstance(draw, Draw) for draw in draws):
+            raise RequestError(f"the method {self._title} yielded {draws!r}: it must yield lists of at least one Draw")
+        for particle in (p for draw in draws for p in (draw.parent, *draw.mix)):
+            if particle is not None and not (isinstance(particle, Particle) and particle.kept):
+                raise RequestError(
+                    f"the method {self._title} draws from {particle!r}: it may draw from the particles that it was "
+                    "sent, but for those that a draw's `keep` let go"
+                )
+        self._turns += 1
+        self._turn = Turn([(d, *self._way(d)) for d in draws], self._turns, self._priors)
+
+    def _way(self, draw: Draw) -> tuple[Step, float]:
+        """The coefficients of a draw's children, and of guided ones `sigma^2 / alpha` where they arrive."""
+        step, path = self.plan.arrival(draw), self.plan.path
+        if draw.guide is None or (alpha := path.alpha(step.time)) == 0.0:
+            return step, 0.0
+        return step, path.sigma(step.time) ** 2 / alpha
+
+    def _issue(self, i: int, child: int, slot: Slot, ahead: bool = False) -> Row:
+        turn = self._turn
+        assert turn is not None
+        asked = turn.draws[i]
+        draw, step = asked.draw, asked.step
+        prior = asked.prior + child if draw.parent is None else None
+        parent: Any = draw.parent  # a particle of this search, as `_begin` made sure
+        latents, mixture = self.brief.latents, None
+        if draw.mix or draw.coarse:
+            others: Any = draw.mix
+            mixture = Mixture(tuple(other.slot.index for other in others), draw.coarse)
+        row = Row(
+            self.brief,
+            self._rows,
+            (turn.number * _DRAWS + i) * _CHILDREN + child,
+            NONE if parent is None else parent.slot.index,
+            slot.index,
+            step,
+            _KINDS[asked.guided],
+            draw.nfe,
+            draw.scored,
+            ahead,
+            prior if latents is not None and prior is not None and prior < len(latents) else None,
+            mixture,
+            parent is not None and parent.moved,
+            draw.guide,
+            asked.reach,
+        )
+        particle = Particle(draw.arrives, step, slot, asked.guided)
+        self.flying[self._rows] = Flight(row, particle, parent, turn, i, child, prior)
+        self._rows += 1
         return row
 
-    def chances(self, guided: bool) -> Iterator[tuple[float, int]]:
-        """Of the rows that `take_ahead` would give, the chance that each will be needed, and its draw."""
-        if self.finals is None:
-            for i in self._sequential:
-                turn = self._turns[i]
-                if (turn.draw.guide is not None) is guided and turn.unknown:
-                    failure = 1 - self.odds.success(self.title, turn.draw.arrives)
-                    for ahead in range(turn.limit - turn.issued):
-                        chance = failure ** (turn.unknown + ahead)
-                        if chance < NEGLIGIBLE:
-                            break
-                        yield chance, i
-
-    def take_ahead(self, i: int) -> Row | None:
-        """The next row of draw `i`, which waits for an answer, before it is known to be needed.
-
-        It takes a slot that nobody is promised, until it is known whether it is needed; None if there is none.
-        """
-        if not self.pool.reserve(1):
-            return None
-        self._ahead += 1
-        return self._issue(i, ahead=True)
-
-    def _settle(self, row: Row) -> None:
-        """It is known whether a row is needed: if it ran ahead, its slot is promised to nobody any more."""
-        if row.ahead:
-            self._ahead -= 1
-            self.pool.unreserve(1)
-
-    def _issue(self, i: int, ahead: bool = False) -> Row:
-        turn = self._turns[i]
-        draw, child = turn.draw, turn.issued
-        turn.issued += 1
-        key = (self.turn * _DRAWS + i) * _CHILDREN + child
-        prior = turn.prior + child if draw.parent is None else None
-        parent = cast("Particle | None", draw.parent)  # one that this search handed to the method
-        step, kind = self.plan.arrival(draw), _KINDS[draw.guide is not None]
-        particle = self._particle(step, draw.arrives)
-        return Row(
-            self, step, particle, parent, draw.scored, kind, draw.nfe, key, prior, draw, self.turn, i, child, ahead
-        )
-
-    def _finishing(self) -> Row:
+    def _finishing(self, slot: Slot) -> Row:
         """The next step of a finalist; only what a last step leads to is judged."""
-        assert self.finals is not None
-        i, final = next((i, f) for i, f in enumerate(self.finals) if f.steps and not f.waiting)
+        assert self._finals is not None
+        i, final = next((i, f) for i, f in enumerate(self._finals) if f.steps and not f.waiting)
         step, *left = final.steps
         final.steps, final.waiting, parent = tuple(left), True, final.particle
         level = max(parent.step + 1, len(self.plan.steps))
-        return Row(self, step, self._particle(step, level), parent, not left, "finish", place=i)
+        row = Row(self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=not left)
+        self.flying[self._rows] = Flight(row, Particle(level, step, slot), parent, None, i, -1, None)
+        self._rows += 1
+        return row
 
-    def _particle(self, step: Step, level: int) -> Particle:
-        self.in_flight += 1
-        return Particle(level, step, self._lease.take(), -1, None)
+    def _finished(self, flight: Flight) -> None:
+        """A step of a finalist is there; in the end they are recorded finalist by finalist, whichever came first."""
+        assert self._finals is not None
+        final = self._finals[flight.draw]
+        if final.flights:  # the step before was this one's parent, and nobody else's
+            final.particle.slot.release()
+        final.flights.append(flight)
+        final.particle, final.waiting = flight.particle, False
+        if all(not final.steps and not final.waiting for final in self._finals):
+            for one in (one for final in self._finals for one in final.flights):
+                self._record(one)
 
-    def deliver(self, row: Row, reward: float | None) -> None:
-        """Takes an evaluated row back, and goes on as far as the rows that are back allow."""
-        self.in_flight -= 1
-        row.particle.reward = reward
-        if row.kind == "finish":
-            assert self.finals is not None
-            final = self.finals[row.place]
-            final.rows.append(row)
-            final.particle, final.waiting = row.particle, False
-            if all(not final.steps and not final.waiting for final in self.finals):
-                for final in self.finals:  # finalist after finalist, whichever came first
-                    for finished in final.rows:
-                        self._record(finished)
-        elif self.finals is not None or row.turn != self.turn or self._turns[row.place].closed:
-            self._drop(row)
-        else:
-            self._commit(row)
-            self._record_all()
-            if self.finals is None and self._recorded[0] == len(self._turns):
-                self._advance()
-
-    def _commit(self, row: Row) -> None:
-        """Adds to a draw's children what is back without a gap; what lies beyond the first success never existed."""
-        turn = self._turns[row.place]
-        turn.judged[row.child] = row
-        if turn.sequential and worth(row.particle) > turn.draw.until:
-            turn.limit = min(turn.limit, row.child + 1)
-        while not turn.closed and (following := turn.judged.pop(len(turn.children), None)) is not None:
-            self._settle(following)
-            turn.children.append(following)
-            success = turn.sequential and worth(following.particle) > turn.draw.until
-            turn.closed = success or len(turn.children) == turn.draw.count
-            if turn.sequential:
-                self.odds.observe(self.title, following.particle.step, success)
-        if turn.closed:
-            for unneeded in turn.judged.values():
-                self._drop(unneeded)
-            turn.judged.clear()
-        elif turn.sequential and turn.issued == len(turn.children):
-            guided = turn.draw.guide is not None
-            self._ready[guided].append(row.place)
-            self._waiting[guided] += 1
-
-    def _record_all(self) -> None:
-        """Writes the history in draw order, as far as it is known."""
-        i, child = self._recorded
-        while self.finals is None and i < len(self._turns):
-            turn = self._turns[i]
-            while self.finals is None and child < len(turn.children):
-                self._recorded = (i, child + 1)
-                self._record(turn.children[child])
-                child += 1
-            if not turn.closed:
-                break
-            i, child = self._recorded = (i + 1, 0)
-
-    def _record(self, row: Row) -> None:
-        particle, reward = row.particle, row.particle.reward
-        particle.index = len(self._history)
-        particle.parent = None if row.parent is None else row.parent.index
-        self.committed += row.nfe
-        if self.committed > self.plan.request.nfe:
+    def _record(self, flight: Flight) -> None:
+        particle, row = flight.particle, flight.row
+        self.history.add(particle, flight.parent, row.kind, row.nfe, flight.invalid)
+        if self.history.committed > self.plan.request.nfe:
             raise RequestError(
-                f"the method {self.title} drew more than its budget of {self.plan.request.nfe} evaluations"
+                f"the method {self._title} drew more than its budget of {self.plan.request.nfe} evaluations"
             )
-        self._history.append((particle.index, particle.step, particle.time, reward, particle.parent, row.kind, row.nfe))
-        self.invalid += row.invalid or (reward is not None and not math.isfinite(reward))
-        self.best_reward = max(self.best_reward, worth(particle))
-        if row.prior is not None:
-            self.priors = max(self.priors, row.prior + 1)
-        if row.kind != "finish" and reward is not None and particle.arrival.tau <= self.plan.trusted_from + 1e-9:
-            self._best = sorted([*self._best, particle], key=rank, reverse=True)[: self.plan.finalists]
-            stop_at = self.plan.request.stop_at
-            if stop_at is not None and worth(particle) >= stop_at:  # it stays in the race should its finish be worse
-                finish = self.plan.request.finish
-                self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0])
+        if flight.prior is not None:
+            self._priors = max(self._priors, flight.prior + 1)
+        if flight.turn is None:
+            return
+        if particle.reward is not None and particle.arrival.tau <= self.plan.trusted_from + 1e-9:
+            self._compete(particle)
+            if self._finals is not None:
+                return
+        elif not self._best:
+            before, self._latest = self._latest, particle
+            self._let_go(before)
+        dismissed = flight.turn.draws[flight.draw].dismissed(particle)
+        if dismissed is not None:
+            dismissed.kept = False
+            self._let_go(dismissed)
 
-    def _drop(self, row: Row) -> None:
+    def _compete(self, particle: Particle) -> None:
+        """A trusted reward: the particle may become a finalist, or be good enough to end the search."""
+        ranked = sorted([*self._best, particle], key=rank, reverse=True)
+        before, self._latest = self._latest, None
+        self._best = ranked[: self.plan.finalists]
+        for other in (before, *ranked[self.plan.finalists :]):
+            self._let_go(other)
+        stop_at = self.plan.request.stop_at
+        if stop_at is not None and worth(particle) >= stop_at:
+            self._end_with(particle, "stop_at", self.plan.request.finish)
+
+    def _let_go(self, particle: Particle | None) -> None:
+        """Frees the slot of a particle that neither the method keeps nor the final comparison."""
+        if particle is not None and not particle.kept and particle is not self._latest and particle not in self._best:
+            particle.slot.release()
+
+    def _drop(self, flight: Flight) -> None:
         """Counts a row that ran and, for the search, does not exist; its slot is free."""
-        self.ledger.wasted(row.kind)
-        row.particle.slot.release()
-        self._settle(row)
+        self._ledger.wasted(flight.row.kind)
+        flight.particle.slot.release()
 
-    def _advance(self) -> None:
-        """Hands the particles to the method, all its draws being complete, and takes its next draws."""
-        children = [[row.particle for row in turn.children] for turn in self._turns]
-        self._turns, self._sequential = [], []
-        try:
-            self._begin(self.method.send(children))
-        except StopIteration as stop:
-            if not isinstance(stop.value, Particle):
-                raise RequestError(
-                    f"the method {self.title} returned {stop.value!r}: it must return one of its particles"
-                ) from None
-            others = [particle for particle in self._best if particle is not stop.value]
-            finalists = [stop.value, *others][: self.plan.finalists]
-            if not self.plan.request.finish and stop.value.reward is None:
-                finalists = [stop.value]  # it cannot be compared, and is what the method wants
-            self._end(finalists, shared(self.plan.finish_nfe, len(finalists)))
+    def _choose(self, chosen: Any) -> None:
+        """The method is over: its choice competes with the best others that were judged."""
+        if not isinstance(chosen, Particle) or not chosen.kept:
+            raise RequestError(f"the method {self._title} returned {chosen!r}: it must return one of its particles")
+        finalists = [chosen, *(p for p in self._best if p is not chosen)][: self.plan.finalists]
+        if not self.plan.request.finish and chosen.reward is None:
+            finalists = [chosen]  # it cannot be compared, and is what the method wants
+        self._end(finalists, shared(self.plan.finish_nfe, len(finalists)), "budget")
 
-    def _end(self, finalists: list[Particle], finish: list[int]) -> None:
+    def _end_with(self, particle: Particle, reason: str, finish: int) -> None:
+        """Ends with one particle, which stays in the race should its finish be worse."""
+        self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0], reason)
+
+    def _end(self, finalists: Sequence[Particle], finish: Sequence[int], reason: str) -> None:
         """Ends the search proper: each of those who compete is finished by as many evaluations as `finish` says."""
-        self.finals = [
+        self._finals = [
             Final(particle, self.plan.finish(particle.time, count))
             for particle, count in zip(finalists, finish, strict=True)
         ]
-        self.method.close()
-        for turn in self._turns:
-            for row in turn.judged.values():
-                self._drop(row)
-            for row in turn.children:
-                if row.particle.index < 0:
-                    self.ledger.wasted(row.kind)
-        self._turns, self._sequential, self._best = [], [], []
-        self._waiting, self._ready = [0, 0], (deque(), deque())
-
-    def close(self) -> None:
-        """Drops every particle, so that their slots are free. None of its rows may be on the device."""
-        self.method.close()
-        self.closed = True
-        self.finals, self._turns, self._sequential, self._best = [], [], [], []
-        self.pool.unreserve(self._ahead)
-        self._ahead = 0
-        self._lease.close()  # also of particles that a kept exception or the method's caller still refers to
-
-
-def rank(particle: Particle) -> tuple[float, int]:
-    """Better rewards first; of equal ones that of the later point of the grid, whose posterior mean is sharper."""
-    return worth(particle), particle.step
+        self.stopped = reason
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            for flight in turn.leftover():
+                self._drop(flight)
+        self._best, self._latest = [], None
+        self._method.close()

@@ -1,0 +1,181 @@
+"""The thread that runs a loop, and what others need of it: to start it, to ask it, to wait for it, to end it."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+
+from rollflow.device.runner import Runner
+from rollflow.errors import EngineClosed, EngineDead, RollflowError
+from rollflow.loop import Loop, Ticket
+from rollflow.models import Geometry
+from rollflow.preparing import Preparations
+
+CLOSING = 5.0  # seconds that a closing engine waits for each of its threads
+LOG = logging.getLogger("rollflow")
+T = TypeVar("T")
+
+
+class Host:
+    """Runs a loop on a thread of its own, from the first request until it is closed.
+
+    Args:
+        loop: what runs.
+        runner: its device.
+        preparations: what it prepares.
+    """
+
+    def __init__(self, loop: Loop, runner: Runner, preparations: Preparations):
+        self.loop, self.runner, self.preparations = loop, runner, preparations
+        self.closed = False
+        self._thread: threading.Thread | None = None
+        self._lock, self._process = threading.Lock(), os.getpid()
+        _HOSTS.add(self)
+
+    def start(self) -> None:
+        """Makes sure that the loop runs.
+
+        Raises:
+            EngineClosed: it was closed.
+            RollflowError: this is another process than the one that it was made in.
+        """
+        self._check_process()
+        with self._lock:
+            if self.closed:
+                raise EngineClosed("the engine was closed: make a new one")
+            if self._thread is None:
+                arguments = (self.loop, self.runner, self.preparations)
+                self._thread = threading.Thread(target=_run, args=arguments, name="rollflow-loop", daemon=True)
+                self._thread.start()
+
+    def do(self, work: Callable[[], T]) -> T:
+        """Has the loop's thread do something short, and returns what it gives."""
+        self._check_process()
+        thread = self._thread
+        if thread is None or not thread.is_alive() or thread is threading.current_thread():
+            return work()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.loop.call(_into, future, work)
+        while not concurrent.futures.wait([future], 1.0).done:
+            if not thread.is_alive():  # it ended before it came to this
+                return work()
+        return future.result()
+
+    def prepare(self, prompts: Iterable[str], geometry: Geometry | None) -> None:
+        """Encodes prompts and measures an image size, and waits until that is done."""
+        self.check_waiting()
+        self.start()
+        wanted: list[tuple[str | None, Geometry | None]] = [(prompt, None) for prompt in dict.fromkeys(prompts)]
+        wanted += [(None, geometry)] if geometry is not None else []
+        futures = []
+        for prompt, size in wanted:
+            future: concurrent.futures.Future[None] = concurrent.futures.Future()
+            self.loop.call(self.preparations.want, prompt, size, lambda error, f=future: _settle(f, None, error))
+            futures.append(future)
+        for future in futures:
+            future.result()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request."""
+        self.loop.cancel(ticket)
+
+    def peek(self, ticket: Ticket) -> concurrent.futures.Future[Image.Image | None]:
+        """An image of a request's best particle so far; None where there is none yet."""
+        future: concurrent.futures.Future[Image.Image | None] = concurrent.futures.Future()
+
+        def then(pixels: torch.Tensor | None, error: BaseException | None) -> None:
+            _settle(future, None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).numpy()), error)
+
+        self.loop.peek(ticket, then)
+        return future
+
+    def clock(self) -> float:
+        """Seconds, as the loop counts them."""
+        return self.loop.clock()
+
+    def check_waiting(self) -> None:
+        """Raises `RollflowError` on a thread that the engine works with, or in a forked process."""
+        self._check_process()
+        if threading.current_thread() in (self._thread, *self.runner.threads.alive):
+            raise RollflowError(
+                "a reward, a method or a callback waits for the engine that waits for it: hand requests in by "
+                "`submit`, and wait for them on a thread of your own"
+            )
+
+    def close(self, drain: bool) -> None:
+        """See `rollflow.Engine.close`."""
+        if os.getpid() != self._process:
+            return  # a forked child has none of the threads
+        with self._lock:
+            first, self.closed = not self.closed, True
+            thread = self._thread
+        if thread is None:
+            if first:
+                _end(self.runner, self.preparations)
+            return
+        self.loop.close(drain)
+        if threading.current_thread() not in (thread, *self.runner.threads.alive):
+            thread.join()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RollflowError(
+                f"this engine was made in process {self._process}, and its threads are there: after a fork, make an "
+                "engine in the child, or start children by 'spawn'"
+            )
+
+
+_HOSTS: weakref.WeakSet[Host] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends the threads of every engine while the interpreter and torch are still whole."""
+    for host in [*_HOSTS]:
+        host.close(drain=False)
+
+
+def _run(loop: Loop, runner: Runner, preparations: Preparations) -> None:
+    running = True
+    while running:
+        try:
+            running = loop.step()
+        except BaseException as error:
+            LOG.exception("the loop of an engine met a fault of rollflow")
+            dead = EngineDead(
+                f"a fault of rollflow ended the engine ({type(error).__name__}: {error}): please report it"
+            )
+            dead.__cause__ = error
+            loop.fail(dead)
+    _end(runner, preparations)
+
+
+def _end(runner: Runner, preparations: Preparations) -> None:
+    left = runner.threads.close(CLOSING)
+    if left:
+        LOG.warning("%d threads of a closed engine are still in calls that do not come back", len(left))
+    runner.free()
+    preparations.conditioning.clear()
+
+
+def _into(future: concurrent.futures.Future[T], work: Callable[[], T]) -> None:
+    try:
+        _settle(future, work(), None)
+    except BaseException as error:
+        _settle(future, None, error)
+
+
+def _settle(future: concurrent.futures.Future, value: Any, error: BaseException | None) -> None:
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,415 @@
+"""A request on its way: its result, its updates, and how to end it; for threads and for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import copy
+import logging
+import threading
+import warnings
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from PIL import Image
+
+from rollflow.errors import Cancelled, RollflowError
+from rollflow.loop import Evaluated, Finished, News, Refused, Started, Ticket
+from rollflow.request import Request, Result
+from rollflow.search.record import History
+
+Status = Literal["queued", "running", "done", "cancelled", "failed"]
+LOG = logging.getLogger("rollflow")
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """What a job needs of its engine."""
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request."""
+        ...
+
+    def peek(self, ticket: Ticket) -> concurrent.futures.Future[Image.Image | None]:
+        """An image of its best particle so far."""
+        ...
+
+    def check_waiting(self) -> None:
+        """Raises where waiting would never end."""
+        ...
+
+    def clock(self) -> float:
+        """Seconds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far a request is.
+
+    Attributes:
+        committed_nfe: function evaluations that the algorithm was charged for so far.
+        executed_nfe: what the device ran for it so far, its share of padding included.
+        best_reward: the best reward so far; minus infinity before the first.
+        level: the point of the time grid of the last particle.
+        seconds: since the request was let in.
+        job: whose update it is.
+    """
+
+    committed_nfe: int
+    executed_nfe: int
+    best_reward: float
+    level: int
+    seconds: float
+    job: Job
+
+    def image(self, timeout: float | None = None) -> Image.Image | None:
+        """The best so far, at the time of this call, decoded for it; None before the first particle.
+
+        It waits for a lane of the device. In asyncio, call it by `await asyncio.to_thread(update.image)`.
+
+        Raises:
+            TimeoutError: the timeout passed.
+            RollflowError: the image cannot be made, or the call would wait for itself.
+        """
+        return self.job._image(timeout)
+
+
+class Job:
+    """A request that an engine works on.
+
+    Waiting and callbacks follow `concurrent.futures.Future`; `await job` and `async for update in job` work in any
+    asyncio loop. An awaiting task that is cancelled cancels the job, as it would a future of asyncio's; protect it with
+    `asyncio.shield`.
+
+    Attributes:
+        id: as given to `Engine.submit`, or a number.
+        request: what was asked.
+    """
+
+    def __init__(
+        self, identity: Any, request: Request, owner: Owner, render: Callable[[Finished], Result], keep: object = None
+    ):
+        self.id, self.request = identity, request
+        self._keep = keep  # the engine, which would end its work if nobody referred to it
+        self._owner: Owner | None = owner  # until nothing more will come: a job does not keep its engine alive
+        self._render, self._rendered = render, dict[int, Result]()
+        self._ticket: Ticket | None = None
+        self.future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
+        self._best: concurrent.futures.Future[Finished | None] = concurrent.futures.Future()
+        self._status: Status = "queued"
+        self._lock = threading.Lock()
+        self._history: History | None = None
+        self._started = self._ended = 0.0
+        self._watchers: list[Callable[[], None]] = []
+
+    def __repr__(self) -> str:
+        return f"Job({self.id!r}, {self._status}, {self.request.prompt[:60]!r})"
+
+    @property
+    def status(self) -> Status:
+        """ "queued", "running", "done", "cancelled" or "failed"."""
+        return self._status
+
+    def done(self) -> bool:
+        """Whether it is over, however it ended."""
+        return self.future.done()
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._status == "cancelled"
+
+    def running(self) -> bool:
+        """Whether it was let in and is not over."""
+        return self._status == "running"
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Waits for the result.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            TimeoutError: the timeout passed; the job goes on.
+            Cancelled: the job was cancelled.
+            RollflowError: what made this request fail; its cause is the original error.
+        """
+        self._wait(self.future, timeout)
+        return self._result(self.future.result())
+
+    def _result(self, finished: Finished) -> Result:
+        """Made when it is first asked for, on the caller's thread: a long history takes its time."""
+        with self._lock:
+            if not self._rendered:
+                self._rendered[0] = self._render(finished)
+            return self._rendered[0]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits for the end; the error that `result` would raise, or None."""
+        self._wait(self.future, timeout)
+        return self.future.exception()
+
+    def best(self, timeout: float | None = None) -> Result | None:
+        """Of a job that is over its result; of a cancelled one the best that it had found, None if there was nothing.
+
+        Raises:
+            TimeoutError: the timeout passed before the job was over, and its image made.
+            RollflowError: what made this request fail.
+        """
+        self._wait(self._best, timeout)
+        finished = self._best.result()
+        return None if finished is None else self._result(finished)
+
+    def cancel(self) -> bool:
+        """Asks for its end; False if it is over already.
+
+        Its queued rows go at once, and rows that are on the device are dropped when they come back. `result` raises
+        `Cancelled`, and `best` gives what was found until then.
+        """
+        owner, ticket = self._owner, self._ticket
+        if owner is None or ticket is None or not self._close("cancelled"):
+            return False
+        owner.cancel(ticket)
+        self._finish(error=Cancelled(f"the job {self.id!r} was cancelled"))
+        return True
+
+    def add_done_callback(self, function: Callable[[Job], object]) -> None:
+        """Calls `function(job)` when it is over, on a thread of the engine, or at once if it is over already.
+
+        An error of the function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
+        """
+        self.future.add_done_callback(lambda _: self._call(function))
+
+    def _call(self, function: Callable[[Job], object]) -> None:
+        try:
+            function(self)
+        except Exception:
+            LOG.exception("a callback of the job %r raised", self.id)
+
+    # Updates.
+
+    @property
+    def update(self) -> Update | None:
+        """How far it is now; None before it was let in."""
+        history = self._history
+        if history is None:
+            return None
+        owner = self._owner
+        now = self._ended if owner is None or self.future.done() else owner.clock()
+        seconds = max(0.0, now - self._started)
+        return Update(history.committed, history.executed, history.best, history.level, seconds, self)
+
+    def __iter__(self) -> Iterator[Update]:
+        """Updates as rewards come, until it is over. A slow reader misses some, but never the last."""
+        changed = threading.Event()
+        with self.watched(changed.set):
+            while True:
+                over = self.future.done()
+                if (update := self.update) is not None:
+                    yield update
+                if over:
+                    return
+                self._check()
+                changed.wait()
+                changed.clear()
+
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        """As `__iter__`, for asyncio."""
+        wake = _Wake(asyncio.get_running_loop())
+        with self.watched(wake):
+            while True:
+                over = self.future.done()
+                if (update := self.update) is not None:
+                    yield update
+                if over:
+                    return
+                await wake.wait()
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Result:
+        try:
+            await self.over()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self._result(self.future.result())
+
+    async def over(self) -> None:
+        """Waits until it is over, however it ends."""
+        wake = _Wake(asyncio.get_running_loop())
+        self.future.add_done_callback(lambda _: wake())
+        while not self.future.done():
+            await wake.wait()
+
+    def watched(self, wake: Callable[[], None]) -> _Watch:
+        return _Watch(self, wake)
+
+    def _check(self) -> None:
+        if (owner := self._owner) is not None and not self.future.done():
+            owner.check_waiting()
+
+    def _wait(self, future: concurrent.futures.Future, timeout: float | None) -> None:
+        if not future.done():
+            if (owner := self._owner) is not None:
+                owner.check_waiting()
+            if not concurrent.futures.wait([future], timeout).done:
+                raise TimeoutError(f"the job {self.id!r} was not over within {timeout:g} s; it goes on")
+
+    def _image(self, timeout: float | None) -> Image.Image | None:
+        owner, ticket = self._owner, self._ticket
+        if owner is None or ticket is None or self.future.done():
+            best = self.best(timeout) if self._status in ("done", "cancelled") else None
+            return None if best is None else best.image
+        owner.check_waiting()
+        peeked = owner.peek(ticket)
+        if not concurrent.futures.wait([peeked], timeout).done:
+            raise TimeoutError(f"the image of the job {self.id!r} was not there within {timeout:g} s")
+        image = peeked.result()
+        if image is None and self.future.done():  # it ended in between
+            return self._image(timeout)
+        return image
+
+    def begin(self, submit: Callable[[Callable[[News], None]], Ticket]) -> None:
+        """Hands it to the loop."""
+        with self._lock:  # the loop's news wait until it is known what they are of
+            self._ticket = submit(self.tell)
+
+    # What the loop tells, on its own thread.
+
+    def tell(self, news: News) -> None:
+        """Takes the loop's news."""
+        if type(news) is Evaluated:
+            for wake in self._watchers:
+                wake()
+        elif isinstance(news, Started):
+            self._history, self._started = news.history, news.seconds
+            with self._lock:
+                if self._status == "queued":
+                    self._status = "running"
+            for wake in self._watchers:
+                wake()
+        elif isinstance(news, Finished):
+            self._finished(news)
+        else:
+            self._refused(news)
+
+    def _finished(self, news: Finished) -> None:
+        if not self._best.done():
+            self._best.set_result(news)
+        if self._close("done"):
+            self._finish(result=news)
+        self._settled()
+
+    def _refused(self, news: Refused) -> None:
+        cancelled = isinstance(news.error, Cancelled)
+        if self._close("cancelled" if cancelled else "failed"):
+            self._finish(error=news.error)
+        if news.last:
+            if not self._best.done():
+                if cancelled:
+                    self._best.set_result(None)
+                else:
+                    self._best.set_exception(news.error)
+            self._settled()
+
+    def _close(self, status: Status) -> bool:
+        with self._lock:
+            if self._status not in ("queued", "running"):
+                return False
+            self._status = status
+            return True
+
+    def _settled(self) -> None:
+        """Nothing more will come: the engine is no longer needed."""
+        self._owner = self._ticket = self._keep = None
+
+    def _finish(self, result: Finished | None = None, error: BaseException | None = None) -> None:
+        if (owner := self._owner) is not None:
+            self._ended = owner.clock()
+        if result is not None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+        for wake in self._watchers:
+            wake()
+
+
+class _Watch:
+    """While it is entered, a job calls `wake` whenever something changes."""
+
+    def __init__(self, job: Job, wake: Callable[[], None]):
+        self._job, self._wake = job, wake
+
+    def __enter__(self) -> None:
+        with self._job._lock:
+            self._job._watchers = [*self._job._watchers, self._wake]
+
+    def __exit__(self, *_: object) -> None:
+        with self._job._lock:
+            self._job._watchers = [wake for wake in self._job._watchers if wake is not self._wake]
+
+
+class _Wake:
+    """Wakes a task of an asyncio loop from any thread; several calls before it runs are one."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop, self._event, self._asked = loop, asyncio.Event(), False
+
+    def __call__(self) -> None:
+        if not self._asked:
+            self._asked = True
+            with suppress(RuntimeError):  # of a loop that was closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        """Until somebody called."""
+        await self._event.wait()
+        self._asked = False
+        self._event.clear()
+
+
+class Rendering:
+    """Makes results, and warns once of rewards that are no numbers."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def __call__(self, finished: Finished) -> Result:
+        """What the caller gets."""
+        outcome, history, plan = finished.outcome, finished.history, finished.plan
+        if history.invalid and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the reward {plan.reward.name} gave {history.invalid} of {len(history)} particles of "
+                f"{plan.request.prompt!r} a score that is no finite number: these count as worst. "
+                "Result.invalid_rewards counts them; this engine warns once",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return Result(
+            image=Image.fromarray(outcome.rounded.permute(1, 2, 0).numpy()),
+            pixels=outcome.pixels,
+            reward=outcome.reward,
+            held_out=outcome.held_out,
+            committed_nfe=history.committed,
+            executed_nfe=history.executed,
+            invalid_rewards=history.invalid,
+            history=history.records,
+            seconds=finished.seconds,
+            request=plan.request,
+            stopped=finished.stopped,
+            notes=[*history.notes],
+        )
+
+
+def indexed(error: BaseException, index: int, count: int) -> BaseException:
+    """The error of one of several requests, with its place in the message."""
+    if count == 1 or not isinstance(error, RollflowError):
+        return error
+    placed = copy.copy(error)
+    placed.args = (f"request {index}: {error}", *error.args[1:])
+    return placed

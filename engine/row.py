@@ -1,0 +1,194 @@
+"""What passes between searches, the scheduler and the device: plain values, by way of the loop alone.
+
+A search issues `Row`s, the device evaluates them in batches and answers with events. Nothing here refers to a search, a
+plan or a pool, so that each of the three can be driven by a test without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from rollflow.draw import Guide
+from rollflow.models import Geometry
+from rollflow.rewards import Reward
+from rollflow.sde import Step
+
+NONE = -1  # in place of a slot: no parent, or a row of padding
+Kind = Literal["committed", "guided", "finish"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Brief:
+    """What the device needs to know of a request, the same for all of its rows.
+
+    Attributes:
+        ticket: the request's number in its loop.
+        prompt: what its images are judged for.
+        geometry: their size.
+        seed: of all its noise.
+        guidance: embedded guidance scale.
+        conditioning: what the model made of the prompt.
+        reward: what judges its particles.
+        latents: given initial noise `[n, token, channel]`, or None.
+    """
+
+    ticket: int
+    prompt: str
+    geometry: Geometry
+    seed: int
+    guidance: float
+    conditioning: Any
+    reward: Reward
+    latents: Tensor | None = None
+
+
+class Mixture(NamedTuple):
+    """The move "rotate" from the sum of several particles, or of the coarse band alone; see `rollflow.draw.Draw`."""
+
+    slots: tuple[int, ...]
+    coarse: bool
+
+
+class Row(NamedTuple):
+    """One row of a batch: advance `parent` by `step` (or sample the prior) and evaluate the child.
+
+    Attributes:
+        brief: whose row it is.
+        number: which of the search's rows it is, in the order of issue.
+        key: of the child's noise.
+        parent: the parent's slot, `NONE` for a sample of the prior.
+        slot: the child's slot.
+        step: the coefficients of the way there.
+        kind: why it runs.
+        nfe: what it is charged.
+        scored: whether the child is decoded and judged.
+        ahead: whether it runs before it is known to be needed.
+        given: which of the request's given latents it starts from, or None.
+        mixture: what it starts from in place of one parent, or None.
+        moved: whether the parent's velocity is moved by the gradient of its reward.
+        guide: how the gradient of its own reward will move its children, or None.
+        reach: of a guided row, `sigma^2 / alpha` at its time; 0 where there is nothing but noise.
+    """
+
+    brief: Brief
+    number: int
+    key: int
+    parent: int
+    slot: int
+    step: Step
+    kind: Kind = "committed"
+    nfe: int = 1
+    scored: bool = True
+    ahead: bool = False
+    given: int | None = None
+    mixture: Mixture | None = None
+    moved: bool = False
+    guide: Guide | None = None
+    reach: float = 0.0
+
+
+class Candidate(NamedTuple):
+    """A particle that may become an image: its slot, the coefficients of its posterior mean, its point of the grid."""
+
+    slot: int
+    p: float
+    q: float
+    level: int
+
+
+class Show(NamedTuple):
+    """A search that is over: the best image of its candidates is to be made and judged.
+
+    Attributes:
+        brief: whose images they are.
+        candidates: those that compete; the first is the one that the rewards so far favour.
+    """
+
+    brief: Brief
+    candidates: tuple[Candidate, ...]
+
+
+class Outcome(NamedTuple):
+    """The image of a search that is over: float32 and 8-bit pixels [3, height, width] on the CPU, and its scores."""
+
+    pixels: Tensor
+    rounded: Tensor
+    reward: float
+    held_out: float | None
+
+
+class Free(NamedTuple):
+    """A lane can take more work."""
+
+
+class Landed(NamedTuple):
+    """Rows were evaluated.
+
+    Attributes:
+        rows: which.
+        scores: the reward of each, None for a row that is not scored.
+        invalid: the numbers of guided rows whose gradient was no finite number, by ticket.
+    """
+
+    rows: Sequence[Row]
+    scores: Sequence[float | None]
+    invalid: Sequence[tuple[int, int]] = ()
+
+
+class Shown(NamedTuple):
+    """Images of searches were made."""
+
+    shows: Sequence[Show]
+    outcomes: Sequence[Outcome]
+
+
+class Failed(NamedTuple):
+    """Work could not be done; each request that it belongs to has this error."""
+
+    work: Sequence[Row] | Sequence[Show]
+    error: BaseException
+
+
+class Shrunk(NamedTuple):
+    """A batch of this many rows did not fit into the device's memory; smaller ones do."""
+
+    geometry: Geometry
+    rows: int
+
+
+class Began(NamedTuple):
+    """A call of a reward that may take `seconds` has begun."""
+
+    call: Any
+    seconds: float
+
+
+class Again(NamedTuple):
+    """A call of a reward is to be made again after `seconds`."""
+
+    call: Any
+    seconds: float
+
+
+class Rerun(NamedTuple):
+    """Rows are to be run again after `seconds`: a reward was not available, for the `attempt`-th time."""
+
+    rows: Sequence[Row]
+    seconds: float
+    attempt: int
+
+
+class Done(NamedTuple):
+    """Work that is not a batch was done on a lane: what was to happen with its result, and the result or the error."""
+
+    then: Callable[[Any, BaseException | None], None]
+    value: Any = None
+    error: BaseException | None = None
+
+
+Event = Free | Landed | Shown | Failed | Shrunk | Began | Again | Rerun | Done
+Report = Callable[[Event], None]  # of any thread

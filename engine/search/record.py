@@ -1,0 +1,52 @@
+"""What a search has done so far: a record for each committed particle, and the counts that callers may follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rollflow.methods.budget import worth
+from rollflow.request import Record
+from rollflow.row import Kind
+from rollflow.search.particle import Particle
+
+
+class History:
+    """The committed particles of one search in draw order, and what they add up to.
+
+    Other threads may read the counts at any time: each is one number or reference.
+
+    Attributes:
+        committed: evaluations that the algorithm was charged for.
+        executed: what the device ran for this search, its share of padding included.
+        best: the best reward so far; minus infinity before the first.
+        level: the point of the grid of the last particle.
+        invalid: particles whose reward or gradient was no finite number.
+        notes: what the method noted, in order; see `rollflow.draw.Note`.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
+        self.committed = self.executed = self.level = self.invalid = 0
+        self.best = -math.inf
+        self.notes: list[Mapping[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def records(self) -> list[Record]:
+        """A record for each committed particle, in draw order."""
+        return [Record(*row) for row in self._rows]
+
+    def add(self, particle: Particle, parent: Particle | None, kind: Kind, nfe: int, invalid: bool) -> None:
+        """Commits a particle: from now on it has an index."""
+        particle.index = len(self._rows)
+        particle.parent = None if parent is None else parent.index
+        reward = particle.reward
+        self._rows.append((particle.index, particle.step, particle.time, reward, particle.parent, kind, nfe))
+        self.committed += nfe
+        self.level = particle.step
+        self.invalid += invalid or (reward is not None and not math.isfinite(reward))
+        self.best = max(self.best, worth(particle))

@@ -1,0 +1,179 @@
+"""One turn of a search: the draws that its method yielded, which of their rows are out, and which are decided.
+
+Rows come back in any order and are committed in draw order. A draw with `until` is strictly sequential for the method;
+its later rows may run ahead of the answer, and what lies beyond the first success is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from rollflow.draw import Draw
+from rollflow.methods.budget import worth
+from rollflow.row import Row
+from rollflow.sde import Step
+from rollflow.search.particle import Particle
+
+
+class Flight(NamedTuple):
+    """A row on its way: the particle that it makes, its parent, and its place in the turn.
+
+    `prior` says which of the request's samples of the prior it is; `draw` and `child` are its place in the turn, or of
+    a step of the finish the finalist's number and -1. `turn` is None for a step of the finish.
+    """
+
+    row: Row
+    particle: Particle
+    parent: Particle | None
+    turn: Turn | None
+    draw: int
+    child: int
+    prior: int | None
+    invalid: bool = False
+
+
+class Asked:
+    """One draw of a turn: what was issued, what came back, and the children that the method will see."""
+
+    __slots__ = (
+        "best", "children", "closed", "draw", "guided", "issued", "judged", "limit", "prior", "reach", "sequential",
+        "step",
+    )  # fmt: skip
+
+    def __init__(self, draw: Draw, prior: int, step: Step, reach: float):
+        self.draw, self.prior = draw, prior  # index of its first child among the request's samples of the prior
+        self.step, self.reach = step, reach
+        self.issued, self.limit = 0, draw.count  # no child beyond the limit can be needed
+        self.judged: dict[int, Flight] = {}  # came back before an earlier child did
+        self.children: list[Flight] = []
+        self.sequential, self.guided = draw.until != math.inf, draw.guide is not None
+        self.closed = False  # whether it has all its children: its count is reached, or one has beaten `until`
+        self.best: list[Particle] = []  # those that the method will keep, where the draw says how many
+
+    @property
+    def unknown(self) -> int:
+        """How many issued children have not come back."""
+        return self.issued - len(self.children) - len(self.judged)
+
+    def dismissed(self, particle: Particle) -> Particle | None:
+        """The child that the method will not keep, now that it has one more; None if it may keep all so far."""
+        if self.draw.keep is None:
+            return None
+        self.best.append(particle)
+        if len(self.best) <= self.draw.keep:
+            return None
+        worst = min(reversed(self.best), key=worth)  # of equal ones the last drawn
+        self.best = [other for other in self.best if other is not worst]
+        return worst
+
+
+class Turn:
+    """The draws that a method waits for.
+
+    Args:
+        draws: what it yielded, with the coefficients of the way there, and of guided ones their reach.
+        number: which turn of the search this is; it is part of the noise keys.
+        prior: how many samples of the prior were drawn before.
+    """
+
+    def __init__(self, draws: Sequence[tuple[Draw, Step, float]], number: int, prior: int):
+        self.number, self.draws = number, list[Asked]()
+        self._ready: tuple[deque[int], deque[int]] = deque(), deque()  # draws with rows that can run, plain and guided
+        self._waiting = [0, 0]  # how many rows those are
+        self._sequential: list[int] = []
+        self._recorded = (0, 0)  # draw and child that the history continues with
+        for i, (draw, step, reach) in enumerate(draws):
+            asked = Asked(draw, prior, step, reach)
+            self.draws.append(asked)
+            prior += draw.count if draw.parent is None else 0
+            self._ready[asked.guided].append(i)
+            self._waiting[asked.guided] += 1 if asked.sequential else draw.count
+            if asked.sequential:
+                self._sequential.append(i)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every draw has all its children, and all are recorded."""
+        return self._recorded[0] == len(self.draws)
+
+    def waiting(self, guided: bool) -> int:
+        """How many rows can run now and are needed whatever happens."""
+        return self._waiting[guided]
+
+    def next(self, guided: bool) -> tuple[int, int]:
+        """Draw and child of the next of the waiting rows, in draw order; it counts as issued."""
+        ready = self._ready[guided]
+        i = ready[0]
+        asked = self.draws[i]
+        self._waiting[guided] -= 1
+        if asked.sequential or asked.issued + 1 == asked.draw.count:
+            ready.popleft()
+        return i, self.ahead(i)
+
+    def ahead(self, i: int) -> int:
+        """The next child of draw `i`, which counts as issued."""
+        asked = self.draws[i]
+        asked.issued += 1
+        return asked.issued - 1
+
+    def open(self, guided: bool) -> Iterator[tuple[int, Asked]]:
+        """The sequential draws that wait for an answer and of which further rows could run ahead of it."""
+        for i in self._sequential:
+            asked = self.draws[i]
+            if asked.guided is guided and asked.unknown and asked.issued < asked.limit:
+                yield i, asked
+
+    def commit(self, flight: Flight) -> tuple[list[Flight], list[Flight], list[bool]]:
+        """Adds to a draw's children what is back without a gap.
+
+        Returns:
+            The rows that are now known to be needed, those known not to be, and of the needed ones of a sequential
+            draw whether each was a success.
+        """
+        asked = self.draws[flight.draw]
+        asked.judged[flight.child] = flight
+        if asked.sequential and worth(flight.particle) > asked.draw.until:
+            asked.limit = min(asked.limit, flight.child + 1)
+        needed: list[Flight] = []
+        successes: list[bool] = []
+        while not asked.closed and (following := asked.judged.pop(len(asked.children), None)) is not None:
+            asked.children.append(following)
+            needed.append(following)
+            success = asked.sequential and worth(following.particle) > asked.draw.until
+            asked.closed = success or len(asked.children) == asked.draw.count
+            if asked.sequential:
+                successes.append(success)
+        unneeded: list[Flight] = []
+        if asked.closed:
+            unneeded = [*asked.judged.values()]
+            asked.judged.clear()
+        elif asked.sequential and asked.issued == len(asked.children):
+            self._ready[asked.guided].append(flight.draw)
+            self._waiting[asked.guided] += 1
+        return needed, unneeded, successes
+
+    def recordable(self) -> Iterator[Flight]:
+        """The children that are known, in draw order, from where the history ends."""
+        i, child = self._recorded
+        while i < len(self.draws):
+            asked = self.draws[i]
+            while child < len(asked.children):
+                self._recorded = (i, child + 1)
+                yield asked.children[child]
+                child += 1
+            if not asked.closed:
+                return
+            i, child = self._recorded = (i + 1, 0)
+
+    def children(self) -> list[list[Particle]]:
+        """What the method is sent."""
+        return [[flight.particle for flight in asked.children] for asked in self.draws]
+
+    def leftover(self) -> Iterator[Flight]:
+        """Rows that are back and will not be recorded, should the search end here."""
+        for asked in self.draws:
+            yield from asked.judged.values()
+            yield from (flight for flight in asked.children if flight.particle.index < 0)
