@@ -22,7 +22,7 @@ from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.errors import RequestError
 from rollflow.methods.budget import whole
-from rollflow.models import FlowModel, Geometry, Traits, tuning
+from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
 from rollflow.plan import Plan, plan
@@ -74,7 +74,7 @@ class Engine:
             same, bit for bit, in every engine on this device and under any load. It costs time: a single request then
             runs padded batches.
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
-            size. It takes a model of tensors alone (`FluxModel.collate` and `FluxModel.forward`); others run without.
+            size. It takes a model that declares itself graphable (`rollflow.models.Capabilities`); others run without.
 
     Attributes:
         ledger: rows by kind and seconds by span since the engine was made.
@@ -95,8 +95,8 @@ class Engine:
     ):
         if buckets is not None:
             buckets = _checked_buckets(buckets, reproducible)
-        self.model = FluxModel(model) if isinstance(model, FluxPipeline) or not hasattr(model, "velocity") else model
-        if preview and not _has_preview(self.model):
+        self.model = adapt(model)
+        if preview and not self.model.capabilities.preview:
             raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
         if self.model.device.type == "cpu":
             _keep_pages()
@@ -108,8 +108,7 @@ class Engine:
         self._choose_lanes = lanes is None and threads is None and not reproducible and self.model.device.type == "cpu"
         count, each = _lanes(self.model.device, lanes, threads)
         self._runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
-        tensors_alone = hasattr(self.model, "collate") and hasattr(self.model, "forward")
-        self._graphs = graphs and tensors_alone and self.model.device.type == "cuda"
+        self._graphs = graphs and self.model.capabilities.graphable and self.model.device.type == "cuda"
         self._odds = Odds()
         self._pools: dict[Geometry, ParticlePool] = {}
         self._conditioning: dict[str, Any] = {}
@@ -157,8 +156,8 @@ class Engine:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options.setdefault("traits", built_in_traits(name_or_path))
         pipeline = load(name_or_path, device, dtype)
-        tuning.quantize(pipeline.transformer, quantize)
-        tuning.compile_blocks(pipeline.transformer, compile)
+        acceleration.quantize(pipeline.transformer, quantize)
+        acceleration.compile_blocks(pipeline.transformer, compile)
         light = load_light("" if preview is True else preview, name_or_path, device, dtype) if preview else None
         return cls(FluxModel(pipeline, light, attention), preview=light is not None, **options)
 
@@ -209,7 +208,7 @@ class Engine:
             for prompt in list(self._conditioning)[: max(0, len(self._conditioning) - ENCODED_PROMPTS)]:
                 del self._conditioning[prompt]
         self._encode(dict.fromkeys(r.prompt for r in requests))
-        if hasattr(self.model, "signature"):
+        if self.model.capabilities.signature is not None:
             for geometry in dict.fromkeys(geometry for _, geometry in prepared):
                 self.warm_up(geometry.height, geometry.width)
         return prepared
@@ -232,9 +231,9 @@ class Engine:
         Raises:
             RequestError: the model cannot do without them.
         """
-        if not hasattr(self.model, "release_text_encoders"):
+        if not self.model.capabilities.releases_text:
             raise RequestError(f"a {type(self.model).__name__} has no text encoders that could be released")
-        self.model.release_text_encoders()
+        self.model.release_text_encoders()  # type: ignore[attr-defined]
         self._released = True
 
     def forget_prompts(self) -> None:
@@ -301,8 +300,8 @@ class Engine:
         if geometry in self._runner.costs:
             return
         conditioning = next(iter(self._conditioning.values()), None) or self.model.encode([""])[0]
-        if self.model.device.type == "cpu" and isinstance(self.model, FluxModel):
-            self.model.record(geometry, conditioning)
+        if self.model.device.type == "cpu" and self.model.capabilities.recordable:
+            self.model.record(geometry, conditioning)  # type: ignore[attr-defined]
         if self._choose_lanes:
             count, threads = calibrate.best_lanes(self.model, geometry, conditioning, self.preview)
             if (count, threads) != (self._runner.threads.count, self._runner.threads.threads):
@@ -396,10 +395,6 @@ def _checked_buckets(buckets: Any, reproducible: bool) -> list[int]:
     if reproducible and (len(sizes) > 1 or sizes[0] % 8):
         raise RequestError(f"buckets={sizes}: a reproducible engine has a single batch size, a multiple of 8")
     return sizes
-
-
-def _has_preview(model: FlowModel) -> bool:
-    return model.light is not None if isinstance(model, FluxModel) else hasattr(model, "preview")
 
 
 def _lanes(device: torch.device, lanes: int | None, threads: int | None) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from rollflow import kernels
 from rollflow.device.cuda_graphs import Captured, Graphs
 from rollflow.device.runner import PADDING, Tables
 from rollflow.errors import ModelError
+from rollflow.models.layout import Layout
 from rollflow.schedule.pool import ParticlePool
 
 TOKENS, CHANNELS, SLOTS = 4, 12, 24
@@ -48,8 +49,12 @@ def particles() -> ParticlePool:
     return pool
 
 
+LAYOUT = Layout((1, 2, 2), (0.4, 0.5, 2.0), (0.1, -0.2, 0.0))
+
+
 def step_of(pool: ParticlePool) -> Callable[..., Tensor]:
     """Propose, a made-up velocity and finish: the runner's step with a model of one line."""
+    affine = LAYOUT.affine(torch.device("cpu"))
 
     def step(integers: Tensor, floats: Tensor, pooled: Tensor, sequence: Tensor) -> Tensor:
         assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
@@ -57,7 +62,7 @@ def step_of(pool: ParticlePool) -> Callable[..., Tensor]:
         parent, child, seed, key = tables.integers.unbind(0)
         x = kernels.propose(pool.x, pool.u, parent, child, tables.coefficients, seed, key, torch.float32)
         u = torch.tanh(x * tables.tau[:, None, None]) + pooled[:, None] + sequence.mean(1, keepdim=True)
-        return kernels.finish(u, pool.x, pool.u, child, tables.posterior, 4, 4, 0.4, 0.1, torch.float32)
+        return kernels.finish(u, pool.x, pool.u, child, tables.posterior, 4, 4, 2, 2, *affine, torch.float32)
 
     return step
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels
+from rollflow.models.layout import Layout
 from rollflow.search.particle import Particle
 from rollflow.search.search import Row
 
@@ -41,33 +42,27 @@ def _guided(row: Row) -> Float[Tensor, "token channel"]:
     return state + step.k * _noise(row) if step.k else state
 
 
-def prepared(row: Row) -> Tensor | None:
+def prepared(row: Row, layout: Layout) -> Tensor | None:
     """The child's state where it takes more than one parent's x and u and fresh noise z: given latents and mixtures."""
     latents = _given(row)
     if latents is not None:
         return latents * row.step.k
     if row.parent is not None and row.parent.shift is not None:
         return _guided(row)
-    return _rotated(row) if _composed(row) else None
+    return _rotated(row, layout) if _composed(row) else None
 
 
-def _rotated(row: Row) -> Float[Tensor, "token channel"]:
+def _rotated(row: Row, layout: Layout) -> Float[Tensor, "token channel"]:
     """The move "rotate" of `rollflow.draw.Draw`, with `mix` and `coarse`."""
     pool, asked, step = row.search.pool, row.asked, row.step
     assert asked is not None and row.parent is not None
     source = x = pool.x[row.parent.slot.index]
     if asked.mix:
         source = x + pool.x[[cast("Particle", other).slot.index for other in asked.mix]].sum(0)
-        band = _patch_means if asked.coarse else torch.Tensor.clone  # what turns, and has the norm of noise
+        band = layout.patch_means if asked.coarse else torch.Tensor.clone  # what turns, and has the norm of noise
         source = source * (band(x).norm() / band(source).norm())
     rotated = step.a * source + step.k * _noise(row)
-    return x + _patch_means(rotated - x) if asked.coarse else rotated
-
-
-def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
-    """The mean of each 2x2 patch in place of its four elements; a token is one patch of channel / 4 latent channels."""
-    patches = x.view(len(x), -1, 4)
-    return patches.mean(2, keepdim=True).expand_as(patches).reshape(x.shape)
+    return x + layout.patch_means(rotated - x) if asked.coarse else rotated
 
 
 def coefficients(row: Row) -> tuple[float, float, float, float]:

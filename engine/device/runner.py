@@ -75,6 +75,7 @@ class Runner:
 
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
         self.model, self.buckets, self.ledger = model, buckets, ledger
+        self._affine = model.layout.affine(model.device)  # held: graphs keep their addresses
         self.preview = preview
         self.use(lanes)
         self.costs: dict[Geometry, CostModel] = {}
@@ -239,7 +240,9 @@ class Runner:
             with self.ledger.span("forward", self.model.device):
                 u = self.model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
             p, q = tables.posterior[:, :, None, None].unbind(1)
-            latents = _unpack(p * x + q * u, geometry) / self.model.scaling + self.model.shift
+            layout = self.model.layout
+            x0_hat = layout.unpack(p * x + q * u, geometry.latent_height, geometry.latent_width)
+            latents = layout.denormalise(x0_hat)
             images = self._decode(latents.to(self.model.dtype), len(rows), rows[0], preview=False)
             scores = [0.0] * len(rows)
             total = torch.zeros((), device=x.device)
@@ -268,7 +271,7 @@ class Runner:
         padding = bucket - len(rows)
         parents = []
         for row in rows:
-            slot, state = row.particle.slot.index, prepared(row)
+            slot, state = row.particle.slot.index, prepared(row, self.model.layout)
             if state is not None:  # the child is there already, and its own parent
                 row.search.pool.x[slot].copy_(state)
                 parents.append(slot)
@@ -307,8 +310,8 @@ class Runner:
             posterior,
             geometry.latent_height,
             geometry.latent_width,
-            self.model.scaling,
-            self.model.shift,
+            *self.model.layout.patch[1:],
+            *self._affine,
             self.model.dtype,
         )
 
@@ -442,14 +445,6 @@ def _called(reward: Reward) -> Any:
 def _worth(score: float) -> float:
     """A score that is no finite number is worst."""
     return score if math.isfinite(score) else -math.inf
-
-
-def _unpack(
-    x0: Float[Tensor, "row token channel"], geometry: Geometry
-) -> Float[Tensor, "row latent latent_height latent_width"]:
-    """Tokens, which are 2x2 patches, laid out as latent images."""
-    patches = x0.view(len(x0), geometry.latent_height // 2, geometry.latent_width // 2, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x0), -1, geometry.latent_height, geometry.latent_width)
 
 
 def _grouped(judges: Sequence[Reward]) -> Iterable[tuple[Reward, list[int]]]:
