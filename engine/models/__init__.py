@@ -164,7 +164,9 @@ def _check_declared(model: Any) -> None:
     for name, expected in (("layout", Layout), ("capabilities", Capabilities)):
         if not isinstance(getattr(model, name), expected):
             found = type(getattr(model, name)).__name__
-            raise ModelError(f"a {kind} has a {found} as its {name}: it must be a rollflow.models.{expected.__name__}")
+            raise ModelError(
+                f"a {kind} has a {found} as its {name}: it must be a {expected.__module__}.{expected.__name__}"
+            )
     for capability, members in _DECLARED.items():
         missing = [name for name in members if getattr(model.capabilities, capability) and not hasattr(model, name)]
         if missing:

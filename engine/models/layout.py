@@ -131,7 +131,7 @@ class Layout:
         return values[0] if len(set(values)) == 1 else _vector(values, like.device)
 
 
-def _check_patch(patch: Sequence[int]) -> None:
+def _check_patch(patch: Sequence[float]) -> None:
     if len(patch) != 3:
         raise ModelError(f"Layout(patch={patch}): it must be three numbers, (t, y, x)")
     if patch[0] != 1:
