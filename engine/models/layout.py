@@ -121,7 +121,7 @@ class Layout:
         return inverses, shifts
 
     def patch_means(self, x: Float[Tensor, "token packed"]) -> Float[Tensor, "token packed"]:
-        """The mean of each patch in place of its elements: the low band of the latents."""
+        """The mean of each patch in place of its elements: the low band, or all there is for a patch of 1."""
         patches = x.view(len(x), self.channels, -1)
         return patches.mean(2, keepdim=True).expand_as(patches).reshape(x.shape)
 
