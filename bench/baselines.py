@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from rollflow.errors import RequestError
 from rollflow.methods.budget import whole
-from rollflow.models import Traits
-from rollflow.models.flux import FluxModel
+from rollflow.models import FlowModel, Traits
 from rollflow.plan import Plan, plan
 from rollflow.request import Record, Request
 from rollflow.rewards import Reward
@@ -253,38 +253,43 @@ def diffusers_bon(
 
 
 def bare_forward(
-    model: FluxModel, bucket: int, height: int | None = None, width: int | None = None
+    model: FlowModel, bucket: int, height: int | None = None, width: int | None = None
 ) -> Callable[[], None]:
     """One transformer forward of `bucket` rows on fixed random inputs, each at its own time.
 
-    On CUDA it returns before the device is done. Raises `RequestError` for fewer than one row or an impossible size.
+    On CUDA it returns before the device is done. Raises `RequestError` for fewer than one row, an impossible size, or
+    a model that does not declare itself graphable.
     """
     geometry, generator = model.geometry(height, width), torch.Generator().manual_seed(0)
+    if not model.capabilities.graphable:
+        raise RequestError(f"a {type(model).__name__} does not declare itself graphable: its bare forward is not known")
     x = torch.randn(whole("bucket", bucket, 1), geometry.token, geometry.channel, generator=generator)
     tau = 1 - 0.9 * torch.rand(bucket, generator=generator)
     x, tau, guidance = x.to(model.device, model.dtype), tau.to(model.device), torch.full((bucket,), 3.5)
-    collated, guidance = model.collate(model.encode([""]) * bucket), guidance.to(model.device)
+    network: Any = model  # of declared capabilities
+    collated, guidance = network.collate(model.encode([""]) * bucket), guidance.to(model.device)
 
     def forward() -> None:
         with torch.no_grad():
-            model.forward(x, tau, collated, guidance, geometry)
+            network.forward(x, tau, collated, guidance, geometry)
 
     return forward
 
 
 def bare_decode(
-    model: FluxModel, bucket: int, preview: bool = False, height: int | None = None, width: int | None = None
+    model: FlowModel, bucket: int, preview: bool = False, height: int | None = None, width: int | None = None
 ) -> Callable[[], None]:
     """One decode of `bucket` random latents of unit variance by the full decoder, or by the light one.
 
     On CUDA it returns before the device is done. Raises `RequestError` for fewer than one row, an impossible size, or
     a model without a light decoder.
     """
-    geometry, decode = model.geometry(height, width), model.preview if preview else model.decode
-    if preview and model.light is None:
+    geometry = model.geometry(height, width)
+    if preview and not model.capabilities.preview:
         raise RequestError("preview=True: this model has no light decoder; leave it out")
-    shape = (whole("bucket", bucket, 1), geometry.channel // 4, geometry.latent_height, geometry.latent_width)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / model.scaling + model.shift
+    decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
+    shape = (whole("bucket", bucket, 1), model.layout.channels, geometry.latent_height, geometry.latent_width)
+    latents = model.layout.denormalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     latents = latents.to(model.device, model.dtype)
 
     def run() -> None:

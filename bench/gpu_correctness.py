@@ -7,6 +7,7 @@ shapes: bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,15 +23,23 @@ from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.kernels import reference
 from rollflow.models.flux import FluxModel, load
+from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request
 from rollflow.row import NONE
 
 FLOOR = 4e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ((8, 4096, 64), (8, 16, 32), (4, 6, 12))  # rows, tokens, channels: FLUX at 1024 x 1024 pixels, built-in, odd
-HEIGHTS = {4096: 128, 16: 8, 6: 2}  # of latents, by tokens
-SCALING, SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder
+SIZES = (  # rows, tokens, channels: FLUX at 1024 x 1024 pixels, built-in, odd, tokens of one and of 16 latent pixels
+    (8, 4096, 64),
+    (8, 16, 32),
+    (4, 6, 12),
+    (4, 64, 16),
+    (4, 60, 48),
+)
+# The patch, and the height of the latents, by tokens.
+LATENTS = {4096: ((1, 2, 2), 128), 16: ((1, 2, 2), 8), 6: ((1, 2, 2), 2), 64: ((1, 1, 1), 8), 60: ((1, 4, 4), 40)}
+SCALING, SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder; a channel's differ a little from the next one's
 SLOTS, BUCKETS, PROMPT = 32, (1, 8), "two red circles"
 
 
@@ -68,8 +77,9 @@ def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> It
     plain = reference.noise(seed, key, token, channel)
     yield _against(f"noise {size}", kernels.noise(seed.to(device), key.to(device), token, channel), plain, z)
     states, exact_input = exact_propose(x, u, parent, child, step, z)
-    mean, height = torch.rand(rows, 2, generator=generator), HEIGHTS[token]
-    shape = (height, 4 * token // height, SCALING, SHIFT)
+    mean, (patch, height) = torch.rand(rows, 2, generator=generator), LATENTS[token]
+    layout, pixels = _layout(patch, channel), token * math.prod(patch)
+    shape = (height, pixels // height, *patch[1:])
     operators: tuple[tuple[torch.device, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
         (device, kernels.propose, kernels.finish),
         (torch.device("cpu"), reference.propose, reference.finish),
@@ -80,7 +90,7 @@ def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> It
         exact = {
             f"propose {size}": exact_input,
             f"propose {size}, states beside {_name(dtype)}": states,
-            f"finish {size}": exact_finish(velocity, x, child, mean, height),
+            f"finish {size}": exact_finish(velocity, x, child, mean, layout, *shape[:2]),
             f"finish {size}, velocities beside {_name(dtype)}": velocities,
         }
         made = []
@@ -89,7 +99,7 @@ def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> It
             moves = [value.to(where) for value in (u, parent, child, step, seed, key)]
             entering = propose(pools[0], *moves, dtype)
             means = [value.to(where) for value in (child, mean)]
-            latents = finish(velocity.to(where), x.to(where), pools[1], *means, *shape, dtype)
+            latents = finish(velocity.to(where), x.to(where), pools[1], *means, *shape, *layout.affine(where), dtype)
             made.append((entering, pools[0], latents, pools[1]))
         for name, actual, plain in zip(exact, *made, strict=True):
             yield _against(name, actual, plain, exact[name])
@@ -127,13 +137,19 @@ def exact_propose(
     return pool, state * inverse_scale
 
 
-def exact_finish(velocity: Tensor, x: Tensor, slot: Tensor, coefficients: Tensor, height: int) -> Tensor:
+def _layout(patch: tuple[int, int, int], channel: int) -> Layout:
+    channels = range(channel // math.prod(patch))
+    return Layout(patch, tuple(SCALING + 0.01 * c for c in channels), tuple(SHIFT - 0.02 * c for c in channels))
+
+
+def exact_finish(
+    velocity: Tensor, x: Tensor, slot: Tensor, coefficients: Tensor, layout: Layout, height: int, width: int
+) -> Tensor:
     """The latents that `rollflow.kernels.finish` returns, in float64."""
     p, q = coefficients.double()[:, :, None, None].unbind(1)
-    latents = (p * x.double()[slot.clamp(min=0)] + q * velocity.double()) / SCALING + SHIFT
-    patches = latents.view(len(slot), height // 2, -1, latents.shape[2] // 4, 2, 2)
-    unpacked = patches.permute(0, 3, 1, 4, 2, 5).reshape(len(slot), latents.shape[2] // 4, height, -1)
-    return torch.where((slot >= 0)[:, None, None, None], unpacked, 0.0)
+    latents = layout.unpack(p * x.double()[slot.clamp(min=0)] + q * velocity.double(), height, width)
+    scaling, shift = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (layout.scaling, layout.shift))
+    return torch.where((slot >= 0)[:, None, None, None], latents / scaling + shift, 0.0)
 
 
 def replay_rows(model: FluxModel) -> Iterator[Row]:

@@ -23,7 +23,7 @@ from rollflow.bench import geometries, kernel_bandwidth, prompt_sets
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
 from rollflow.bench.measure import resident_memory
 from rollflow.device.cuda_graphs import Capture, Captured, cuda_capture
-from rollflow.models import tuning
+from rollflow.models import acceleration
 from rollflow.models.flux import FluxModel
 
 Row = dict[str, Any]
@@ -252,7 +252,7 @@ def compiled(subject: Subject, peak: float | None, quick: bool, measure: Measure
 
     The blocks stay compiled: this comes last. `compile_seconds` are those of the first forward.
     """
-    tuning.compile_blocks(subject.model.transformer, "regional")
+    acceleration.compile_blocks(subject.model.transformer, "regional")
     for bucket in dict.fromkeys((subject.best,) if quick else (subject.best, 1)):
         if not deadline.allows(COMPILING if bucket == subject.best else COMPILING / 2):
             return

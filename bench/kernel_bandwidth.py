@@ -34,6 +34,7 @@ from torch import Tensor
 from rollflow import kernels
 from rollflow.bench.environment import environment
 from rollflow.errors import RequestError
+from rollflow.models.layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SWEPT = 2**28  # bytes between two uses of a working set: twice the largest L2 cache there is
@@ -43,6 +44,7 @@ COPIED = {"cuda": 2**27, "cpu": 2**24}  # float32 elements of the copy that sets
 STEP = (0.9, -0.1, 0.3, 1.1)  # (a, b, k, inverse scale) of a stochastic step: every term is there
 MEAN = (1.0, -0.4)  # (p, q) of a posterior mean
 SCALING, SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder; any others take as long
+PATCH = (1, 2, 2)  # of FLUX's tokens
 
 Call = Callable[[int], Tensor]  # on the working set of that number
 
@@ -238,7 +240,10 @@ def proposing(size: Size, dtype: torch.dtype, device: torch.device, swept: int) 
 def finishing(size: Size, dtype: torch.dtype, device: torch.device, swept: int) -> Workload:
     """The posterior mean of every row, unpacked to square latents; `swept` as in `SWEPT`."""
     rows, token, channel = size
-    slot, side = torch.arange(rows), 2 * math.isqrt(token)
+    slot, (_, y, x) = torch.arange(rows), PATCH
+    shape = (y * math.isqrt(token), x * math.isqrt(token), y, x)
+    latent = channel // (y * x)
+    affine = Layout(PATCH, (SCALING,) * latent, (SHIFT,) * latent).affine(device)
     moved = finish_bytes(slot, token * channel, dtype)
     sets = math.ceil(swept / moved)
     slots = (rows * torch.arange(sets)[:, None] + slot).to(device)
@@ -247,10 +252,10 @@ def finishing(size: Size, dtype: torch.dtype, device: torch.device, swept: int) 
     u = u_pool.to(dtype, copy=True).view(sets, *size)
 
     def fused(i: int) -> Tensor:
-        return kernels.finish(u[i], x_pool, u_pool, slots[i], coefficients, side, side, SCALING, SHIFT, dtype)
+        return kernels.finish(u[i], x_pool, u_pool, slots[i], coefficients, *shape, *affine, dtype)
 
     def unfused(i: int) -> Tensor:
-        return unfused_finish(u[i], x_pool, u_pool, slots[i], coefficients, side, side, SCALING, SHIFT, dtype)
+        return unfused_finish(u[i], x_pool, u_pool, slots[i], coefficients, *shape, *affine, dtype)
 
     return Workload("finish", size, dtype, moved, sets, fused, unfused)
 
@@ -293,7 +298,7 @@ def finish_bytes(slot: Int64[Tensor, " row"], elements: int, dtype: torch.dtype)
     """Bytes that `rollflow.kernels.finish` must move for rows of `elements` elements, u and latents of `dtype`.
 
     It reads u and x and writes the pool's u unless the row is padding, and writes every row of the latents. The row's
-    slot and coefficients, 16 bytes, are not counted.
+    slot and coefficients, 16 bytes, are not counted, nor are scaling and shift, which all rows share.
     """
     live = int((slot >= 0).sum())
     return elements * (live * (dtype.itemsize + 4 + 4) + len(slot) * dtype.itemsize)
@@ -332,8 +337,10 @@ def unfused_finish(
     coefficients: Float32[Tensor, "row 2"],
     height: int,
     width: int,
-    scaling: float,
-    shift: float,
+    patch_y: int,
+    patch_x: int,
+    inverse_scaling: Float32[Tensor, " latent"],
+    shift: Float32[Tensor, " latent"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "row latent height width"]:
     """What `rollflow.kernels.finish` does, an eager operation at a time. Every row must have a slot."""
@@ -341,8 +348,9 @@ def unfused_finish(
     velocity = u.to(torch.float32)
     u_pool[slot] = velocity
     x0_hat = p * x_pool[slot] + q * velocity
-    patches = (x0_hat / scaling + shift).view(len(u), height // 2, width // 2, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(u), -1, height, width).to(dtype)
+    patches = x0_hat.view(len(u), height // patch_y, width // patch_x, -1, patch_y, patch_x)
+    latents = patches.permute(0, 3, 1, 4, 2, 5).reshape(len(u), -1, height, width)
+    return (latents * inverse_scaling[:, None, None] + shift[:, None, None]).to(dtype)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -17,7 +17,6 @@ from torch import Tensor
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
 from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
-from rollflow.models.flux import FluxModel
 from rollflow.request import Request
 from rollflow.rewards import Reward
 
@@ -121,7 +120,6 @@ class Parts:
 
     def __init__(self, engine: Engine, reward: Reward, prompt: str, buckets: Sequence[int]):
         model = engine.model
-        assert isinstance(model, FluxModel)
         self.model, self.buckets = model, buckets
         self._lanes = [engine.lanes]
         if model.device.type == "cpu" and engine.lanes.count > 1:
@@ -133,7 +131,7 @@ class Parts:
             "decode": lambda bucket: bare_decode(model, bucket, preview=False),
             "reward": lambda bucket: bare_reward(reward, images[:bucket], [prompt] * bucket),
         }
-        if model.light is not None:
+        if model.capabilities.preview:
             self._make["preview"] = lambda bucket: bare_decode(model, bucket, preview=True)
 
     def measure(self) -> None:

@@ -24,16 +24,17 @@ from rollflow import kernels
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import resident_memory
 from rollflow.engine import Engine
-from rollflow.models import Geometry
+from rollflow.models import FlowModel, Geometry
+from rollflow.models.layout import Layout
 from rollflow.request import Request
 
 SIZE = Geometry(2, 2, 2, 2, 1, 4)
 
 
-class Free:
+class Free(FlowModel):
     """A flow model of one token that costs next to nothing."""
 
-    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+    device, dtype, layout = torch.device("cpu"), torch.float32, Layout((1, 2, 2), (1.0,), (0.0,))
 
     def geometry(self, height: int | None, width: int | None) -> Geometry:
         """One size."""
@@ -63,13 +64,14 @@ def first_pixel(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def _operators(rows: int) -> float:
     """Microseconds of the two operators for a batch of this many rows of one token."""
     x, u = torch.zeros(2 * rows, 1, 4), torch.zeros(2 * rows, 1, 4)
+    patch, affine = Free.layout.patch[1:], Free.layout.affine(Free.device)
     parent, child = torch.arange(rows), torch.arange(rows, 2 * rows)
     steps, posterior = torch.full((rows, 4), 0.5), torch.full((rows, 2), 0.5)
     repetitions = 200
     start = time.thread_time()
     for _ in range(repetitions):
         velocity = kernels.propose(x, u, parent, child, steps, parent, child, torch.float32)
-        kernels.finish(velocity, x, u, child, posterior, 2, 2, 1.0, 0.0, torch.float32)
+        kernels.finish(velocity, x, u, child, posterior, 2, 2, *patch, *affine, torch.float32)
     return 1e6 * (time.thread_time() - start) / repetitions
 
 

@@ -90,14 +90,14 @@ def latents(recipe: Recipe) -> tuple[Tensor, list[str]]:
 
 def _posterior_means(model: FluxModel, clean: Tensor, prompts: list[str], draw: torch.Generator) -> Tensor:
     """Of scenes that are noised on the linear path, a third of them to pure noise, the rest to any time."""
-    geometry, pipeline = model.geometry(), model.pipeline
-    x0 = pipeline._pack_latents((clean - model.shift) * model.scaling, *clean.shape)
+    geometry = model.geometry()
+    x0 = model.layout.pack(model.layout.normalise(clean))
     t = torch.rand(len(clean), generator=draw).clamp(min=0.02)
     t[torch.rand(len(clean), generator=draw) < 1 / 3] = 1.0
     x = (1 - t)[:, None, None] * x0 + t[:, None, None] * torch.randn(x0.shape, generator=draw)
     u = model.velocity(x, t, model.encode(prompts), torch.zeros(len(x)), geometry)
-    mean = pipeline._unpack_latents(x - t[:, None, None] * u, geometry.height, geometry.width, 8)
-    return mean / model.scaling + model.shift
+    mean = model.layout.unpack(x - t[:, None, None] * u, geometry.latent_height, geometry.latent_width)
+    return model.layout.denormalise(mean)
 
 
 @torch.no_grad()

@@ -78,8 +78,8 @@ class Draw:
         angle: of "rotate", in radians.
         mix: further particles at the first point, whose sum with the parent, brought back to the parent's norm, is what
             "rotate" starts from.
-        coarse: of "rotate": change only the mean of each 2x2 patch of the latent (the low band of a one-level Haar
-            wavelet), and keep what is finer.
+        coarse: of "rotate": change only the mean of each patch of the latent that makes a token (with patches of 2x2,
+            the low band of a one-level Haar wavelet), and keep what is finer.
         guide: move the children's own velocities by the reward's gradient; `None` does not.
     """
 

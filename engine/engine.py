@@ -27,7 +27,7 @@ from rollflow.host import Host
 from rollflow.job import Job, Rendering, indexed
 from rollflow.loop import Loop, promise
 from rollflow.methods.budget import whole
-from rollflow.models import FlowModel, Geometry, Traits, tuning
+from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
 from rollflow.plan import Plan, plan
@@ -111,13 +111,13 @@ class Engine:
             `threads` cores.
         threads: cores of a lane, on a CPU. By default lanes and threads are what measures fastest before the first
             request.
-        preview: judge particles on the model's light decoder (`FlowModel.preview`), and decode only finalists in full.
+        preview: judge particles on the model's light decoder, and decode only finalists in full.
             Guided methods take their gradients through the full one.
         reproducible: one bucket, and lanes and threads that do not depend on a measurement: a request's result is the
             same, bit for bit, in every engine on this device and under any load. It costs time: a single request then
             runs padded batches.
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
-            size. It takes a model of tensors alone (`FluxModel.collate` and `FluxModel.forward`); others run without.
+            size. It takes a model that declares itself graphable (`rollflow.models.Capabilities`); others run without.
         max_queued: how many requests may wait to be let in; `submit` raises `EngineBusy` for more. None: any number.
 
     Attributes:
@@ -141,8 +141,8 @@ class Engine:
     ):
         if buckets is not None:
             buckets = _checked_buckets(buckets, reproducible)
-        self.model = FluxModel(model) if isinstance(model, FluxPipeline) or not hasattr(model, "velocity") else model
-        if preview and not _has_preview(self.model):
+        self.model = adapt(model)
+        if preview and not self.model.capabilities.preview:
             raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
         on_cpu = self.model.device.type == "cpu"
         if on_cpu:
@@ -153,15 +153,15 @@ class Engine:
         sizes = tuple(buckets) if buckets is not None else (REPRODUCIBLE_BUCKET,) if reproducible else usual
         count, each = _lanes(self.model.device, lanes, threads)
         most = None if max_queued is None else whole("max_queued", max_queued, 1)
-        tensors_alone = hasattr(self.model, "collate") and hasattr(self.model, "forward")
+        able = self.model.capabilities
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
             runner,
             self._slots_of,
-            measure=hasattr(self.model, "signature"),
+            measure=able.signature is not None,
             keep_buckets=reproducible or buckets is not None,
             choose_lanes=lanes is None and threads is None and not reproducible and on_cpu,
-            graphs=graphs and tensors_alone and not on_cpu,
+            graphs=graphs and able.graphable and not on_cpu,
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
         self._host, self._render = Host(loop, runner, preparations), Rendering()
@@ -209,8 +209,8 @@ class Engine:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options.setdefault("traits", built_in_traits(name_or_path))
         pipeline = load(name_or_path, device, dtype)
-        tuning.quantize(pipeline.transformer, quantize)
-        tuning.compile_blocks(pipeline.transformer, compile)
+        acceleration.quantize(pipeline.transformer, quantize)
+        acceleration.compile_blocks(pipeline.transformer, compile)
         light = load_light("" if preview is True else preview, name_or_path, device, dtype) if preview else None
         return cls(FluxModel(pipeline, light, attention), preview=light is not None, **options)
 
@@ -458,7 +458,7 @@ class Engine:
         Raises:
             RequestError: the model cannot do without them.
         """
-        if not hasattr(self.model, "release_text_encoders"):
+        if not self.model.capabilities.releases_text:
             raise RequestError(f"a {type(self.model).__name__} has no text encoders that could be released")
         self.model.release_text_encoders()
         self._host.preparations.pinned = True
@@ -516,10 +516,6 @@ def _checked_buckets(buckets: Any, reproducible: bool) -> list[int]:
     if reproducible and (len(sizes) > 1 or sizes[0] % 8):
         raise RequestError(f"buckets={sizes}: a reproducible engine has a single batch size, a multiple of 8")
     return sizes
-
-
-def _has_preview(model: FlowModel) -> bool:
-    return model.light is not None if isinstance(model, FluxModel) else hasattr(model, "preview")
 
 
 def _lanes(device: torch.device, lanes: int | None, threads: int | None) -> tuple[int, int]:

@@ -135,7 +135,7 @@ class Preparations:
         if prompt not in self.conditioning:
             yield _nothing  # its encoding, which was asked for before, is the chore in front of this one
         conditioning = self.conditioning[prompt]
-        if model.device.type == "cpu" and hasattr(model, "record"):
+        if model.device.type == "cpu" and model.capabilities.recordable:
             yield partial(model.record, geometry, conditioning)
         if self._choose:
             self._choose_lanes(geometry, conditioning)

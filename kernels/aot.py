@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from .finish import COLUMNS, finish_kernel
+from .finish import finish_kernel, tile
 from .noise import BLOCK, noise_kernel
 from .philox import OPTIONS
 from .propose import propose_kernel
@@ -31,17 +31,19 @@ _PROPOSE = {
     "key": "*i64", "model_input": "*bf16", "elements": "i32", "blocks": "i32",
 }  # fmt: skip
 _FINISH = {
-    "u": "*bf16", "x_pool": "*fp32", "u_pool": "*fp32", "slot": "*i64", "coefficients": "*fp32", "latents": "*bf16",
-    "elements": "i32", "channels": "i32", "rows": "i32", "columns": "i32", "inverse_scaling": "fp32",
-    "shift": "fp32",
+    "u": "*bf16", "x_pool": "*fp32", "u_pool": "*fp32", "slot": "*i64", "coefficients": "*fp32",
+    "inverse_scaling": "*fp32", "shift": "*fp32", "latents": "*bf16",
+    "elements": "i32", "channels": "i32", "rows": "i32", "columns": "i32",
 }  # fmt: skip
-_TILE = {"CHANNELS": 64, "COLUMNS": COLUMNS}
 KERNELS = (
     ("noise", noise_kernel, _NOISE, {"BLOCK": BLOCK}),
     ("propose (bf16)", propose_kernel, _PROPOSE, {"BLOCK": BLOCK}),
     ("propose (fp32)", propose_kernel, _PROPOSE | {"model_input": "*fp32"}, {"BLOCK": BLOCK}),
-    ("finish (bf16)", finish_kernel, _FINISH, _TILE),
-    ("finish (fp32)", finish_kernel, _FINISH | {"u": "*fp32", "latents": "*fp32"}, _TILE),
+    *(
+        (f"finish {y}x{x} ({name})", finish_kernel, _FINISH | types, {"PATCH_Y": y, "PATCH_X": x, **tile(64, x)})
+        for y, x in ((2, 2), (1, 1), (4, 4))
+        for name, types in (("bf16", {}), ("fp32", {"u": "*fp32", "latents": "*fp32"}))
+    ),
 )
 _UNALIGNED = ("blocks",)
 
@@ -107,10 +109,10 @@ def _resources(ptx: str, target: int) -> tuple[int, int, int]:
 
 def main() -> None:
     """Print the table."""
-    print(f"{'kernel':<16}{'target':<8}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}")
+    print(f"{'kernel':<18}{'target':<8}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}")
     for use in compile_all():
         target = f"sm_{use.target}"
-        print(f"{use.kernel:<16}{target:<8}{use.registers:>10}{use.spills:>8}{use.stack:>7}{use.shared:>8}")
+        print(f"{use.kernel:<18}{target:<8}{use.registers:>10}{use.spills:>8}{use.stack:>7}{use.shared:>8}")
 
 
 if __name__ == "__main__":

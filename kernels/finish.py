@@ -1,4 +1,4 @@
-"""Triton kernel of `rollflow.kernels.finish`: keep the velocity, form the posterior mean, unpack its 2x2 patches."""
+"""Triton kernel of `rollflow.kernels.finish`: keep the velocity, form the posterior mean, unpack its patches."""
 
 from typing import no_type_check
 
@@ -11,15 +11,16 @@ from torch import Tensor
 from .operators import finish_operator
 from .philox import OPTIONS
 
-COLUMNS = 32  # tokens of one token row that a program turns into 64 contiguous latent pixels
+PIXELS = 64  # contiguous latent pixels of a line that a program writes
+ELEMENTS = 2048  # of a program: 16 a thread, whose loads in flight hide latency
 
 
 @triton.jit
 @no_type_check
 def finish_kernel(
-    u, x_pool, u_pool, slot, coefficients, latents,
-    elements, channels, rows, columns, inverse_scaling, shift,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents,
+    elements, channels, rows, columns,
+    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Program = (batch row, token row, tile of token columns, tile of channels). `rows` and `columns` count tokens.
     program = tl.program_id(0)
@@ -34,9 +35,6 @@ def finish_kernel(
     live = source >= 0
     p = tl.load(coefficients + 2 * row, mask=live, other=0.0)
     q = tl.load(coefficients + 2 * row + 1, mask=live, other=0.0)
-    # Scalars may arrive as float64 under a compiler: cast, so that no arithmetic below is promoted.
-    factor = tl.full((), inverse_scaling, tl.float32)
-    offset = tl.where(live, tl.full((), shift, tl.float32), 0.0)
 
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     channel = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
@@ -45,17 +43,32 @@ def finish_kernel(
     velocity = tl.load(u + row * elements + packed, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_pool + source * elements + packed, mask=inside, other=0.0)
     tl.store(u_pool + source * elements + packed, velocity, mask=inside)
-    value = ((p * x + q * velocity) * factor + offset).to(latents.dtype.element_ty)
+
+    # A latent channel's elements of a token lie side by side, [token, c, (dy, dx)], and share a factor and an offset.
+    latents_of_tile: tl.constexpr = CHANNELS // (PATCH_Y * PATCH_X)
+    latent = channel_tile * latents_of_tile + tl.arange(0, latents_of_tile)
+    known = latent < channels // (PATCH_Y * PATCH_X)
+    factor = tl.load(inverse_scaling + latent, mask=known, other=0.0)
+    offset = tl.where(live, tl.load(shift + latent, mask=known, other=0.0), 0.0)
+    value = tl.reshape(p * x + q * velocity, [COLUMNS, latents_of_tile, PATCH_Y * PATCH_X])
+    value = (value * factor[None, :, None] + offset[None, :, None]).to(latents.dtype.element_ty)
 
     # [token, (c, dy), dx] -> [(c, dy), (token, dx)]: contiguous pixels of one line of one latent channel.
-    value = tl.reshape(value, [COLUMNS, CHANNELS // 2, 2])
-    value = tl.reshape(tl.permute(value, [1, 0, 2]), [CHANNELS // 2, 2 * COLUMNS])
-    line = channel_tile * (CHANNELS // 2) + tl.arange(0, CHANNELS // 2)
-    pixel = column_tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-    width = 2 * columns
-    unpacked = ((line // 2) * (2 * rows) + 2 * token_row + line % 2)[:, None] * width + pixel[None, :]
-    inside = (line < channels // 2)[:, None] & (pixel < width)[None, :]
+    value = tl.reshape(value, [COLUMNS, CHANNELS // PATCH_X, PATCH_X])
+    value = tl.reshape(tl.permute(value, [1, 0, 2]), [CHANNELS // PATCH_X, PATCH_X * COLUMNS])
+    line = channel_tile * (CHANNELS // PATCH_X) + tl.arange(0, CHANNELS // PATCH_X)
+    pixel = column_tile * (PATCH_X * COLUMNS) + tl.arange(0, PATCH_X * COLUMNS)
+    width = PATCH_X * columns
+    above = (line // PATCH_Y) * (PATCH_Y * rows) + PATCH_Y * token_row + line % PATCH_Y
+    unpacked = above[:, None] * width + pixel[None, :]
+    inside = (line < channels // PATCH_X)[:, None] & (pixel < width)[None, :]
     tl.store(latents + row * elements + unpacked, value, mask=inside)
+
+
+def tile(channels: int, patch_x: int, pixels: int = PIXELS) -> dict[str, int]:
+    """The constants of a program's tile: token columns that make `pixels` pixels, and channels that fill it."""
+    columns = pixels // patch_x
+    return {"CHANNELS": min(ELEMENTS // columns, triton.next_power_of_2(channels)), "COLUMNS": columns}
 
 
 def launch_finish(
@@ -64,29 +77,31 @@ def launch_finish(
     u_pool: Float32[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
-    scaling: float,
-    shift: float,
+    patch_y: int,
+    patch_x: int,
+    inverse_scaling: Float32[Tensor, " latent"],
+    shift: Float32[Tensor, " latent"],
     latents: Float[Tensor, "row latent height width"],
-    columns_per_program: int = COLUMNS,
+    pixels: int = PIXELS,
 ) -> None:
     """Fill `latents` and the rows `slot` of `u_pool`. The one-dimensional grid has room for 2^31 programs."""
     channels = u.shape[2]
-    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-    channel_block = min(64, triton.next_power_of_2(channels))
-    grid = len(u) * rows * triton.cdiv(columns, columns_per_program) * triton.cdiv(channels, channel_block)
+    rows, columns = latents.shape[2] // patch_y, latents.shape[3] // patch_x
+    sizes = tile(channels, patch_x, pixels)
+    grid = len(u) * rows * triton.cdiv(columns, sizes["COLUMNS"]) * triton.cdiv(channels, sizes["CHANNELS"])
     with torch.cuda.device_of(u):
         finish_kernel[(grid,)](
-            u, x_pool, u_pool, slot, coefficients, latents,
-            x_pool[0].numel(), channels, rows, columns, 1.0 / scaling, shift,
-            CHANNELS=channel_block, COLUMNS=columns_per_program, **OPTIONS,
+            u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents,
+            x_pool[0].numel(), channels, rows, columns,
+            PATCH_Y=patch_y, PATCH_X=patch_x, **sizes, **OPTIONS,
         )  # fmt: skip
 
 
 @finish_operator.register_kernel("cuda")
 def _(
     u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, height: int, width: int,
-    scaling: float, shift: float, dtype: torch.dtype,
+    patch_y: int, patch_x: int, inverse_scaling: Tensor, shift: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    latents = torch.empty(len(u), u.shape[2] // 4, height, width, dtype=dtype, device=u.device)
-    launch_finish(u, x_pool, u_pool, slot, coefficients, scaling, shift, latents)
+    latents = torch.empty(len(u), len(shift), height, width, dtype=dtype, device=u.device)
+    launch_finish(u, x_pool, u_pool, slot, coefficients, patch_y, patch_x, inverse_scaling, shift, latents)
     return latents

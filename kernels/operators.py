@@ -13,6 +13,7 @@ from torch import Tensor
 from . import reference
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+PATCH_SIDES = (1, 2, 4, 8)  # of the tiles that the kernel of `finish` turns, whose sides are powers of two
 
 
 def _check(name: str, value: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
@@ -121,8 +122,10 @@ def finish(
     coefficients: Float32[Tensor, "row 2"],
     height: int,
     width: int,
-    scaling: float,
-    shift: float,
+    patch_y: int,
+    patch_x: int,
+    inverse_scaling: Float32[Tensor, " latent"],
+    shift: Float32[Tensor, " latent"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "row latent height width"]:
     """Keep the velocities that the model returned and give the decoder the posterior means.
@@ -131,10 +134,10 @@ def finish(
 
         u_pool[slot] = u
         x0_hat       = p x_pool[slot] + q u        (Tweedie; arXiv 2503.19385)
-        returned     = x0_hat / scaling + shift, rounded to `dtype`
+        returned     = x0_hat inverse_scaling + shift, rounded to `dtype`
 
-    A token is a 2x2 patch of `channel / 4` latent channels, as `FluxPipeline._pack_latents` of diffusers lays them out;
-    what is returned is unpacked, ready for the decoder.
+    A token is a patch of `patch_y` x `patch_x` latent pixels, its channels ordered (latent channel, dy, dx) as
+    `FluxPipeline._pack_latents` of diffusers orders them; what is returned is unpacked, ready for the decoder.
 
     Args:
         u: the model's output, float32, bfloat16 or float16.
@@ -142,31 +145,39 @@ def finish(
         u_pool: velocities; rows `slot` are overwritten.
         slot: the row's particle, each at most once. -1 marks a padding row: it stores nothing and returns zeros.
         coefficients: `(p, q)` a row.
-        height: of the latents, in latent pixels; even.
-        width: of the latents, in latent pixels; even; `token == height * width / 4`.
-        scaling: the autoencoder's scaling factor.
-        shift: the autoencoder's shift.
+        height: of the latents, in latent pixels; a multiple of `patch_y`.
+        width: of the latents, in latent pixels; a multiple of `patch_x`.
+        patch_y: latent pixels that a token covers from top to bottom: 1, 2, 4 or 8.
+        patch_x: latent pixels that a token covers from left to right: 1, 2, 4 or 8.
+        inverse_scaling: 1 / the autoencoder's scaling factor, one a latent channel; finite. The inverse, because it is
+            computed once, in double precision.
+        shift: the autoencoder's shift, one a latent channel.
         dtype: of the latents: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: a shape, dtype, device or memory layout is not the one above, or `scaling` is 0.
+        ValueError: a shape, dtype, device or memory layout is not the one above.
     """
     _check_pools(x_pool, u_pool)
     _check_dtype(dtype)
     token, channel = x_pool.shape[1:]
-    if channel % 4:
-        raise ValueError(f"{channel} channels; a token is a 2x2 patch, so a multiple of 4 is expected")
-    if height < 2 or height % 2 or width < 2 or width % 2 or height * width != 4 * token:
+    patch = f"{patch_y}x{patch_x}"
+    if patch_y not in PATCH_SIDES or patch_x not in PATCH_SIDES:
+        raise ValueError(f"a patch of {patch}; allowed sides: {', '.join(map(str, PATCH_SIDES))}")
+    if channel % (patch_y * patch_x):
+        raise ValueError(f"{channel} channels; a token is a {patch} patch: expected a multiple of {patch_y * patch_x}")
+    if min(height, width) < 1 or height % patch_y or width % patch_x or height * width != patch_y * patch_x * token:
         raise ValueError(
-            f"height {height} and width {width} with {token} tokens; expected even sizes and height * width / 4 tokens"
+            f"height {height} and width {width} with {token} tokens; expected {token} patches of {patch} latent pixels"
         )
-    if scaling == 0:
-        raise ValueError("scaling is 0; expected the autoencoder's scaling factor")
-    rows = slot.numel()
+    rows, latent = slot.numel(), channel // (patch_y * patch_x)
     _check("u", u, x_pool, HALF_OR_SINGLE, (rows, token, channel))
     _check("slot", slot, x_pool, (torch.int64,), (rows,))
     _check("coefficients", coefficients, x_pool, (torch.float32,), (rows, 2))
-    return torch.ops.rollflow.finish(u, x_pool, u_pool, slot, coefficients, height, width, scaling, shift, dtype)
+    _check("inverse_scaling", inverse_scaling, x_pool, (torch.float32,), (latent,))
+    _check("shift", shift, x_pool, (torch.float32,), (latent,))
+    return torch.ops.rollflow.finish(
+        u, x_pool, u_pool, slot, coefficients, height, width, patch_y, patch_x, inverse_scaling, shift, dtype
+    )
 
 
 noise_operator = torch.library.custom_op(
@@ -190,7 +201,7 @@ finish_operator = torch.library.custom_op(
     mutates_args=("u_pool",),
     device_types="cpu",
     schema="(Tensor u, Tensor x_pool, Tensor(a!) u_pool, Tensor slot, Tensor coefficients, SymInt height, "
-    "SymInt width, float scaling, float shift, ScalarType dtype) -> Tensor",
+    "SymInt width, int patch_y, int patch_x, Tensor inverse_scaling, Tensor shift, ScalarType dtype) -> Tensor",
 )
 
 
@@ -210,6 +221,6 @@ def _(
 @finish_operator.register_fake
 def _(
     u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, height: int, width: int,
-    scaling: float, shift: float, dtype: torch.dtype,
+    patch_y: int, patch_x: int, inverse_scaling: Tensor, shift: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return u.new_empty(u.shape[0], u.shape[2] // 4, height, width, dtype=dtype)
+    return u.new_empty(u.shape[0], shift.shape[0], height, width, dtype=dtype)

@@ -106,18 +106,20 @@ def finish(
     coefficients: Float32[Tensor, "row 2"],
     height: int,
     width: int,
-    scaling: float,
-    shift: float,
+    patch_y: int,
+    patch_x: int,
+    inverse_scaling: Float32[Tensor, " latent"],
+    shift: Float32[Tensor, " latent"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "row latent height width"]:
-    """`u_pool[slot] = u`; returns `(p x_pool[slot] + q u) / scaling + shift`, its 2x2 patches unpacked, in `dtype`."""
+    """`u_pool[slot] = u`; returns `(p x_pool[slot] + q u) inverse_scaling + shift`, unpacked to latents, in `dtype`."""
     live = slot >= 0
     p, q = coefficients[live].unbind(1)
     velocity = u[live].to(torch.float32)
     u_pool.index_copy_(0, slot[live], velocity)
     x0_hat = x_pool[slot[live]].mul_(p[:, None, None]).add_(velocity * q[:, None, None])
-    x0_hat = x0_hat.mul_(1.0 / scaling).add_(shift)
-    patches = x0_hat.view(-1, height // 2, width // 2, u.shape[2] // 4, 2, 2)
-    latents = u.new_zeros(len(u), u.shape[2] // 4, height, width, dtype=dtype)
-    latents[live] = patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, *latents.shape[1:]).to(dtype)
+    patches = x0_hat.view(-1, height // patch_y, width // patch_x, len(shift), patch_y, patch_x)
+    unpacked = patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, len(shift), height, width)
+    latents = u.new_zeros(len(u), len(shift), height, width, dtype=dtype)
+    latents[live] = unpacked.mul_(inverse_scaling[:, None, None]).add_(shift[:, None, None]).to(dtype)
     return latents

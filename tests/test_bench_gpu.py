@@ -14,7 +14,7 @@ from rollflow.bench.gpu import FILES, Gpu, Report
 from rollflow.bench.gpu_parts import Deadline, Measure, Subject
 from rollflow.bench.gpu_searches import Budget
 from rollflow.errors import RequestError
-from rollflow.models import tuning
+from rollflow.models import acceleration
 
 CPU = torch.device("cpu")
 FAST = Measure(CPU, 1, 0.0)
@@ -35,7 +35,7 @@ def one_thread():
 def no_compiler(monkeypatch):
     """Compilation takes longer than all else; what is compiled is not the question here."""
     asked = []
-    monkeypatch.setattr(tuning, "compile_blocks", lambda transformer, how: asked.append((transformer, how)))
+    monkeypatch.setattr(acceleration, "compile_blocks", lambda transformer, how: asked.append((transformer, how)))
     return asked
 
 

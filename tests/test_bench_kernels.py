@@ -77,7 +77,8 @@ def test_unfused_finish_is_finish(dtype):
     u = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     slot, coefficients = torch.tensor([4, 0, 2]), torch.tensor([[1.0, -0.4], [0.8, 0.1], [1.2, -1.0]])
     kept, kept_fused = torch.zeros(5, 6, 8), torch.zeros(5, 6, 8)
-    rest = (slot, coefficients, 4, 6, 0.3611, 0.1159, dtype)  # higher than wide or the reverse: both count
+    affine = torch.tensor([2.7693, -0.5]), torch.tensor([0.1159, 3.0])
+    rest = (slot, coefficients, 4, 6, 2, 2, *affine, dtype)  # higher than wide or the reverse: both count
     expected = kernels.finish(u, x_pool, kept_fused, *rest)
     actual = bandwidth.unfused_finish(u, x_pool, kept, *rest)
     assert actual.dtype == dtype and actual.shape == (3, 2, 4, 6)

@@ -13,17 +13,18 @@ from rollflow import interpolant, methods, sde
 from rollflow.engine import Engine
 from rollflow.errors import FunctionError, RequestError
 from rollflow.methods import budget
-from rollflow.models import Geometry
+from rollflow.models import FlowModel, Geometry
+from rollflow.models.layout import Layout
 from rollflow.plan import finish_times, plan
 from rollflow.request import Request
 
 MEAN, DEVIATION = 0.5, 0.2
 
 
-class Gaussian:
+class Gaussian(FlowModel):
     """Data N(MEAN, DEVIATION^2) in every latent element; records the times and the sizes of its forwards."""
 
-    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+    device, dtype, layout = torch.device("cpu"), torch.float32, Layout((1, 2, 2), (1.0,) * 3, (0.0,) * 3)
 
     def __init__(self):
         self.forwards = []
@@ -335,7 +336,7 @@ def test_options_that_do_not_exist(options, message):
 
 @pytest.mark.parametrize("slots", [0, -5, 29])
 def test_too_few_slots(slots):
-    with pytest.raises(RequestError, match=r"slots=-?\d: it must be" if slots < 1 else "this engine holds 29 of this size"):
+    with pytest.raises(RequestError, match=r"slots=-?\d: it must be" if slots < 1 else "engine holds 29 of this size"):
         engine(slots=slots).generate(ask(method="dts"))
 
 

@@ -13,6 +13,7 @@ from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Captured, Graphs
 from rollflow.device.storage import Storage
 from rollflow.errors import ModelError
+from rollflow.models.layout import Layout
 from rollflow.row import NONE
 
 TOKENS, CHANNELS, SLOTS = 4, 12, 24
@@ -49,8 +50,12 @@ def particles() -> Storage:
     return pool
 
 
+LAYOUT = Layout((1, 2, 2), (0.4, 0.5, 2.0), (0.1, -0.2, 0.0))
+
+
 def step_of(pool: Storage) -> Callable[..., Tensor]:
     """Propose, a made-up velocity and finish: the runner's step with a model of one line."""
+    affine = LAYOUT.affine(torch.device("cpu"))
 
     def step(integers: Tensor, floats: Tensor, pooled: Tensor, sequence: Tensor) -> Tensor:
         assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
@@ -58,7 +63,7 @@ def step_of(pool: Storage) -> Callable[..., Tensor]:
         parent, child, seed, key = tables.integers.unbind(0)
         x = kernels.propose(pool.x, pool.u, parent, child, tables.coefficients, seed, key, torch.float32)
         u = torch.tanh(x * tables.tau[:, None, None]) + pooled[:, None] + sequence.mean(1, keepdim=True)
-        return kernels.finish(u, pool.x, pool.u, child, tables.posterior, 4, 4, 0.4, 0.1, torch.float32)
+        return kernels.finish(u, pool.x, pool.u, child, tables.posterior, 4, 4, 2, 2, *affine, torch.float32)
 
     return step
 

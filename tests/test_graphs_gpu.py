@@ -57,15 +57,15 @@ def particles(model: FluxModel) -> Storage:
 
 def step_of(model: FluxModel, pool: Storage) -> Callable[..., Tensor]:
     geometry = model.geometry()
-    scale = {"scaling": model.scaling, "shift": model.shift, "dtype": model.dtype}
+    size = (geometry.latent_height, geometry.latent_width, *model.layout.patch[1:])
+    affine = model.layout.affine(model.device)
 
     def step(integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
         tables = Tables(integers, floats)
         parent, child, seed, key = tables.integers.unbind(0)
         x = kernels.propose(pool.x, pool.u, parent, child, tables.coefficients, seed, key, model.dtype)
         u = model.forward(x, tables.tau, collated, tables.guidance, geometry)
-        height, width = geometry.latent_height, geometry.latent_width
-        return kernels.finish(u, pool.x, pool.u, child, tables.posterior, height, width, **scale)
+        return kernels.finish(u, pool.x, pool.u, child, tables.posterior, *size, *affine, model.dtype)
 
     return step
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rollflow import kernels
+from rollflow.models.layout import Layout
 
 pytestmark = pytest.mark.gpu
 
@@ -49,19 +50,36 @@ def test_propose_equals_cpu(token: int, channel: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("channel", "height", "width"), [(64, 128, 128), (64, 90, 160), (32, 8, 8), (12, 2, 6)])
-def test_finish_equals_cpu(channel: int, height: int, width: int, dtype: torch.dtype) -> None:
-    rows, token = 4, height * width // 4
+@pytest.mark.parametrize(
+    ("patch", "channel", "height", "width"),
+    [
+        ((1, 2, 2), 64, 128, 128),
+        ((1, 2, 2), 64, 90, 160),
+        ((1, 2, 2), 32, 8, 8),
+        ((1, 2, 2), 12, 2, 6),
+        ((1, 1, 1), 16, 63, 65),
+        ((1, 1, 2), 10, 7, 14),
+        ((1, 4, 4), 256, 64, 60),
+        ((1, 8, 1), 8, 16, 3),
+    ],
+)
+def test_finish_equals_cpu(
+    patch: tuple[int, int, int], channel: int, height: int, width: int, dtype: torch.dtype
+) -> None:
+    channels = range(channel // (patch[1] * patch[2]))
+    layout = Layout(patch, tuple(0.3611 + 0.05 * c for c in channels), tuple(0.1159 - 0.1 * c for c in channels))
+    rows, token = 4, layout.tokens(height, width)
     generator = torch.Generator().manual_seed(token)
     x_pool = torch.randn(6, token, channel, generator=generator)
     u = torch.randn(rows, token, channel, generator=generator).to(dtype)
     slot = torch.tensor([5, -1, 0, 2])
     coefficients = torch.rand(rows, 2, generator=generator)
     pools = [torch.full_like(x_pool, math.nan) for _ in range(2)]
-    geometry = {"height": height, "width": width, "scaling": 0.3611, "shift": 0.1159, "dtype": dtype}
-    expected = kernels.finish(u, x_pool, pools[0], slot, coefficients, **geometry)
+    size, cpu, gpu = (height, width, *patch[1:]), torch.device("cpu"), torch.device("cuda")
+    expected = kernels.finish(u, x_pool, pools[0], slot, coefficients, *size, *layout.affine(cpu), dtype)
     u_pool = pools[1].cuda()
-    actual = kernels.finish(u.cuda(), x_pool.cuda(), u_pool, slot.cuda(), coefficients.cuda(), **geometry).cpu()
+    moved = (u.cuda(), x_pool.cuda(), u_pool, slot.cuda(), coefficients.cuda())
+    actual = kernels.finish(*moved, *size, *layout.affine(gpu), dtype).cpu()
     rounding = TOLERANCE[dtype]
     torch.testing.assert_close(actual.float(), expected.float(), rtol=rounding, atol=max(rounding / 8, 4e-6))
     torch.testing.assert_close(u_pool.cpu(), pools[0], rtol=0, atol=0, equal_nan=True)
@@ -113,5 +131,6 @@ def test_offsets_beyond_31_bits() -> None:
     assert torch.equal(x_pool[-2] * far["coefficients"][0, 3], actual[0])
     assert not x_pool[: slots - 2].any()
     one = torch.ones(1, 2, device="cuda")
-    kernels.finish(actual, x_pool, u_pool, far["child"], one, 128, 128, 1.0, 0.0, torch.float32)
+    affine = torch.ones(16, device="cuda"), torch.zeros(16, device="cuda")
+    kernels.finish(actual, x_pool, u_pool, far["child"], one, 128, 128, 2, 2, *affine, torch.float32)
     assert torch.equal(u_pool[-2], actual[0]) and not u_pool[: slots - 2].any()

@@ -10,17 +10,18 @@ from rollflow import interpolant, methods, sde
 from rollflow.draw import Draw, Guide
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
-from rollflow.models import Geometry, Traits
+from rollflow.models import FlowModel, Geometry, Traits
+from rollflow.models.layout import Layout
 from rollflow.plan import plan
 from rollflow.request import Request
 
 MEAN, DEVIATION, TOKENS, CHANNELS = 0.5, 0.2, 16, 12
 
 
-class Gaussian:
+class Gaussian(FlowModel):
     """Data N(MEAN, DEVIATION^2) in every latent element, the exact velocity, an identity decoder."""
 
-    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+    device, dtype, layout = torch.device("cpu"), torch.float32, Layout((1, 2, 2), (1.0,) * 3, (0.0,) * 3)
 
     def geometry(self, height=None, width=None):
         return Geometry(8, 8, 8, 8, TOKENS, CHANNELS)

@@ -16,7 +16,8 @@ from rollflow.draw import Draw
 from rollflow.engine import Engine
 from rollflow.errors import FunctionError, ModelError
 from rollflow.loop import Finished, Loop, promise
-from rollflow.models import Geometry
+from rollflow.models import FlowModel, Geometry
+from rollflow.models.layout import Layout
 from rollflow.plan import plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
@@ -197,10 +198,10 @@ def test_the_odds_are_learned_by_method_and_level():
     assert odds.success("rbf", 2) > 0.9 and odds.success("rbf", 3) == before == odds.success("svdd", 2)
 
 
-class Tiny:
+class Tiny(FlowModel):
     """A model of almost no cost, with as many latents as pixels."""
 
-    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+    device, dtype, layout = torch.device("cpu"), torch.float32, Layout((1, 2, 2), (1.0,) * 3, (0.0,) * 3)
 
     def geometry(self, height=None, width=None):
         return SIZE

@@ -14,10 +14,11 @@ from rollflow.device import calibrate
 from rollflow.device.workers import Lanes, Locks
 from rollflow.engine import REPRODUCIBLE_BUCKET, Engine, _checked_buckets
 from rollflow.errors import ModelError, RequestError
-from rollflow.models import Geometry, folder
+from rollflow.models import Capabilities, FlowModel, Geometry, folder
+from rollflow.models.acceleration import compile_blocks
 from rollflow.models.flux import FluxModel
-from rollflow.models.tracing import traced
-from rollflow.models.tuning import compile_blocks
+from rollflow.models.layout import Layout
+from rollflow.models.recorded import traced
 from rollflow.request import Request
 
 PROMPT = "two red circles and three blue squares"
@@ -27,10 +28,12 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
-class Misleading:
+class Misleading(FlowModel):
     """A model whose light decoder sees everything inverted; records what was decoded by which."""
 
-    device, dtype, scaling, shift = torch.device("cpu"), torch.float32, 1.0, 0.0
+    device, dtype, layout = torch.device("cpu"), torch.float32, Layout((1, 2, 2), (1.0,) * 3, (0.0,) * 3)
+
+    capabilities = Capabilities(preview=True)
 
     def __init__(self):
         self.decoded, self.previewed = 0, 0
@@ -110,7 +113,7 @@ def test_a_light_decoder_may_be_an_autoencoder_tiny_of_any_scale(pipeline):
         latents = torch.randn(3, 8, 8, 8)
         images = model.preview(latents)
         assert images.shape == (3, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
-        own = (latents - model.shift) * model.scaling / 2.0 + 0.25
+        own = model.layout.normalise(latents) / 2.0 + 0.25
         drawn = torch.nn.functional.pixel_shuffle(tiny.decode(own).sample, round((channels / 3) ** 0.5))
         torch.testing.assert_close(images, (drawn / 2 + 0.5).clamp(0, 1))
 
@@ -190,7 +193,7 @@ def test_prompts_are_encoded_before_the_text_encoders_go():
         Engine(Misleading()).release_text_encoders()
 
 
-def test_tuning_that_cannot_be():
+def test_acceleration_that_cannot_be():
     for options, error, what in (
         ({"compile": "all"}, RequestError, "compile='all': choose regional"),
         ({"attention": "fast"}, RequestError, "attention='fast': choose one of flash, efficient, cudnn, math"),

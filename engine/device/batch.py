@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rollflow.device import moves
 from rollflow.device.storage import Storage
+from rollflow.models.layout import Layout
 from rollflow.row import NONE, Row
 
 
@@ -52,13 +53,13 @@ def padding(bucket: int, device: torch.device) -> Tables:
 
 
 def tables(
-    rows: Sequence[Row], bucket: int, storage: Storage, to_device: Callable[[Tensor], Tensor]
+    rows: Sequence[Row], bucket: int, storage: Storage, layout: Layout, to_device: Callable[[Tensor], Tensor]
 ) -> tuple[Tables, list[Any]]:
     """The batch's tables and conditionings; states that are more than a step are written to the children's slots."""
     parents: list[int] = []
     steps: list[float] = []
     for row in rows:
-        state = moves.prepared(row, storage)
+        state = moves.prepared(row, storage, layout)
         if state is None:
             parents.append(row.parent)
             steps += (row.step.a, row.step.b, row.step.k, 1 / row.step.scale)

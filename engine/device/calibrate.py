@@ -1,6 +1,6 @@
 """Measures what batches cost, before any request runs: which batch sizes pay, and on a CPU how its cores are best used.
 
-Measurements are kept for the process: by model, image size, dtype, device, threads and kind of decoder.
+Measurements are kept for the process: by the model's signature, image size, dtype, device, threads and kind of decoder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measured(
             break
     largest = max([best, *(bucket for bucket in seconds if keep_all or seconds[bucket] <= SHORT)])
     found = {b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest}
-    if hasattr(model, "signature"):  # what tells it from other models
+    if model.capabilities.signature is not None:  # what tells it from other models
         _seconds_by[key] = found
     return found
 
@@ -92,6 +92,8 @@ def best_lanes(model: FlowModel, geometry: Geometry, conditioning: Any, preview:
         for lanes in options:
             lanes.close()
         chosen = options[rates.index(max(rates))]
+        if model.capabilities.signature is None:
+            return chosen.count, chosen.threads
         _lanes[key] = chosen.count, chosen.threads
     return _lanes[key]
 
@@ -109,7 +111,7 @@ def best_dtype(make: Callable[[torch.dtype], FlowModel]) -> torch.dtype:
 
 
 def _key(model: FlowModel) -> tuple:
-    return (getattr(model, "signature", id(model)), model.dtype, str(model.device))
+    return (model.capabilities.signature, model.dtype, str(model.device))
 
 
 @torch.no_grad()
@@ -119,10 +121,8 @@ def _seconds(
 ) -> float:  # fmt: skip
     """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
     x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
-    channels = geometry.token * geometry.channel // (geometry.latent_height * geometry.latent_width)
-    latents = torch.zeros(
-        bucket, channels, geometry.latent_height, geometry.latent_width, device=model.device, dtype=model.dtype
-    )
+    shape = (bucket, model.layout.channels, geometry.latent_height, geometry.latent_width)
+    latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
     tau, guidance = torch.ones(bucket, device=model.device), torch.zeros(bucket, device=model.device)
     decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
     times: list[float] = []

@@ -64,7 +64,8 @@ def run(runner: Steps, rows: Sequence[Row]) -> Landed:
         with runner.ledger.span("forward", model.device):
             u = model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
         p, q = tables.posterior[:, :, None, None].unbind(1)
-        latents = _unpack(p * x + q * u, geometry) / model.scaling + model.shift
+        x0_hat = model.layout.unpack(p * x + q * u, geometry.latent_height, geometry.latent_width)
+        latents = model.layout.denormalise(x0_hat)
         images = runner.decode(latents.to(model.dtype), len(rows), geometry, preview=False)
         scores, total = _judged(runner, rows, images, torch.zeros((), device=x.device))
         with runner.ledger.span("backward", model.device):
@@ -78,12 +79,6 @@ def run(runner: Steps, rows: Sequence[Row]) -> Landed:
         if not valid:
             invalid.append((row.brief.ticket, row.number))
     return Landed(rows, scores, invalid)
-
-
-def _unpack(x0: Tensor, geometry: Geometry) -> Tensor:
-    """Tokens, which are 2x2 patches, laid out as latent images."""
-    patches = x0.view(len(x0), geometry.latent_height // 2, geometry.latent_width // 2, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x0), -1, geometry.latent_height, geometry.latent_width)
 
 
 def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, total: Tensor) -> tuple[list[float], Tensor]:

@@ -9,17 +9,18 @@ from torch import Tensor
 from rollflow import kernels
 from rollflow.device.storage import Storage
 from rollflow.draw import Guide
+from rollflow.models.layout import Layout
 from rollflow.row import Row
 
 
-def prepared(row: Row, storage: Storage) -> Float[Tensor, "token channel"] | None:
+def prepared(row: Row, storage: Storage, layout: Layout) -> Float[Tensor, "token channel"] | None:
     """The child's state where it takes more than one parent's x and u and fresh noise z; None for all others."""
     if row.given is not None:
         assert row.brief.latents is not None
         return row.brief.latents[row.given] * row.step.k
     if row.moved and row.kind != "finish":  # steps of the finish start from the particle as it was judged
         return _moved(row, storage)
-    return _rotated(row, storage) if row.mixture is not None else None
+    return _rotated(row, storage, layout) if row.mixture is not None else None
 
 
 def _noise(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
@@ -35,23 +36,17 @@ def _moved(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
     return state + step.k * _noise(row, storage) if step.k else state
 
 
-def _rotated(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
+def _rotated(row: Row, storage: Storage, layout: Layout) -> Float[Tensor, "token channel"]:
     """The move "rotate" of `rollflow.draw.Draw`, with `mix` and `coarse`."""
     assert row.mixture is not None
     step, (others, coarse) = row.step, row.mixture
     source = x = storage.x[row.parent]
     if others:
         source = x + storage.x[list(others)].sum(0)
-        band = _patch_means if coarse else torch.Tensor.clone  # what turns, and has the norm of noise
+        band = layout.patch_means if coarse else torch.Tensor.clone  # what turns, and has the norm of noise
         source = source * (band(x).norm() / band(source).norm())
     rotated = step.a * source + step.k * _noise(row, storage)
-    return x + _patch_means(rotated - x) if coarse else rotated
-
-
-def _patch_means(x: Float[Tensor, "token channel"]) -> Float[Tensor, "token channel"]:
-    """The mean of each 2x2 patch in place of its four elements; a token is one patch of channel / 4 latent channels."""
-    patches = x.view(len(x), -1, 4)
-    return patches.mean(2, keepdim=True).expand_as(patches).reshape(x.shape)
+    return x + layout.patch_means(rotated - x) if coarse else rotated
 
 
 def guided(

@@ -68,6 +68,7 @@ class Runner:
         on_gpu = model.device.type == "cuda"
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
+        self._affine = model.layout.affine(model.device)  # held: graphs keep their addresses
         self._warned = False
         self.use(lanes)
 
@@ -269,7 +270,9 @@ class Runner:
     def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:
         """The batch's tables and conditionings."""
         geometry = rows[0].brief.geometry
-        return batch.tables(rows, self.bucket(len(rows), geometry), self.storage(geometry), self._device)
+        return batch.tables(
+            rows, self.bucket(len(rows), geometry), self.storage(geometry), self.model.layout, self._device
+        )
 
     def propose(self, tables: Tables, storage: Storage) -> Float[Tensor, "bucket token channel"]:
         """Steps every row's parent to its child, and returns the model's input."""
@@ -288,8 +291,8 @@ class Runner:
             posterior,
             geometry.latent_height,
             geometry.latent_width,
-            self.model.scaling,
-            self.model.shift,
+            *self.model.layout.patch[1:],
+            *self._affine,
             self.model.dtype,
         )
 

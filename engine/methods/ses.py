@@ -14,9 +14,9 @@ def ses(nfe: int, steps: int, generations: int = 4, elites: int = 3, finish: int
     """Spectral evolution search (arXiv 2602.03208): a cross-entropy search over the low frequencies of the initial
     noise, to which the image is most sensitive; the high ones stay those of the first sample.
 
-    The low band is the mean of each 2x2 patch of the latent. A generation's candidates are drawn around the sum of the
-    last one's `elites`, brought back to the norm of noise; the share of fresh noise falls from generation to
-    generation. Every candidate is solved to its image.
+    The low band is the mean of each patch of the latent that makes a token. A generation's candidates are drawn around
+    the sum of the last one's `elites`, brought back to the norm of noise; the share of fresh noise falls from
+    generation to generation. Every candidate is solved to its image.
 
     Args:
         nfe: budget of function evaluations; what is left after whole samples pays for one of fewer, longer steps.

@@ -1,4 +1,4 @@
-"""Flow models: what the engine asks of one, adapters around diffusers pipelines, and the built-in checkpoints."""
+"""Flow models: what the engine asks of one, what one may declare beyond that, and the built-in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError
+from rollflow.models.layout import Layout
 
 BUILT_IN = ("shapes", "shapes-base")
 
@@ -55,17 +56,40 @@ def traits(name: str | Path) -> Traits:
     return _TRAITS.get(str(name), Traits())
 
 
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model offers beyond `FlowModel`. The engine goes by this declaration and looks for nothing itself.
+
+    Attributes:
+        preview: it has `preview(latents)`, `decode` by a light decoder.
+        graphable: it has `collate(conditioning)`, which makes a tuple of tensors of a batch's conditionings, and
+            `forward(x, tau, collated, guidance, geometry)`, which is `velocity` as a function of tensors alone: a CUDA
+            graph can hold it.
+        recordable: it has `record(geometry, conditioning)`, which prepares it for an image size on a CPU.
+        releases_text: it has `release_text_encoders()`, which frees their memory.
+        signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
+            for a model that cannot be told from others.
+    """
+
+    preview: bool = False
+    graphable: bool = False
+    recordable: bool = False
+    releases_text: bool = False
+    signature: str | None = None
+
+
 @runtime_checkable
 class FlowModel(Protocol):
     """A flow-matching model on the linear path, as the engine drives it.
 
-    For guided methods `velocity` and `decode` must let gradients through; for others they run without.
+    For guided methods `velocity` and `decode` must let gradients through; for others they run without. A model that
+    inherits from this class has no capabilities unless it declares some.
     """
 
     device: torch.device
     dtype: torch.dtype
-    scaling: float
-    shift: float
+    layout: Layout
+    capabilities: Capabilities = Capabilities()
 
     def geometry(self, height: int | None, width: int | None) -> Geometry:
         """The geometry of an image size (`None`: the model's own); raises `RequestError` if it cannot do it."""
@@ -93,6 +117,60 @@ class FlowModel(Protocol):
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """De-scaled latents to float32 images in [0, 1]."""
         ...
+
+
+_MEMBERS = (
+    "device", "dtype", "layout", "capabilities", "geometry", "check_prompt", "encode", "velocity", "decode",
+)  # fmt: skip
+_DECLARED = {
+    "preview": ("preview",),
+    "graphable": ("collate", "forward"),
+    "recordable": ("record",),
+    "releases_text": ("release_text_encoders",),
+}  # members that a capability stands for
+
+
+def adapt(pipeline_or_model: object) -> FlowModel:
+    """The model itself, or the adapter of a diffusers pipeline.
+
+    Raises:
+        ModelError: it is neither, and lacks members that the message names, or it is a pipeline of another kind.
+    """
+    given: Any = pipeline_or_model
+    missing = [name for name in _MEMBERS if _lacks(given, name)]
+    if not missing:
+        _check_declared(given)
+        return given
+    from diffusers import DiffusionPipeline  # seconds, which models of one's own need not wait for
+
+    from rollflow.models.flux import FluxModel
+
+    if isinstance(given, DiffusionPipeline):
+        return FluxModel(given)
+    raise ModelError(
+        f"a {type(given).__name__} is no model: it lacks {', '.join(missing)}; pass a FluxPipeline, or an object with "
+        "the members of rollflow.models.FlowModel (a class that inherits from it has default capabilities)"
+    )
+
+
+def _lacks(given: Any, name: str) -> bool:
+    """Whether a member is not there, or is what `FlowModel` itself writes down of it."""
+    written = FlowModel.__dict__.get(name)
+    return not hasattr(given, name) or (callable(written) and getattr(type(given), name, None) is written)
+
+
+def _check_declared(model: Any) -> None:
+    kind = type(model).__name__
+    for name, expected in (("layout", Layout), ("capabilities", Capabilities)):
+        if not isinstance(getattr(model, name), expected):
+            found = type(getattr(model, name)).__name__
+            raise ModelError(
+                f"a {kind} has a {found} as its {name}: it must be a {expected.__module__}.{expected.__name__}"
+            )
+    for capability, members in _DECLARED.items():
+        missing = [name for name in members if getattr(model.capabilities, capability) and not hasattr(model, name)]
+        if missing:
+            raise ModelError(f"a {kind} declares the capability {capability} and lacks {', '.join(missing)}")
 
 
 def silence() -> None:

@@ -7,7 +7,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError, RequestError
-from rollflow.models import BUILT_IN, Geometry, folder, tuning
-from rollflow.models.tracing import traced
+from rollflow.models import BUILT_IN, Capabilities, FlowModel, Geometry, acceleration, folder
+from rollflow.models.layout import Layout
+from rollflow.models.recorded import traced
 
+_PATCH = (1, 2, 2)  # (t, y, x) of a token, in latent pixels
 # Pixels that the decoder takes at a time, on a CPU and on a GPU: a bound on its memory, and on a CPU a size whose
 # activations are not handed back to the system after each batch (see `rollflow.engine`).
 _DECODE_PIXELS = (2**17, 2**22)
@@ -76,17 +78,18 @@ def load_light(
     return light
 
 
-class FluxModel:
+class FluxModel(FlowModel):
     """Drives the parts of a `FluxPipeline` with rows of different prompts at different times.
 
     Args:
         pipeline: a complete FluxPipeline; its modules are used where they are, without gradients of their weights, and
-            the autoencoder's weights are laid out channels last, in which a CPU convolves faster.
+            the autoencoder's weights are laid out channels last, in which a CPU convolves faster. The declared
+            signature is that of the networks as they come: compile or quantise the transformer before.
         light: a small decoder of the same latents that particles may be judged by, such as TAESD's for FLUX.1 (its
             `scaling_factor` and `shift_factor` are heeded). Its output is an image, or has 3 n^2 channels, for cells of
             n x n pixels.
-        attention: the backend of torch's attention, one of `rollflow.models.tuning.ATTENTION`; by default torch's own
-            choice among those that CUDA graphs can hold.
+        attention: the backend of torch's attention, one of `rollflow.models.acceleration.ATTENTION`; by default torch's
+            own choice among those that CUDA graphs can hold.
 
     Raises:
         ModelError: the object is no FluxPipeline, or parts of it are missing.
@@ -108,7 +111,7 @@ class FluxModel:
         ]
         if missing:
             raise ModelError(f"the pipeline lacks {', '.join(missing)}: load it whole")
-        tuning.check_attention(attention)
+        acceleration.check_attention(attention)
         self.pipeline, self.attention = pipeline, attention
         self.transformer = pipeline.transformer.eval().requires_grad_(False)
         self.vae = pipeline.vae.eval().requires_grad_(False)
@@ -117,7 +120,12 @@ class FluxModel:
         if light is not None:
             light.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
-        self.scaling, self.shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        latent_channels = self.transformer.config.in_channels // math.prod(_PATCH)
+        scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        self.layout = Layout(_PATCH, (scaling,) * latent_channels, (shift,) * latent_channels)
+        self.capabilities = Capabilities(
+            preview=light is not None, graphable=True, recordable=True, releases_text=True, signature=self._signature()
+        )
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
         self._recorded: dict[Geometry, Callable[..., Tensor]] = {}
@@ -129,19 +137,18 @@ class FluxModel:
         weakref.finalize(self, hook.remove)
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
-        """See `FlowModel.geometry`; sizes are multiples of two latent pixels."""
+        """See `FlowModel.geometry`; sizes are multiples of a token's."""
         factor = self.pipeline.vae_scale_factor
         own = self.vae.config.sample_size
         height, width = own if height is None else height, own if width is None else width
-        unit = 2 * factor
+        unit = self.layout.patch[1] * factor
         if height % unit or width % unit or height < unit or width < unit:
             raise RequestError(f"size {height}x{width}: height and width must be multiples of {unit} pixels")
-        rows, columns = height // factor, width // factor
-        return Geometry(height, width, rows, columns, rows * columns // 4, self.transformer.config.in_channels)
+        size = height // factor, width // factor
+        return Geometry(height, width, *size, self.layout.tokens(*size), self.layout.token_channels)
 
-    @cached_property
-    def signature(self) -> str:
-        """The networks' configurations: models of the same signature cost the same."""
+    def _signature(self) -> str:
+        """The networks' configurations."""
         light = None if self.light is None else dict(self.light.config)
         kinds = sorted({f"{type(p).__name__} {p.dtype}" for p in self.transformer.parameters()})
         return repr(
@@ -188,7 +195,8 @@ class FluxModel:
 
     def _position_ids(self, geometry: Geometry, text: int) -> tuple[Tensor, Tensor]:
         if geometry not in self._ids:
-            rows, columns = geometry.latent_height // 2, geometry.latent_width // 2
+            _, y, x = self.layout.patch
+            rows, columns = geometry.latent_height // y, geometry.latent_width // x
             with torch.inference_mode(False):  # they outlive this call, which may or may not need gradients
                 image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
                 self._ids[geometry] = torch.zeros(text, 3, device=self.device, dtype=self.dtype), image
@@ -219,7 +227,7 @@ class FluxModel:
     ) -> Float[Tensor, "row token channel"]:
         """`velocity` of collated conditionings: a function of tensors alone, which a CUDA graph can hold."""
         network = None if torch.is_grad_enabled() else self._recorded.get(geometry)
-        with tuning.attention(self.attention, self.device):
+        with acceleration.attention(self.attention, self.device):
             return (network or partial(self._network, geometry))(x, tau, *collated, guidance)
 
     def _network(
@@ -242,7 +250,7 @@ class FluxModel:
             self._exact.tau = None
 
     def record(self, geometry: Geometry, conditioning: Conditioning) -> None:
-        """Records transformer and decoders for an image size, for a CPU; see `rollflow.models.tracing`.
+        """Records transformer and decoders for an image size, for a CPU; see `rollflow.models.recorded`.
 
         Compiled transformers stay as they are.
         """
@@ -257,7 +265,7 @@ class FluxModel:
             return x, torch.linspace(0.3, 1, rows), *collated, torch.full((rows,), 3.5)
 
         def latents(rows: int) -> tuple[Tensor]:
-            shape = (rows, geometry.channel // 4, geometry.latent_height, geometry.latent_width)
+            shape = (rows, self.layout.channels, geometry.latent_height, geometry.latent_width)
             z = torch.randn(shape, generator=generator).to(self.vae.dtype)
             return (z.to(memory_format=torch.channels_last),)
 
@@ -276,8 +284,8 @@ class FluxModel:
 
     def preview(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """`decode` by the light decoder."""
-        assert self.light is not None, "the engine asks for previews only where there is a light decoder"
-        own = (latents - self.shift) * self.scaling  # as the transformer has them
+        assert self.light is not None, "previews are asked for only where they are declared"
+        own = self.layout.normalise(latents)  # as the transformer has them
         return self._decode(self.light, own / self.light.config.scaling_factor + self.light.config.shift_factor)
 
     def _decode(self, decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:

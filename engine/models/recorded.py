@@ -1,4 +1,4 @@
-"""Networks as recorded lists of operations, which a CPU runs without Python in between."""
+"""Records a network's operations once, with `torch.jit.trace`, so that a CPU runs them without Python in between."""
 
 from __future__ import annotations
 

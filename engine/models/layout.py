@@ -1,0 +1,147 @@
+"""Where a model's latents lie in its tokens, and what its autoencoder multiplies and adds: values, and no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from rollflow.errors import ModelError, RequestError
+
+SIDES = (1, 2, 4, 8)  # of a patch, in latent pixels: what `rollflow.kernels.finish` can turn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens are made of latents, and how an autoencoder takes them.
+
+    A token is a patch of every latent channel. Its channels are ordered (latent channel, dy, dx), as
+    `FluxPipeline._pack_latents` of diffusers orders them; tokens are ordered (y, x). The decoder takes
+    `latents / scaling + shift`, channel by channel.
+
+    Attributes:
+        patch: (t, y, x), latent pixels that a token covers; t is 1 until there is video.
+        scaling: the autoencoder's scaling factors, one a latent channel.
+        shift: the autoencoder's shifts, one a latent channel.
+
+    Raises:
+        ModelError: a patch that no token can cover, or numbers that are not one a channel, finite, and for `scaling`
+            other than 0.
+    """
+
+    patch: tuple[int, int, int]
+    scaling: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("patch", "scaling", "shift"):
+            given = getattr(self, name)
+            if not isinstance(given, Sequence) or not all(isinstance(number, int | float) for number in given):
+                raise ModelError(f"Layout({name}={given!r}): it must be a tuple of numbers")
+            if not all(math.isfinite(number) for number in given):
+                raise ModelError(f"Layout({name}={given}): its numbers must be finite")
+        _check_patch(self.patch)
+        if not self.scaling or len(self.scaling) != len(self.shift):
+            raise ModelError(
+                f"Layout with {len(self.scaling)} numbers in scaling and {len(self.shift)} in shift: each must hold "
+                "one number a latent channel"
+            )
+        if not all(self.scaling):
+            raise ModelError(f"Layout(scaling={self.scaling}): its numbers must not be 0, latents are divided by them")
+        object.__setattr__(self, "patch", tuple(self.patch))
+        object.__setattr__(self, "scaling", tuple(map(float, self.scaling)))
+        object.__setattr__(self, "shift", tuple(map(float, self.shift)))
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return len(self.scaling)
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token."""
+        return self.channels * math.prod(self.patch)
+
+    def tokens(self, height: int, width: int) -> int:
+        """How many tokens a latent of this size has.
+
+        Args:
+            height: of the latent, in latent pixels.
+            width: of the latent, in latent pixels.
+
+        Raises:
+            RequestError: patches do not cover this size without a rest.
+        """
+        _, y, x = self.patch
+        if min(height, width) < 1 or height % y or width % x:
+            raise RequestError(f"a latent of {height}x{width}: height must be a multiple of {y}, width one of {x}")
+        return (height // y) * (width // x)
+
+    def unpack(
+        self, tokens: Float[Tensor, "row token packed"], height: int, width: int
+    ) -> Float[Tensor, "row channel {height} {width}"]:
+        """The latents that tokens are made of. Raises as `tokens` does."""
+        self.tokens(height, width)
+        _, y, x = self.patch
+        patches = tokens.view(len(tokens), height // y, width // x, self.channels, y, x)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), self.channels, height, width)
+
+    def pack(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row token packed"]:
+        """The tokens of latents: the inverse of `unpack`. Raises as `tokens` does."""
+        rows, channels, height, width = latents.shape
+        count = self.tokens(height, width)
+        _, y, x = self.patch
+        patches = latents.reshape(rows, channels, height // y, y, width // x, x)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, count, self.token_channels)
+
+    def denormalise(
+        self, latents: Float[Tensor, "*row channel height width"]
+    ) -> Float[Tensor, "*row channel height width"]:
+        """`latents / scaling + shift`: from what the model draws to what the decoder takes; shape and dtype stay."""
+        return (latents / self._by_channel("scaling", latents) + self._by_channel("shift", latents)).to(latents.dtype)
+
+    def normalise(
+        self, latents: Float[Tensor, "*row channel height width"]
+    ) -> Float[Tensor, "*row channel height width"]:
+        """`(latents - shift) scaling`: the inverse of `denormalise`."""
+        return ((latents - self._by_channel("shift", latents)) * self._by_channel("scaling", latents)).to(latents.dtype)
+
+    def affine(self, device: torch.device) -> tuple[Float32[Tensor, " channel"], Float32[Tensor, " channel"]]:
+        """`(1 / scaling, shift)` on a device, as `rollflow.kernels.finish` takes them.
+
+        A CUDA graph keeps their addresses: whoever captures one holds on to them.
+        """
+        inverse = [1.0 / scaling for scaling in self.scaling]  # in double precision, rounded once
+        inverses, shifts = (torch.tensor(v, dtype=torch.float32, device=device) for v in (inverse, self.shift))
+        return inverses, shifts
+
+    def patch_means(self, x: Float[Tensor, "token packed"]) -> Float[Tensor, "token packed"]:
+        """The mean of each patch in place of its elements: the low band, or all there is for a patch of 1."""
+        patches = x.view(len(x), self.channels, -1)
+        return patches.mean(2, keepdim=True).expand_as(patches).reshape(x.shape)
+
+    def _by_channel(self, name: str, like: Tensor) -> Tensor | float:
+        """A field to compute with: a number where all channels share it, which takes no memory on the device."""
+        values = getattr(self, name)
+        return values[0] if len(set(values)) == 1 else _vector(values, like.device)
+
+
+def _check_patch(patch: Sequence[float]) -> None:
+    if len(patch) != 3:
+        raise ModelError(f"Layout(patch={patch}): it must be three numbers, (t, y, x)")
+    if patch[0] != 1:
+        raise ModelError(f"Layout(patch={patch}): t must be 1, video comes later")
+    if not all(isinstance(side, int) and side in SIDES for side in patch):
+        raise ModelError(f"Layout(patch={patch}): y and x must each be one of {', '.join(map(str, SIDES))}")
+
+
+@cache
+def _vector(values: tuple[float, ...], device: torch.device) -> Float32[Tensor, "channel 1 1"]:
+    """Kept, because a transfer to the device at each use would wait for it."""
+    with torch.inference_mode(False):  # it outlives this call, which may or may not need gradients
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
