@@ -19,13 +19,14 @@ import torch
 from diffusers import FluxPipeline
 
 from rollflow import methods, rewards
+from rollflow.admission import promise
 from rollflow.device import calibrate
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.errors import FunctionError, RequestError, RollflowError
 from rollflow.host import Host
 from rollflow.job import Job, Rendering, indexed
-from rollflow.loop import Loop, promise
+from rollflow.loop import Loop
 from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits

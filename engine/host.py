@@ -16,9 +16,10 @@ from PIL import Image
 
 from rollflow.device.runner import Runner
 from rollflow.errors import EngineClosed, EngineDead, RollflowError
-from rollflow.loop import Loop, Ticket
+from rollflow.loop import Loop
 from rollflow.models import Geometry
 from rollflow.preparing import Preparations
+from rollflow.ticket import Ticket
 
 CLOSING = 5.0  # seconds that a closing engine waits for each of its threads
 LOG = logging.getLogger("rollflow")

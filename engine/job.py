@@ -16,9 +16,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from PIL import Image
 
 from rollflow.errors import Cancelled, RollflowError
-from rollflow.loop import Evaluated, Finished, News, Refused, Started, Ticket
 from rollflow.request import Request, Result
 from rollflow.search.record import History
+from rollflow.ticket import Evaluated, Finished, News, Refused, Started, Ticket
 
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 LOG = logging.getLogger("rollflow")

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollflow import methods, rewards
+from rollflow.admission import promise
 from rollflow.draw import Draw
 from rollflow.engine import Engine
 from rollflow.errors import FunctionError, ModelError
-from rollflow.loop import Finished, Loop, promise
+from rollflow.loop import Loop
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.layout import Layout
 from rollflow.plan import plan
@@ -25,6 +26,7 @@ from rollflow.request import Request
 from rollflow.row import Done, Free, Landed, Outcome, Shown
 from rollflow.schedule.cost import CostModel
 from rollflow.schedule.odds import Odds
+from rollflow.ticket import Finished
 
 SIZE = Geometry(8, 8, 8, 8, 16, 12)
 

@@ -7,6 +7,7 @@ and survival copy nothing. A slot is free again when no particle refers to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from rollflow.methods.budget import worth
@@ -22,6 +23,10 @@ class Slot(Protocol):
 
     def release(self) -> None:
         """Gives the place back."""
+        ...
+
+    def pin(self) -> Callable[[], None]:
+        """Keeps the place as it is until the function that it returns is called."""
         ...
 
 

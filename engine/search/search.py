@@ -26,6 +26,11 @@ _KINDS: tuple[Kind, Kind] = ("committed", "guided")
 class Lease(Protocol):
     """The slots of one request; see `rollflow.schedule.pool.Lease`."""
 
+    @property
+    def excess(self) -> int:
+        """How many slots it holds beyond its promise."""
+        ...
+
     def take(self, within: bool = True) -> Slot | None:
         """A slot, or None while there is none."""
         ...
@@ -173,6 +178,11 @@ class Search:
     def done(self) -> bool:
         """Whether every finalist is finished, and no row is still on the device."""
         return self._finals is not None and not self.flying and not any(final.steps for final in self._finals)
+
+    @property
+    def excess(self) -> int:
+        """How many slots it holds beyond what it was promised."""
+        return self._lease.excess
 
     @property
     def best(self) -> Particle | None:

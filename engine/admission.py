@@ -1,0 +1,105 @@
+"""Which requests are let in, and when: they wait in line until the pool can promise the slots that they need."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+
+from rollflow import methods
+from rollflow.errors import EngineBusy
+from rollflow.models import Geometry
+from rollflow.plan import Plan
+from rollflow.schedule.pool import Lease, Pool
+from rollflow.schedule.scheduler import AGEING
+from rollflow.ticket import Ticket
+
+
+class Admission:
+    """The line of waiting requests of each geometry, and the pools that they wait for.
+
+    A place in a line is the time of arrival, less `AGEING` seconds for each step of priority: so a higher priority goes
+    first, and nobody waits for ever. The first in line holds up those behind it, or a large request would starve.
+
+    Args:
+        slots: how many particles of a geometry can live at once.
+        allocate: makes the storage of a geometry.
+        most: how many requests may wait; None for any number.
+    """
+
+    def __init__(
+        self, slots: Callable[[Geometry], int], allocate: Callable[[Geometry, int], None], most: int | None = None
+    ):
+        self._slots, self._allocate, self._most = slots, allocate, most
+        self.pools: dict[Geometry, Pool] = {}
+        self._lines: dict[Geometry, list[tuple[float, int, Ticket]]] = {}
+        self._lock, self.waiting = threading.Lock(), 0
+
+    def enter(self, force: bool, expected: Callable[[], float]) -> None:
+        """Counts one more request that waits; of any thread.
+
+        Args:
+            force: whether it passes by the bound.
+            expected: seconds until one more would be let in.
+
+        Raises:
+            EngineBusy: as many as may wait already do.
+        """
+        with self._lock:
+            if self._most is None or force or self.waiting < self._most:
+                self.waiting += 1
+                return
+        seconds = expected()
+        raise EngineBusy(
+            f"{self._most} requests wait already, as many as max_queued allows: come again in about {seconds:.1f} s, "
+            "or make the engine with a larger max_queued",
+            seconds,
+        )
+
+    def leave(self, ticket: Ticket) -> None:
+        """A request does not wait any more, whether it was let in or is over; further calls do nothing."""
+        if ticket.queued:
+            ticket.queued = False
+            with self._lock:
+                self.waiting -= 1
+
+    def line_up(self, ticket: Ticket) -> None:
+        """All that a request needs is prepared, but for its slots."""
+        place = ticket.submitted - AGEING * ticket.plan.request.priority
+        heappush(self._lines.setdefault(ticket.geometry, []), (place, ticket.id, ticket))
+
+    def admit(self, settle: Callable[[Ticket], None]) -> Iterator[tuple[Ticket, Lease]]:
+        """The requests whose slots are there, first come first, each with its lease.
+
+        Args:
+            settle: makes the last change to a request's plan, or ends the request, before its slots are counted.
+        """
+        for geometry, line in self._lines.items():
+            while line:
+                ticket = line[0][2]
+                if not ticket.over:
+                    settle(ticket)
+                lease = None if ticket.over else self._pool(geometry).lease(promise(ticket.plan))
+                if lease is None and not ticket.over:
+                    break
+                heappop(line)
+                if lease is not None:
+                    self.leave(ticket)
+                    yield ticket, lease
+
+    def _pool(self, geometry: Geometry) -> Pool:
+        if geometry not in self.pools:
+            slots = self._slots(geometry)
+            self._allocate(geometry, slots)
+            self.pools[geometry] = Pool(slots)
+        return self.pools[geometry]
+
+
+def promise(plan: Plan) -> int:
+    """How many slots a request needs to go on: what its method holds, its finalists, and one row on its way.
+
+    A finalist on its way to t = 0 takes up to three: itself, the step that it is at and the next one.
+    """
+    request, options = plan.request, plan.request.options
+    held = methods.holds(request.method, request.nfe, len(plan.steps), plan.finish_nfe, **options)
+    return min(request.nfe, max(held + plan.finalists + 2, 3 * plan.finalists))

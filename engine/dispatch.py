@@ -1,0 +1,201 @@
+"""What is with the device: which lanes are taken, what is started on them, and which rewards are called again later."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from rollflow.errors import Cancelled, FunctionError
+from rollflow.models import Geometry
+from rollflow.preparing import Preparations
+from rollflow.row import Again, Began, Candidate, Done, Failed, Free, Report, Rerun, Row, Show
+from rollflow.schedule.scheduler import Scheduler
+from rollflow.ticket import Ticket
+from rollflow.timers import Timers
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What the loop needs of a runner; see `rollflow.device.runner.Runner`."""
+
+    lanes: int
+    parallel: bool
+    preview: bool
+    judge: Any  # see `rollflow.device.judge.Judge`
+
+    def bucket(self, rows: int, geometry: Geometry) -> int:
+        """The batch size of that many rows."""
+        ...
+
+    def allocate(self, geometry: Geometry, slots: int) -> None:
+        """Makes the storage of a geometry."""
+        ...
+
+    def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
+        """Starts a batch."""
+        ...
+
+    def submit_images(self, shows: Sequence[Show], report: Report) -> None:
+        """Starts making images."""
+        ...
+
+    def submit_work(self, work: Callable[[], Any], then: Callable, report: Report) -> None:
+        """Starts something else."""
+        ...
+
+    def peek(self, candidate: Candidate, geometry: Geometry) -> Any:
+        """Makes an image of a particle; on a lane."""
+        ...
+
+
+class Dispatch:
+    """Starts chores, images and batches while lanes are free, in this order.
+
+    Args:
+        device: runs them.
+        preparations: the chores, and what batches cost.
+        scheduler: which rows run next.
+        tickets: the requests, by number.
+        over: searches whose images are to be made.
+        timers: for calls of rewards that are made again.
+        clock: seconds.
+        report: takes the device's answers.
+
+    Attributes:
+        lanes: how many are taken.
+        away: how many rows and images are on the device or with a reward.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        preparations: Preparations,
+        scheduler: Scheduler,
+        tickets: Mapping[int, Ticket],
+        over: list[Ticket],
+        timers: Timers,
+        clock: Callable[[], float],
+        report: Report,
+    ):
+        self.device, self._preparations, self._scheduler = device, preparations, scheduler
+        self._tickets, self._over = tickets, over
+        self._timers, self._clock, self._report = timers, clock, report
+        self.lanes = self.away = 0
+        self._chore = False  # whether one is on a lane: no more than one is at a time
+        self._reruns: deque[Rerun] = deque()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way, so that nothing will come back."""
+        return not self.away and not self.lanes
+
+    def launch(self) -> None:
+        """Starts what can be started, while lanes are free and there are rows worth running."""
+        device = self.device
+        while self.lanes < device.lanes:
+            free = device.lanes - self.lanes if device.parallel else 1
+            if self._preparations.chores and not self._chore:
+                self._chore = True
+                self.lanes += 1
+                device.submit_work(*self._preparations.chores.popleft(), self._report)
+            elif self._reruns:
+                self._run_again(self._reruns.popleft())
+            elif self._over:
+                self._show(free)
+            elif rows := self._scheduler.choose(free):
+                self.away += len(rows)
+                for lane in range(lanes := min(free, len(rows))):
+                    self._run(rows[lane::lanes])
+            else:
+                return
+
+    def forget(self) -> None:
+        """Waits no longer for what is on the device."""
+        self.lanes = self.away = 0
+
+    def _run(self, rows: Sequence[Row], attempt: int = 0) -> None:
+        """Starts a batch and counts its rows; the bucket's padding is shared out in turns."""
+        self.lanes += 1
+        nfe = rows[0].nfe
+        for i in range(self.device.bucket(len(rows), rows[0].brief.geometry)):
+            search = self._tickets[rows[i % len(rows)].brief.ticket].search
+            assert search is not None
+            search.history.executed += nfe
+        self.device.submit(rows, self._report, attempt)
+
+    def _show(self, lanes: int) -> None:
+        """Starts images of searches of one geometry: a share for each free lane, at most a batch's."""
+        geometry = self._over[0].geometry
+        alike = [ticket for ticket in self._over if ticket.geometry == geometry]
+        every = self.device.preview
+        finalists = max(ticket.plan.finalists for ticket in alike) if every else 1
+        most = max(1, self._preparations.cost(geometry).largest // finalists)
+        taken = alike[: min(most, -(-len(alike) // lanes))]
+        self._over[:] = [ticket for ticket in self._over if ticket not in taken]
+        self.lanes += 1
+        self.away += len(taken)
+        shows = []
+        for ticket in taken:
+            assert ticket.search is not None
+            ticket.shown = True
+            shows.append(ticket.search.show(every))
+        self.device.submit_images(shows, self._report)
+
+    # What comes back of it.
+
+    def on_free(self, event: Free) -> None:
+        """A lane can take more."""
+        self.lanes -= 1
+
+    def on_done(self, event: Done) -> None:
+        """A chore was done."""
+        self._chore = False
+        event.then(event.value, event.error)
+
+    def on_began(self, event: Began) -> None:
+        """A call of a reward began that has a time limit."""
+        self._timers.at(self._clock() + event.seconds, self._abandon, weakref.ref(event.call), event.seconds)
+
+    def on_again(self, event: Again) -> None:
+        """A reward was not available: its call is made again later, while others run."""
+        self._timers.at(self._clock() + event.seconds, self._judge_again, event.call)
+
+    def on_rerun(self, event: Rerun) -> None:
+        """The same of guided rows, whose reward is called on a lane."""
+        self._timers.at(self._clock() + event.seconds, self._reruns.append, event)
+
+    def _abandon(self, call_of: Callable[[], Any], seconds: float) -> None:
+        """A call of a reward takes too long: its requests fail, and its thread is given up."""
+        call = call_of()  # a call that is over is gone
+        if call is not None and self.device.judge.abandon(call):
+            error = FunctionError(
+                f"the reward {call.reward.name} did not answer for {len(call.briefs)} images within its timeout of "
+                f"{seconds:g} s"
+            )
+            error.__cause__ = TimeoutError(f"{seconds:g} s")
+            self._report(Failed(call.work, error))
+
+    def _judge_again(self, call: Any) -> None:
+        if all(self._is_over(one) for one in call.work):
+            self._report(Failed(call.work, _too_late()))
+        else:
+            self.device.judge.post(call, self._report)
+
+    def _run_again(self, again: Rerun) -> None:
+        """Rows whose reward was not available, but for those of requests that are over by now."""
+        over = [row for row in again.rows if self._is_over(row)]
+        if over:
+            self._report(Failed(over, _too_late()))
+        rows = [row for row in again.rows if row not in over]
+        if rows:
+            self._run(rows, again.attempt)
+
+    def _is_over(self, one: Row | Show) -> bool:
+        ticket = self._tickets.get(one.brief.ticket)
+        return ticket is None or ticket.error is not None
+
+
+def _too_late() -> Cancelled:
+    return Cancelled("the request was over before its reward could be called again")
