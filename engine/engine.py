@@ -2,93 +2,39 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from diffusers import FluxPipeline
 
-from rollflow import methods, rewards
-from rollflow.admission import promise
+from rollflow import calls
+from rollflow.calls import Progress
 from rollflow.device import calibrate
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
-from rollflow.errors import FunctionError, RequestError, RollflowError
+from rollflow.door import Checked, Door
+from rollflow.errors import RequestError
 from rollflow.host import Host
-from rollflow.job import Job, Rendering, indexed
+from rollflow.job import Job
 from rollflow.loop import Loop
 from rollflow.methods.budget import whole
-from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt
+from rollflow.models import FlowModel, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
-from rollflow.plan import Plan, plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
+from rollflow.rendering import Rendering
 from rollflow.request import Request, Result
+from rollflow.settings import batch_sizes, keep_pages, lanes_and_threads, slots_of
+from rollflow.stats import Stats
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
-CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-REPRODUCIBLE_BUCKET = 16
-MOST_LANES = 4  # on a CPU, where nothing was measured
-POOL_SLOTS = 4096
-POOL_BYTES = 2**30
-_FIELDS = {field.name for field in fields(Request)}
 _NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress callback is told when rewards have come: of the requests of one call, in their order."""
-
-    committed_nfe: tuple[int, ...]
-    best_reward: tuple[float, ...]
-
-
-class Checked(NamedTuple):
-    """A request that can be honoured; `resize` plans it anew, where its time decides the budget."""
-
-    plan: Plan
-    geometry: Geometry
-    resize: Callable[[int], Plan] | None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an engine holds at a moment.
-
-    Attributes:
-        queued: requests that wait to be let in.
-        running: requests that were let in and are not over.
-        rows: rows and final images that are on the device or with a reward.
-        live: slots of particles that are in use.
-        promised: slots that running requests were promised or have taken beyond that.
-        free: slots that are not in use.
-        buckets: batch sizes by (height, width), of the image sizes that were used so far.
-        nfe_per_second: evaluations a second over the last ten seconds, those that ran in vain included.
-        abandoned: threads that were given up because a call of a reward did not come back within its timeout.
-        healthy: whether it takes requests: it was not closed, and its device did not fail.
-    """
-
-    queued: int
-    running: int
-    rows: int
-    live: int
-    promised: int
-    free: int
-    buckets: Mapping[tuple[int, int], tuple[int, ...]]
-    nfe_per_second: float
-    abandoned: int
-    healthy: bool
 
 
 class Engine:
@@ -140,21 +86,18 @@ class Engine:
         max_queued: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        if buckets is not None:
-            buckets = _checked_buckets(buckets, reproducible)
         self.model = adapt(model)
         if preview and not self.model.capabilities.preview:
             raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
-        on_cpu = self.model.device.type == "cpu"
-        if on_cpu:
-            _keep_pages()
-        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits or Traits(), preview, clock
-        self._slots_of = partial(_slots_of, None if slots is None else whole("slots", slots, 1))
-        usual = CPU_BUCKETS if on_cpu else BUCKETS
-        sizes = tuple(buckets) if buckets is not None else (REPRODUCIBLE_BUCKET,) if reproducible else usual
-        count, each = _lanes(self.model.device, lanes, threads)
+        on_cpu, able = self.model.device.type == "cpu", self.model.capabilities
+        sizes = batch_sizes(buckets, reproducible, on_cpu)
+        count, each = lanes_and_threads(self.model.device, lanes, threads)
         most = None if max_queued is None else whole("max_queued", max_queued, 1)
-        able = self.model.capabilities
+        slots = None if slots is None else whole("slots", slots, 1)
+        if on_cpu:
+            keep_pages()
+        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits or Traits(), preview, clock
+        self._slots_of = partial(slots_of, slots)
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
             runner,
@@ -163,6 +106,9 @@ class Engine:
             keep_buckets=reproducible or buckets is not None,
             choose_lanes=lanes is None and threads is None and not reproducible and on_cpu,
             graphs=graphs and able.graphable and not on_cpu,
+        )
+        self._door = Door(
+            self.model, self.traits, preview, self._slots_of, lambda prompt: prompt in preparations.conditioning
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
         self._host, self._render = Host(loop, runner, preparations), Rendering()
@@ -230,7 +176,7 @@ class Engine:
             EngineBusy: `max_queued` requests wait already; its `seconds` say when to come again.
             EngineClosed, EngineDead: the engine takes no more requests.
         """
-        return self._submit(self._check(_request(request, options)), id)
+        return self._submit(self._door.check(request, options), id)
 
     def _submit(self, checked: Checked, id: Any = None, force: bool = False) -> Job:
         self._host.start()
@@ -293,13 +239,11 @@ class Engine:
         self._host.check_waiting()
         jobs = self._submit_all(requests, options, return_exceptions)
         try:
-            _follow(jobs, on_progress)
+            calls.follow(jobs, on_progress)
         except BaseException:
-            for job in jobs:
-                if isinstance(job, Job):
-                    job.cancel()
+            calls.cancel(jobs)
             raise
-        return _collected(jobs, return_exceptions)
+        return calls.collected(jobs, return_exceptions)
 
     async def generate_async(
         self,
@@ -317,11 +261,9 @@ class Engine:
                 if isinstance(job, Job):
                     await job.over()
         except BaseException:
-            for job in jobs:
-                if isinstance(job, Job):
-                    job.cancel()
+            calls.cancel(jobs)
             raise
-        return _collected(jobs, return_exceptions)
+        return calls.collected(jobs, return_exceptions)
 
     def map(
         self,
@@ -341,91 +283,23 @@ class Engine:
         """
         concurrency = whole("concurrency", concurrency, 1)
         self._host.check_waiting()
-        return self._mapped(iter(requests), concurrency, return_exceptions, options)
-
-    def _mapped(
-        self, requests: Iterator[str | Request], most: int, return_exceptions: bool, options: dict[str, Any]
-    ) -> Iterator[tuple[int, Any]]:
-        running: dict[concurrent.futures.Future, tuple[int, Job]] = {}
-        numbered = enumerate(requests)
-        try:
-            while True:
-                while len(running) < most and (one := next(numbered, None)) is not None:
-                    try:
-                        job = self._submit(self._check(_request(one[1], options)), force=True)
-                    except RollflowError as error:
-                        if not return_exceptions:
-                            raise indexed(error, one[0], 2) from error.__cause__
-                        yield one[0], error
-                    else:
-                        running[job.future] = one[0], job
-                if not running:
-                    return
-                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
-                    index, job = running.pop(future)
-                    error = job.exception()
-                    if error is not None and not return_exceptions:
-                        raise indexed(error, index, 2) from error.__cause__
-                    yield index, job.result() if error is None else error
-        finally:
-            for _, job in running.values():
-                job.cancel()
+        return calls.mapped(
+            iter(requests),
+            lambda request: self._submit(self._door.check(request, options), force=True),
+            concurrency,
+            return_exceptions,
+        )
 
     def _submit_all(
         self, requests: Sequence[str | Request], options: dict[str, Any], return_exceptions: bool
-    ) -> list[Job | RollflowError]:
-        """A job for each request; errors of requests in their places, or the first of them before anything runs."""
+    ) -> calls.Jobs:
         self._host.start()
-        asked: list[Checked | RollflowError] = []
-        for i, request in enumerate(requests):
-            try:
-                asked.append(self._check(_request(request, options)))
-            except RollflowError as error:
-                if not return_exceptions:
-                    raise indexed(error, i, len(requests)) from error.__cause__
-                asked.append(error)
-        return [self._submit(one, force=True) if isinstance(one, Checked) else one for one in asked]
-
-    def _check(self, request: Request) -> Checked:
-        """A request that can be honoured, with all that this takes."""
-        timed = request.nfe is None and (request.seconds is not None or request.deadline is not None)
-
-        def for_budget(nfe: int | None) -> Plan:
-            try:
-                return plan(replace(request, nfe=nfe), self.traits, self.preview)
-            except RequestError as error:
-                smallest = getattr(error, "smallest", None)
-                if smallest is None or not timed:
-                    raise
-                return plan(replace(request, nfe=smallest), self.traits, self.preview)
-
-        checked = for_budget(request.nfe)
-        self._check_prompt(checked.request.prompt)
-        checked.reward.check(checked.request.prompt)
-        geometry = self.model.geometry(checked.request.height, checked.request.width)
-        size = rewards.size(checked.reward)
-        if size is not None and (geometry.height, geometry.width) != size:
-            raise RequestError(
-                f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
-                f"{size[0]}x{size[1]} only"
-            )
-        if checked.latents is not None and checked.latents.shape[1:] != (geometry.token, geometry.channel):
-            raise RequestError(
-                f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
-                f"[{geometry.token}, {geometry.channel}]"
-            )
-        slots, needed = self._slots_of(geometry), promise(checked)
-        if needed > slots:
-            raise RequestError(
-                f"nfe={checked.request.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
-                f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
-                "with Engine(slots=...)"
-            )
-        return Checked(checked, geometry, (lambda nfe: for_budget(min(nfe, slots))) if timed else None)
-
-    def _check_prompt(self, prompt: str) -> None:
-        if prompt not in self._host.preparations.conditioning:
-            self.model.check_prompt(prompt)
+        return calls.submitted(
+            requests,
+            lambda request: self._door.check(request, options),
+            partial(self._submit, force=True),
+            return_exceptions,
+        )
 
     # What is prepared ahead.
 
@@ -437,7 +311,7 @@ class Engine:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
-            self._check_prompt(prompt)
+            self._door.check_prompt(prompt)
         self._host.prepare(prompts, None)
 
     def warm_up(self, height: int | None = None, width: int | None = None) -> None:
@@ -480,13 +354,9 @@ class Engine:
         host = self._host
         found = host.do(host.loop.snapshot)
         buckets = {(g.height, g.width): sizes for g, sizes in [*host.runner.buckets.items()]}
+        counts = {name: getattr(found, name) for name in ("queued", "running", "rows", "live", "promised", "free")}
         return Stats(
-            queued=found.queued,
-            running=found.running,
-            rows=found.rows,
-            live=found.live,
-            promised=found.promised,
-            free=found.free,
+            **counts,
             buckets=buckets,
             nfe_per_second=found.nfe_per_second,
             abandoned=host.runner.threads.abandoned,
@@ -506,102 +376,3 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
-
-
-def _checked_buckets(buckets: Any, reproducible: bool) -> list[int]:
-    if not isinstance(buckets, Iterable) or isinstance(buckets, str):
-        raise RequestError(f"buckets={buckets!r}: they must be a list of ascending batch sizes of at least 1")
-    sizes = [whole("each of the buckets", bucket, 1) for bucket in buckets]
-    if not sizes or sizes != sorted(set(sizes)):
-        raise RequestError(f"buckets={sizes}: they must be ascending batch sizes of at least 1")
-    if reproducible and (len(sizes) > 1 or sizes[0] % 8):
-        raise RequestError(f"buckets={sizes}: a reproducible engine has a single batch size, a multiple of 8")
-    return sizes
-
-
-def _lanes(device: torch.device, lanes: int | None, threads: int | None) -> tuple[int, int]:
-    """Lanes and threads of each: on a CPU all cores, on a GPU two cohorts that alternate."""
-    if device.type != "cpu":
-        return whole("lanes", 2 if lanes is None else lanes, 1), 1
-    cores = torch.get_num_threads()
-    if lanes is None:
-        lanes = min(MOST_LANES, cores if threads is None else max(1, cores // whole("threads", threads, 1)))
-    lanes = whole("lanes", lanes, 1)
-    return lanes, max(1, cores // lanes) if threads is None else whole("threads", threads, 1)
-
-
-def _keep_pages() -> None:
-    """Makes glibc keep freed activations instead of giving their pages back at every batch.
-
-    Freeing a block of nearly 32 MiB raises malloc's thresholds for good: smaller blocks then come from the heap, which
-    is trimmed above 64 MiB only (mallopt(3), M_MMAP_THRESHOLD). Elsewhere it does nothing.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
-def _request(asked: str | Request, options: dict[str, Any]) -> Request:
-    if isinstance(asked, Request):
-        if options:
-            raise RequestError(f"options {', '.join(options)}: they go with prompts; a Request carries its own")
-        return asked
-    if not isinstance(asked, str):
-        raise RequestError(f"a {type(asked).__name__} is no request: pass a prompt or a rollflow.Request")
-    known = {name: value for name, value in options.items() if name in _FIELDS}
-    own = {name: value for name, value in options.items() if name not in _FIELDS}
-    if "prompt" in known:
-        raise RequestError(f"the prompt {asked!r} and prompt={known['prompt']!r}: give one")
-    method = known.get("method", Request.method)
-    for name in own:
-        if name not in methods.options_of(method) and (close := get_close_matches(name, _FIELDS, 1)):
-            raise RequestError(f"there is no option {name!r}: did you mean {close[0]!r}?")
-    return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})
-
-
-def _slots_of(slots: int | None, geometry: Geometry) -> int:
-    """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory."""
-    each = geometry.token * geometry.channel * 8
-    return slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
-
-
-def _follow(jobs: Sequence[Job | RollflowError], on_progress: Callable[[Progress], None] | None) -> None:
-    """Waits for all jobs, and tells how far they are."""
-    running = [job for job in jobs if isinstance(job, Job)]
-    if on_progress is None:
-        concurrent.futures.wait([job.future for job in running])
-        return
-    changed, told = threading.Event(), None
-    with ExitStack() as watches:
-        for job in running:
-            watches.enter_context(job.watched(changed.set))
-        over = False
-        while not over:
-            if not all(job.done() for job in running):
-                changed.wait()
-                changed.clear()
-            over = all(job.done() for job in running)
-            state = _progress(jobs)
-            if state != told and any(state.committed_nfe):
-                told = state
-                try:
-                    on_progress(state)
-                except Exception as error:
-                    raise FunctionError(f"the progress callback raised {type(error).__name__}: {error}") from error
-
-
-def _progress(jobs: Sequence[Job | RollflowError]) -> Progress:
-    updates = [job.update if isinstance(job, Job) else None for job in jobs]
-    return Progress(
-        tuple(0 if update is None else update.committed_nfe for update in updates),
-        tuple(float("-inf") if update is None else update.best_reward for update in updates),
-    )
-
-
-def _collected(jobs: Sequence[Job | RollflowError], return_exceptions: bool) -> list[Any]:
-    """The results of jobs that are over, with errors in their places, or else the first of them."""
-    found: list[Any] = []
-    for i, job in enumerate(jobs):
-        error = job.exception() if isinstance(job, Job) else job
-        if error is not None and not return_exceptions:
-            raise indexed(error, i, len(jobs)) from error.__cause__
-        found.append(job.result() if isinstance(job, Job) and error is None else error)
-    return found

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from rollflow.device.runner import Runner
+from rollflow.device.workers import Threads
 from rollflow.errors import EngineClosed, EngineDead, RollflowError
 from rollflow.loop import Loop
 from rollflow.models import Geometry
@@ -39,6 +40,7 @@ class Host:
         self.loop, self.runner, self.preparations = loop, runner, preparations
         self.closed = False
         self._thread: threading.Thread | None = None
+        self._callbacks: Threads | None = None
         self._lock, self._process = threading.Lock(), os.getpid()
         _HOSTS.add(self)
 
@@ -54,21 +56,18 @@ class Host:
             if self.closed:
                 raise EngineClosed("the engine was closed: make a new one")
             if self._thread is None:
-                arguments = (self.loop, self.runner, self.preparations)
+                self._callbacks = Threads(1, "rollflow-callbacks", _nothing)
+                arguments = (self.loop, self.runner, self.preparations, self._callbacks)
                 self._thread = threading.Thread(target=_run, args=arguments, name="rollflow-loop", daemon=True)
                 self._thread.start()
 
     def do(self, work: Callable[[], T]) -> T:
         """Has the loop's thread do something short, and returns what it gives."""
         self._check_process()
-        thread = self._thread
-        if thread is None or not thread.is_alive() or thread is threading.current_thread():
+        if self._thread in (None, threading.current_thread()):
             return work()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self.loop.call(_into, future, work)
-        while not concurrent.futures.wait([future], 1.0).done:
-            if not thread.is_alive():  # it ended before it came to this
-                return work()
         return future.result()
 
     def prepare(self, prompts: Iterable[str], geometry: Geometry | None) -> None:
@@ -103,10 +102,22 @@ class Host:
         """Seconds, as the loop counts them."""
         return self.loop.clock()
 
+    def call_back(self, call: Callable[[], None]) -> None:
+        """Makes a call on this thread, or if that is the loop's, which nobody may hold up, on one for callbacks."""
+        if self._callbacks is not None and threading.current_thread() is self._thread:
+            self._callbacks.post(call)
+        else:
+            call()
+
+    @property
+    def _own_threads(self) -> list[threading.Thread | None]:
+        callbacks = [] if self._callbacks is None else self._callbacks.threads
+        return [self._thread, *callbacks, *self.runner.threads.alive]
+
     def check_waiting(self) -> None:
         """Raises `RollflowError` on a thread that the engine works with, or in a forked process."""
         self._check_process()
-        if threading.current_thread() in (self._thread, *self.runner.threads.alive):
+        if threading.current_thread() in self._own_threads:
             raise RollflowError(
                 "a reward, a method or a callback waits for the engine that waits for it: hand requests in by "
                 "`submit`, and wait for them on a thread of your own"
@@ -124,7 +135,7 @@ class Host:
                 _end(self.runner, self.preparations)
             return
         self.loop.close(drain)
-        if threading.current_thread() not in (thread, *self.runner.threads.alive):
+        if threading.current_thread() not in self._own_threads:
             thread.join()
 
     def _check_process(self) -> None:
@@ -145,7 +156,7 @@ def _close_all() -> None:
         host.close(drain=False)
 
 
-def _run(loop: Loop, runner: Runner, preparations: Preparations) -> None:
+def _run(loop: Loop, runner: Runner, preparations: Preparations, callbacks: Threads) -> None:
     running = True
     while running:
         try:
@@ -158,6 +169,7 @@ def _run(loop: Loop, runner: Runner, preparations: Preparations) -> None:
             dead.__cause__ = error
             loop.fail(dead)
     _end(runner, preparations)
+    callbacks.close(CLOSING)
 
 
 def _end(runner: Runner, preparations: Preparations) -> None:
@@ -180,3 +192,7 @@ def _settle(future: concurrent.futures.Future, value: Any, error: BaseException 
         future.set_result(value)
     else:
         future.set_exception(error)
+
+
+def _nothing() -> None:
+    pass

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import copy
 import logging
 import threading
-import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
-from rollflow.errors import Cancelled, RollflowError
+from rollflow.errors import Cancelled
 from rollflow.request import Request, Result
 from rollflow.search.record import History
 from rollflow.ticket import Evaluated, Finished, News, Refused, Started, Ticket
+from rollflow.watching import Wake, Watchers
 
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 LOG = logging.getLogger("rollflow")
@@ -38,6 +37,10 @@ class Owner(Protocol):
 
     def check_waiting(self) -> None:
         """Raises where waiting would never end."""
+        ...
+
+    def call_back(self, call: Callable[[], None]) -> None:
+        """Makes a call that may take its time, and not on the loop's thread."""
         ...
 
     def clock(self) -> float:
@@ -100,10 +103,10 @@ class Job:
         self.future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
         self._best: concurrent.futures.Future[Finished | None] = concurrent.futures.Future()
         self._status: Status = "queued"
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an engine that was closed may refuse it at once, on the thread that asks
         self._history: History | None = None
         self._started = self._ended = 0.0
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers = Watchers()
 
     def __repr__(self) -> str:
         return f"Job({self.id!r}, {self._status}, {self.request.prompt[:60]!r})"
@@ -176,17 +179,24 @@ class Job:
         return True
 
     def add_done_callback(self, function: Callable[[Job], object]) -> None:
-        """Calls `function(job)` when it is over, on a thread of the engine, or at once if it is over already.
+        """Calls `function(job)` when it is over, or at once if it is over already.
 
-        An error of the function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
+        Callbacks of an engine follow one another on a thread of their own, so that a slow one holds up no search. An
+        error of the function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
         """
-        self.future.add_done_callback(lambda _: self._call(function))
+        self.future.add_done_callback(lambda _: self._call_back(function))
 
-    def _call(self, function: Callable[[Job], object]) -> None:
-        try:
-            function(self)
-        except Exception:
-            LOG.exception("a callback of the job %r raised", self.id)
+    def _call_back(self, function: Callable[[Job], object]) -> None:
+        def call() -> None:
+            try:
+                function(self)
+            except Exception:
+                LOG.exception("a callback of the job %r raised", self.id)
+
+        if (owner := self._owner) is None:
+            call()
+        else:
+            owner.call_back(call)
 
     # Updates.
 
@@ -217,7 +227,7 @@ class Job:
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         """As `__iter__`, for asyncio."""
-        wake = _Wake(asyncio.get_running_loop())
+        wake = Wake(asyncio.get_running_loop())
         with self.watched(wake):
             while True:
                 over = self.future.done()
@@ -240,13 +250,14 @@ class Job:
 
     async def over(self) -> None:
         """Waits until it is over, however it ends."""
-        wake = _Wake(asyncio.get_running_loop())
+        wake = Wake(asyncio.get_running_loop())
         self.future.add_done_callback(lambda _: wake())
         while not self.future.done():
             await wake.wait()
 
-    def watched(self, wake: Callable[[], None]) -> _Watch:
-        return _Watch(self, wake)
+    def watched(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
+        """Inside of the context, `wake` is called whenever something changes, on any thread; it returns at once."""
+        return self._watchers.watched(wake)
 
     def _check(self) -> None:
         if (owner := self._owner) is not None and not self.future.done():
@@ -283,15 +294,13 @@ class Job:
     def tell(self, news: News) -> None:
         """Takes the loop's news."""
         if type(news) is Evaluated:
-            for wake in self._watchers:
-                wake()
+            self._watchers.wake()
         elif isinstance(news, Started):
             self._history, self._started = news.history, news.seconds
             with self._lock:
                 if self._status == "queued":
                     self._status = "running"
-            for wake in self._watchers:
-                wake()
+            self._watchers.wake()
         elif isinstance(news, Finished):
             self._finished(news)
         else:
@@ -334,82 +343,4 @@ class Job:
             self.future.set_result(result)
         else:
             self.future.set_exception(error)
-        for wake in self._watchers:
-            wake()
-
-
-class _Watch:
-    """While it is entered, a job calls `wake` whenever something changes."""
-
-    def __init__(self, job: Job, wake: Callable[[], None]):
-        self._job, self._wake = job, wake
-
-    def __enter__(self) -> None:
-        with self._job._lock:
-            self._job._watchers = [*self._job._watchers, self._wake]
-
-    def __exit__(self, *_: object) -> None:
-        with self._job._lock:
-            self._job._watchers = [wake for wake in self._job._watchers if wake is not self._wake]
-
-
-class _Wake:
-    """Wakes a task of an asyncio loop from any thread; several calls before it runs are one."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop, self._event, self._asked = loop, asyncio.Event(), False
-
-    def __call__(self) -> None:
-        if not self._asked:
-            self._asked = True
-            with suppress(RuntimeError):  # of a loop that was closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self) -> None:
-        """Until somebody called."""
-        await self._event.wait()
-        self._asked = False
-        self._event.clear()
-
-
-class Rendering:
-    """Makes results, and warns once of rewards that are no numbers."""
-
-    def __init__(self) -> None:
-        self._warned = False
-
-    def __call__(self, finished: Finished) -> Result:
-        """What the caller gets."""
-        outcome, history, plan = finished.outcome, finished.history, finished.plan
-        if history.invalid and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the reward {plan.reward.name} gave {history.invalid} of {len(history)} particles of "
-                f"{plan.request.prompt!r} a score that is no finite number: these count as worst. "
-                "Result.invalid_rewards counts them; this engine warns once",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        return Result(
-            image=Image.fromarray(outcome.rounded.permute(1, 2, 0).numpy()),
-            pixels=outcome.pixels,
-            reward=outcome.reward,
-            held_out=outcome.held_out,
-            committed_nfe=history.committed,
-            executed_nfe=history.executed,
-            invalid_rewards=history.invalid,
-            history=history.records,
-            seconds=finished.seconds,
-            request=plan.request,
-            stopped=finished.stopped,
-            notes=[*history.notes],
-        )
-
-
-def indexed(error: BaseException, index: int, count: int) -> BaseException:
-    """The error of one of several requests, with its place in the message."""
-    if count == 1 or not isinstance(error, RollflowError):
-        return error
-    placed = copy.copy(error)
-    placed.args = (f"request {index}: {error}", *error.args[1:])
-    return placed
+        self._watchers.wake()

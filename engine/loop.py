@@ -6,6 +6,7 @@ lanes. Tests drive it by hand.
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -65,7 +66,8 @@ class Loop:
     ):
         self.device, self.preparations, self.clock = device, preparations, clock
         self.inbox: SimpleQueue[Event | tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
-        self._timers, self._rate, self._ended = Timers(), Rate(), False
+        self._timers, self._rate = Timers(), Rate()
+        self._ended, self._emptying = False, threading.RLock()
         self._admission = Admission(slots, device.allocate, max_queued)
         self._scheduler = scheduler = Scheduler(device.lanes, preparations.cost, clock)
         preparations.changed = self._lanes_changed
@@ -122,8 +124,10 @@ class Loop:
         self.call(self._close, drain)
 
     def call(self, work: Callable[..., None], *args: Any) -> None:
-        """Has the loop's thread do something."""
+        """Has the loop's thread do something; or, if that has ended, does it here, so that nobody waits for ever."""
         self.inbox.put((work, args))
+        if self._ended:
+            self._empty()
 
     # Of its one thread.
 
@@ -142,9 +146,15 @@ class Loop:
         if register.tickets and dispatch.idle and self.inbox.empty() and register.unstick():
             self.call(_nothing)  # what can start now starts in the next step
         if register.closing and not register.tickets and not dispatch.lanes:
-            self._ended = True
-            self._drop_chores(EngineClosed("the engine was closed"))
+            self._ended = True  # before the last look, or what came in between would stay
+            self._empty()
         return not self._ended
+
+    def _empty(self) -> None:
+        """Answers what came when nothing can run any more."""
+        with self._emptying:
+            self._receive(0)
+            self._drop_chores(EngineClosed("the engine was closed"))
 
     def fail(self, error: BaseException) -> None:
         """Ends everything, at once, with an error: the device, or the loop itself, can do no more."""

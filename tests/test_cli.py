@@ -17,9 +17,9 @@ from rich.progress import TextColumn
 import rollflow
 from rollflow import interpolant, methods, models, rewards, sde
 from rollflow.bench import shapes_networks as networks
+from rollflow.calls import Progress
 from rollflow.cli import commands as cli
 from rollflow.cli import output
-from rollflow.engine import Progress
 
 PROMPT = "two red circles"
 SMALL = ("--nfe", "12", "--steps", "3")

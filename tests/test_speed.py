@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny, FluxPipeline
 from rollflow.bench import shapes_networks as networks
 from rollflow.device import calibrate
 from rollflow.device.workers import Lanes, Locks
-from rollflow.engine import REPRODUCIBLE_BUCKET, Engine, _checked_buckets
+from rollflow.engine import Engine
 from rollflow.errors import ModelError, RequestError
 from rollflow.models import Capabilities, FlowModel, Geometry, folder
 from rollflow.models.acceleration import compile_blocks
@@ -20,6 +20,7 @@ from rollflow.models.flux import FluxModel
 from rollflow.models.layout import Layout
 from rollflow.models.recorded import traced
 from rollflow.request import Request
+from rollflow.settings import REPRODUCIBLE_BUCKET, batch_sizes
 
 PROMPT = "two red circles and three blue squares"
 
@@ -165,7 +166,7 @@ def test_lanes_and_threads_that_cannot_be():
             Engine(Misleading(), **options)
     for buckets in (8, "abc", [2.5], [], [0]):
         with pytest.raises(RequestError, match="buckets"):
-            _checked_buckets(buckets, False)
+            batch_sizes(buckets, False, True)
     assert Engine(Misleading(), lanes=3, threads=1).lanes.count == 3
 
 

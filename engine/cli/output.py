@@ -21,7 +21,7 @@ import rollflow
 from rollflow.methods import title
 
 if TYPE_CHECKING:
-    from rollflow.engine import Progress as State
+    from rollflow.calls import Progress as State
     from rollflow.request import Result
 
 IMAGE, MARGIN, LINE = 192, 16, 18  # pixels: an image's width in the grid, the space around it, a line of text

@@ -1,0 +1,129 @@
+"""Calls that wait for several requests: their jobs, how far they are, and what comes of them, in order."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rollflow.errors import FunctionError, RollflowError
+from rollflow.job import Job
+
+Asked = TypeVar("Asked")
+Jobs = Sequence[Job | RollflowError]  # in place of a request that was refused, its error
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress callback is told when rewards have come: of the requests of one call, in their order."""
+
+    committed_nfe: tuple[int, ...]
+    best_reward: tuple[float, ...]
+
+
+def submitted(
+    requests: Sequence[Any], check: Callable[[Any], Asked], submit: Callable[[Asked], Job], return_exceptions: bool
+) -> list[Job | RollflowError]:
+    """A job for each request; errors of requests in their places, or the first of them before anything runs."""
+    asked: list[tuple[Asked] | RollflowError] = []
+    for i, request in enumerate(requests):
+        try:
+            asked.append((check(request),))
+        except RollflowError as error:
+            if not return_exceptions:
+                raise indexed(error, i, len(requests)) from error.__cause__
+            asked.append(error)
+    return [submit(*one) if isinstance(one, tuple) else one for one in asked]
+
+
+def follow(jobs: Jobs, on_progress: Callable[[Progress], None] | None) -> None:
+    """Waits for all jobs, and tells how far they are."""
+    running = [job for job in jobs if isinstance(job, Job)]
+    if on_progress is None:
+        concurrent.futures.wait([job.future for job in running])
+        return
+    changed, told = threading.Event(), None
+    with ExitStack() as watches:
+        for job in running:
+            watches.enter_context(job.watched(changed.set))
+        over = False
+        while not over:
+            if not all(job.done() for job in running):
+                changed.wait()
+                changed.clear()
+            over = all(job.done() for job in running)
+            state = _progress(jobs)
+            if state != told and any(state.committed_nfe):
+                told = state
+                try:
+                    on_progress(state)
+                except Exception as error:
+                    raise FunctionError(f"the progress callback raised {type(error).__name__}: {error}") from error
+
+
+def cancel(jobs: Jobs) -> None:
+    """Ends all jobs."""
+    for job in jobs:
+        if isinstance(job, Job):
+            job.cancel()
+
+
+def collected(jobs: Jobs, return_exceptions: bool) -> list[Any]:
+    """The results of jobs that are over, with errors in their places, or else the first of them raised."""
+    found: list[Any] = []
+    for i, job in enumerate(jobs):
+        error = job.exception() if isinstance(job, Job) else job
+        if error is not None and not return_exceptions:
+            raise indexed(error, i, len(jobs)) from error.__cause__
+        found.append(job.result() if isinstance(job, Job) and error is None else error)
+    return found
+
+
+def mapped(
+    requests: Iterator[Any], submit: Callable[[Any], Job], concurrency: int, return_exceptions: bool
+) -> Iterator[tuple[int, Any]]:
+    """Yields `(index, result)` of requests as they finish, `concurrency` of them at a time; see `Engine.map`."""
+    running: dict[concurrent.futures.Future, tuple[int, Job]] = {}
+    numbered = enumerate(requests)
+    try:
+        while True:
+            while len(running) < concurrency and (one := next(numbered, None)) is not None:
+                try:
+                    job = submit(one[1])
+                except RollflowError as error:
+                    if not return_exceptions:
+                        raise indexed(error, one[0], 2) from error.__cause__
+                    yield one[0], error
+                else:
+                    running[job.future] = one[0], job
+            if not running:
+                return
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                index, job = running.pop(future)
+                error = job.exception()
+                if error is not None and not return_exceptions:
+                    raise indexed(error, index, 2) from error.__cause__
+                yield index, job.result() if error is None else error
+    finally:
+        cancel([job for _, job in running.values()])
+
+
+def _progress(jobs: Jobs) -> Progress:
+    updates = [job.update if isinstance(job, Job) else None for job in jobs]
+    return Progress(
+        tuple(0 if update is None else update.committed_nfe for update in updates),
+        tuple(float("-inf") if update is None else update.best_reward for update in updates),
+    )
+
+
+def indexed(error: BaseException, index: int, count: int) -> BaseException:
+    """The error of one of several requests, with its place in the message."""
+    if count == 1 or not isinstance(error, RollflowError):
+        return error
+    placed = copy.copy(error)
+    placed.args = (f"request {index}: {error}", *error.args[1:])
+    return placed

@@ -1,0 +1,122 @@
+"""The door: what callers ask for, checked once and turned into plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from rollflow import methods, rewards
+from rollflow.admission import promise
+from rollflow.errors import RequestError
+from rollflow.models import FlowModel, Geometry, Traits
+from rollflow.plan import Plan, plan
+from rollflow.request import Request
+
+_FIELDS = {field.name for field in fields(Request)}
+
+
+class Checked(NamedTuple):
+    """A request that can be honoured; `resize` plans it anew, where its time decides the budget."""
+
+    plan: Plan
+    geometry: Geometry
+    resize: Callable[[int], Plan] | None
+
+
+class Door:
+    """Checks requests against the model and the engine that they are for.
+
+    Args:
+        model: the model.
+        traits: what searches should know of it.
+        preview: whether particles are judged on previews.
+        slots: how many particles of a geometry can live at once.
+        known: whether a prompt was encoded already, and need not be looked at again.
+    """
+
+    def __init__(
+        self,
+        model: FlowModel,
+        traits: Traits,
+        preview: bool,
+        slots: Callable[[Geometry], int],
+        known: Callable[[str], bool],
+    ):
+        self._model, self._traits, self._preview, self._slots, self._known = model, traits, preview, slots, known
+
+    def check(self, asked: str | Request, options: dict[str, Any]) -> Checked:
+        """The plan of a request, or of a prompt with options.
+
+        Raises:
+            RequestError: it cannot be honoured.
+        """
+        request = as_request(asked, options)
+        timed = request.nfe is None and (request.seconds is not None or request.deadline is not None)
+
+        def for_budget(nfe: int | None) -> Plan:
+            try:
+                return plan(replace(request, nfe=nfe), self._traits, self._preview)
+            except RequestError as error:
+                smallest = getattr(error, "smallest", None)
+                if smallest is None or not timed:
+                    raise
+                return plan(replace(request, nfe=smallest), self._traits, self._preview)
+
+        checked = for_budget(request.nfe)
+        self.check_prompt(checked.request.prompt)
+        checked.reward.check(checked.request.prompt)
+        geometry = self._geometry(checked)
+        slots, needed = self._slots(geometry), promise(checked)
+        if needed > slots:
+            raise RequestError(
+                f"nfe={checked.request.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
+                f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
+                "with Engine(slots=...)"
+            )
+        return Checked(checked, geometry, (lambda nfe: for_budget(min(nfe, slots))) if timed else None)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises `RequestError` for a prompt that the model cannot read."""
+        if not self._known(prompt):
+            self._model.check_prompt(prompt)
+
+    def _geometry(self, checked: Plan) -> Geometry:
+        """The image size, which model, reward and given latents must agree on."""
+        geometry = self._model.geometry(checked.request.height, checked.request.width)
+        size = rewards.size(checked.reward)
+        if size is not None and (geometry.height, geometry.width) != size:
+            raise RequestError(
+                f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
+                f"{size[0]}x{size[1]} only"
+            )
+        if checked.latents is not None and checked.latents.shape[1:] != (geometry.token, geometry.channel):
+            raise RequestError(
+                f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
+                f"[{geometry.token}, {geometry.channel}]"
+            )
+        return geometry
+
+
+def as_request(asked: str | Request, options: dict[str, Any]) -> Request:
+    """The request itself, or one made of a prompt, the fields among the options, and the method's own options.
+
+    Raises:
+        RequestError: it is neither, or the options go with something else.
+    """
+    if isinstance(asked, Request):
+        if options:
+            raise RequestError(f"options {', '.join(options)}: they go with prompts; a Request carries its own")
+        return asked
+    if not isinstance(asked, str):
+        raise RequestError(f"a {type(asked).__name__} is no request: pass a prompt or a rollflow.Request")
+    known = {name: value for name, value in options.items() if name in _FIELDS}
+    own = {name: value for name, value in options.items() if name not in _FIELDS}
+    if "prompt" in known:
+        raise RequestError(f"the prompt {asked!r} and prompt={known['prompt']!r}: give one")
+    method = known.get("method", Request.method)
+    for name in own:
+        if name not in methods.options_of(method) and (close := get_close_matches(name, _FIELDS, 1)):
+            raise RequestError(f"there is no option {name!r}: did you mean {close[0]!r}?")
+    return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})

@@ -1,0 +1,44 @@
+"""From the outcome of a search to what its caller gets."""
+
+from __future__ import annotations
+
+import warnings
+
+from PIL import Image
+
+from rollflow.request import Result
+from rollflow.ticket import Finished
+
+
+class Rendering:
+    """Makes results, and warns once of rewards that are no numbers."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def __call__(self, finished: Finished) -> Result:
+        """What the caller gets."""
+        outcome, history, plan = finished.outcome, finished.history, finished.plan
+        if history.invalid and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the reward {plan.reward.name} gave {history.invalid} of {len(history)} particles of "
+                f"{plan.request.prompt!r} a score that is no finite number: these count as worst. "
+                "Result.invalid_rewards counts them; this engine warns once",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return Result(
+            image=Image.fromarray(outcome.rounded.permute(1, 2, 0).numpy()),
+            pixels=outcome.pixels,
+            reward=outcome.reward,
+            held_out=outcome.held_out,
+            committed_nfe=history.committed,
+            executed_nfe=history.executed,
+            invalid_rewards=history.invalid,
+            history=history.records,
+            seconds=finished.seconds,
+            request=plan.request,
+            stopped=finished.stopped,
+            notes=[*history.notes],
+        )

@@ -1,0 +1,35 @@
+"""What an engine holds at a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine holds at a moment.
+
+    Attributes:
+        queued: requests that wait to be let in.
+        running: requests that were let in and are not over.
+        rows: rows and final images that are on the device or with a reward.
+        live: slots of particles that are in use.
+        promised: slots that running requests were promised or have taken beyond that.
+        free: slots that are not in use.
+        buckets: batch sizes by (height, width), of the image sizes that were used so far.
+        nfe_per_second: evaluations a second over the last ten seconds, those that ran in vain included.
+        abandoned: threads that were given up because a call of a reward did not come back within its timeout.
+        healthy: whether it takes requests: it was not closed, and its device did not fail.
+    """
+
+    queued: int
+    running: int
+    rows: int
+    live: int
+    promised: int
+    free: int
+    buckets: Mapping[tuple[int, int], tuple[int, ...]]
+    nfe_per_second: float
+    abandoned: int
+    healthy: bool
