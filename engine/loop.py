@@ -145,7 +145,7 @@ class Loop:
             dispatch.launch()
         if register.tickets and dispatch.idle and self.inbox.empty() and register.unstick():
             self.call(_nothing)  # what can start now starts in the next step
-        if register.closing and not register.tickets and not dispatch.lanes:
+        if register.closing and not register.tickets and dispatch.lanes <= 0:
             self._ended = True  # before the last look, or what came in between would stay
             self._empty()
         return not self._ended

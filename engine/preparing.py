@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from rollflow.device import calibrate
-from rollflow.device.runner import Runner, model_error
+from rollflow.device.attempts import model_error
+from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.models import Geometry
 from rollflow.schedule.cost import CostModel

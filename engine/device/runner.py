@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from rollflow import kernels, rewards
 from rollflow.device import batch, guided
+from rollflow.device.attempts import After, Attempts
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
 from rollflow.device.finals import Finals, rounded
 from rollflow.device.judge import RETRY_SECONDS, Call, Judge, grouped
 from rollflow.device.storage import Storage
 from rollflow.device.workers import Lanes
-from rollflow.errors import EngineDead, ModelError, RollflowError
 from rollflow.models import FlowModel, Geometry
 from rollflow.profile.ledger import Ledger
 from rollflow.row import (
@@ -29,17 +28,13 @@ from rollflow.row import (
     Candidate,
     Done,
     Event,
-    Failed,
     Free,
     Landed,
     Report,
     Rerun,
     Row,
     Show,
-    Shrunk,
 )  # fmt: skip
-
-After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
 
 
 class Runner:
@@ -69,7 +64,7 @@ class Runner:
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
         self._affine = model.layout.affine(model.device)  # held: graphs keep their addresses
-        self._warned = False
+        self._attempts = Attempts(on_gpu)
         self.use(lanes)
 
     def use(self, lanes: Lanes) -> None:
@@ -135,11 +130,11 @@ class Runner:
     def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
         """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
         self.ledger.rows(rows, self.bucket(len(rows), rows[0].brief.geometry))
-        self.threads.post(self._on_lane, partial(self._run, attempt=attempt), rows, report)
+        self.threads.post(self._attempts.run, partial(self._run, attempt=attempt), rows, report)
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images of searches of one geometry; reports a free lane once, and every search once."""
-        self.threads.post(self._on_lane, self._run_images, shows, report)
+        self.threads.post(self._attempts.run, self._run_images, shows, report)
 
     def submit_work(self, work: Callable[[], Any], then: Callable, report: Report) -> None:
         """Does something else on a lane; reports a free lane and a `Done`."""
@@ -152,56 +147,6 @@ class Runner:
             if self._side is not None:
                 self._side.synchronize()
             return rounded(images.cpu())[0]
-
-    def _on_lane(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
-        """Runs a batch; what fails is run again in smaller parts, until the error belongs to one request.
-
-        A batch that does not fit into the device's memory is halved. For any other error each request runs by itself.
-        An error of the device itself fails all.
-        """
-        left, free = [work], partial(report, Free())
-        while left:
-            part, after, error = left.pop(), None, None
-            try:
-                after = run(part, report)
-            except BaseException as caught:
-                error = caught
-            if error is None:
-                if after is not None:
-                    after(_nothing if left else free)
-                    if not left:
-                        return
-            elif is_fatal(error):
-                dead = EngineDead(f"the device failed for good ({type(error).__name__}: {error}): make a new engine")
-                dead.__cause__ = error
-                for one in (part, *left):
-                    report(Failed(one, dead))
-                break
-            elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
-                error = None  # and with it the frames that hold the batch's tensors
-                self._shrink(part[0].brief.geometry, len(part), report)
-                left += [part[len(part) // 2 :], part[: len(part) // 2]]
-            elif len(parts := _by_request(part)) > 1:
-                self._warn_of(error, len(part))
-                left += parts[::-1]
-            else:
-                report(Failed(part, model_error(error)))
-        free()
-
-    def _shrink(self, geometry: Geometry, rows: int, report: Report) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        report(Shrunk(geometry, rows))
-
-    def _warn_of(self, error: BaseException, rows: int) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by request, "
-                "which is slower; what fails then fails alone. This warning comes once",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     # A batch of rows.
 
@@ -379,28 +324,3 @@ def _when(done: Any, free: Callable[[], None]) -> None:
 
 def _nothing() -> None:
     pass
-
-
-def _by_request(work: Sequence[Any]) -> list[list[Any]]:
-    """Rows or searches by request, in order."""
-    parts: dict[int, list[Any]] = {}
-    for one in work:
-        parts.setdefault(one.brief.ticket, []).append(one)
-    return [*parts.values()]
-
-
-def is_fatal(error: BaseException) -> bool:
-    """Whether the device can do no more work: torch's own type, or CUDA's message where torch has no type for it."""
-    kind = getattr(torch, "AcceleratorError", None)
-    return (kind is not None and isinstance(error, kind)) or (
-        isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
-    )
-
-
-def model_error(error: BaseException) -> BaseException:
-    """What a request is told of an error of the model."""
-    if isinstance(error, RollflowError):
-        return error
-    raised = ModelError(f"the model raised {type(error).__name__} for a batch of this request: {error}")
-    raised.__cause__ = error
-    return raised

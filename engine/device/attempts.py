@@ -1,0 +1,122 @@
+"""Work on a lane that may fail: it is run again in smaller parts, until the error belongs to one request."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from rollflow.errors import EngineDead, ModelError, RollflowError
+from rollflow.models import Geometry
+from rollflow.row import Failed, Free, Report, Shrunk
+
+After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
+
+
+class Attempts:
+    """Runs batches, whole if that goes, and in parts if it does not.
+
+    A batch that does not fit into the device's memory is halved. For any other error each request runs by itself. An
+    error of the device itself fails all.
+
+    Args:
+        on_gpu: whether memory that is kept for later batches can be freed.
+    """
+
+    def __init__(self, on_gpu: bool):
+        self._on_gpu, self._warned = on_gpu, False
+
+    def run(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
+        """Runs `work`, on a lane; reports a free lane once, and every row or search once.
+
+        Args:
+            run: evaluates a part of it; returns what is to be done last, which frees the lane, if there is anything.
+            work: rows, or searches that are over.
+            report: takes the events.
+        """
+        left, free = [work], partial(report, Free())
+        while left:
+            part, error = left.pop(), None
+            try:
+                after = run(part, report)
+            except BaseException as caught:
+                error = caught
+            if error is None:
+                if after is not None and self._last(after, part, _nothing if left else free, report) and not left:
+                    return
+            elif is_fatal(error):
+                for one in (part, *left):
+                    report(Failed(one, _dead(error)))
+                break
+            elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
+                error = None  # and with it the frames that hold the batch's tensors
+                self._shrink(part[0].brief.geometry, len(part), report)
+                left += [part[len(part) // 2 :], part[: len(part) // 2]]
+            elif len(parts := _by_request(part)) > 1:
+                self._warn_of(error, len(part))
+                left += parts[::-1]
+            else:
+                report(Failed(part, model_error(error)))
+        free()
+
+    def _last(self, after: After, part: Sequence[Any], free: Callable[[], None], report: Report) -> bool:
+        """Does what is to be done last; False if the device fails at it, which by then no part of the batch can mend."""
+        try:
+            after(free)
+        except BaseException as error:
+            report(Failed(part, _dead(error)))
+            return False
+        return True
+
+    def _shrink(self, geometry: Geometry, rows: int, report: Report) -> None:
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        report(Shrunk(geometry, rows))
+
+    def _warn_of(self, error: BaseException, rows: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by request, "
+                "which is slower; what fails then fails alone. This warning comes once",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _by_request(work: Sequence[Any]) -> list[list[Any]]:
+    """Rows or searches by request, in order."""
+    parts: dict[int, list[Any]] = {}
+    for one in work:
+        parts.setdefault(one.brief.ticket, []).append(one)
+    return [*parts.values()]
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether the device can do no more work: torch's own type, or CUDA's message where torch has no type for it."""
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or (
+        isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+    )
+
+
+def _dead(error: BaseException) -> EngineDead:
+    dead = EngineDead(f"the device failed for good ({type(error).__name__}: {error}): make a new engine")
+    dead.__cause__ = error
+    return dead
+
+
+def model_error(error: BaseException) -> BaseException:
+    """What a request is told of an error of the model."""
+    if isinstance(error, RollflowError):
+        return error
+    raised = ModelError(f"the model raised {type(error).__name__} for a batch of this request: {error}")
+    raised.__cause__ = error
+    return raised
+
+
+def _nothing() -> None:
+    pass
