@@ -104,10 +104,10 @@ def mapped(
                 return
             for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                 index, job = running.pop(future)
-                error = job.exception()
-                if error is not None and not return_exceptions:
-                    raise indexed(error, index, 2) from error.__cause__
-                yield index, job.result() if error is None else error
+                failure = job.exception()
+                if failure is not None and not return_exceptions:
+                    raise indexed(failure, index, 2) from failure.__cause__
+                yield index, job.result() if failure is None else failure
     finally:
         cancel([job for _, job in running.values()])
 

@@ -335,7 +335,7 @@ class Engine:
         """
         if not self.model.capabilities.releases_text:
             raise RequestError(f"a {type(self.model).__name__} has no text encoders that could be released")
-        self.model.release_text_encoders()
+        self.model.release_text_encoders()  # type: ignore[attr-defined]
         self._host.preparations.pinned = True
 
     def forget_prompts(self) -> None:

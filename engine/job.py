@@ -293,7 +293,7 @@ class Job:
 
     def tell(self, news: News) -> None:
         """Takes the loop's news."""
-        if type(news) is Evaluated:
+        if isinstance(news, Evaluated):
             self._watchers.wake()
         elif isinstance(news, Started):
             self._history, self._started = news.history, news.seconds

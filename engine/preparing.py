@@ -91,7 +91,7 @@ class Preparations:
         if not missing:
             then(None)
             return
-        left, told = set(missing), []
+        left, told = set(missing), list[bool]()
 
         def one(need: Need, error: BaseException | None) -> None:
             left.discard(need)
@@ -137,7 +137,7 @@ class Preparations:
             yield _nothing  # its encoding, which was asked for before, is the chore in front of this one
         conditioning = self.conditioning[prompt]
         if model.device.type == "cpu" and model.capabilities.recordable:
-            yield partial(model.record, geometry, conditioning)
+            yield partial(model.record, geometry, conditioning)  # type: ignore[attr-defined]
         if self._choose:
             self._choose_lanes(geometry, conditioning)
         known = (model, geometry, conditioning)

@@ -63,7 +63,7 @@ class Attempts:
         free()
 
     def _last(self, after: After, part: Sequence[Any], free: Callable[[], None], report: Report) -> bool:
-        """Does what is to be done last; False if the device fails at it, which by then no part of the batch can mend."""
+        """Does what is to be done last; False if the device fails at it, which by then is too late to mend."""
         try:
             after(free)
         except BaseException as error:

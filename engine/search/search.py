@@ -85,7 +85,8 @@ class Search:
         self.plan, self.brief, self.history = plan, brief, History()
         self.geometry, self.priority = brief.geometry, plan.request.priority
         self.flying: dict[int, Flight] = {}
-        self.queued, self.stopped = [False, False], None
+        self.queued = [False, False]
+        self.stopped: str | None = None
         self._lease, self._ledger, self._odds = lease, ledger, odds
         self._title, self._method = title(plan.request.method), plan.search()
         self._turn: Turn | None = None
@@ -144,23 +145,23 @@ class Search:
         flight = self.flying.pop(row.number)
         if invalid:
             flight = flight._replace(invalid=True)
-        flight.particle.reward = reward
-        if flight.turn is None and self._finals:
+        flight.particle.reward, turn = reward, flight.turn
+        if turn is None and self._finals:
             self._finished(flight)
-        elif self._finals is not None or flight.turn is not self._turn or flight.turn.draws[flight.draw].closed:
+        elif self._finals is not None or turn is None or turn is not self._turn or turn.draws[flight.draw].closed:
             self._drop(flight)
         else:
-            needed, unneeded, successes = flight.turn.commit(flight)
+            needed, unneeded, successes = turn.commit(flight)
             for one, success in zip(needed, successes, strict=False):
                 self._odds.observe(self._title, one.particle.step, success)
             for one in unneeded:
                 self._drop(one)
-            for one in flight.turn.recordable():
+            for one in turn.recordable():
                 self._record(one)
                 if self._finals is not None:
                     return
-            if flight.turn.complete:
-                self._turn, sent = None, flight.turn.children()
+            if turn.complete:
+                self._turn, sent = None, turn.children()
                 self._proceed(sent)
 
     def lost(self, row: Row) -> None:
