@@ -12,11 +12,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rollflow.errors import ModelError, RequestError, RollflowError
+from rollflow.errors import (
+    Cancelled,
+    EngineBusy,
+    EngineClosed,
+    EngineDead,
+    FunctionError,
+    ModelError,
+    OutOfTime,
+    RequestError,
+    RewardUnavailable,
+    RollflowError,
+)
 
 if TYPE_CHECKING:
     from rollflow.draw import Draw as Draw
     from rollflow.engine import Engine as Engine
+    from rollflow.engine import Progress as Progress
+    from rollflow.engine import Stats as Stats
+    from rollflow.job import Job as Job
+    from rollflow.job import Update as Update
     from rollflow.request import Record as Record
     from rollflow.request import Request as Request
     from rollflow.request import Result as Result
@@ -24,24 +39,39 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cancelled",
     "Draw",
     "Engine",
+    "EngineBusy",
+    "EngineClosed",
+    "EngineDead",
+    "FunctionError",
+    "Job",
     "ModelError",
+    "OutOfTime",
     "Particle",
+    "Progress",
     "Record",
     "Request",
     "RequestError",
     "Result",
+    "RewardUnavailable",
     "RollflowError",
+    "Stats",
+    "Update",
 ]
 
 _LAZY = {
     "Draw": "draw",
     "Engine": "engine",
+    "Job": "job",
     "Particle": "search.particle",
+    "Progress": "engine",
     "Record": "request",
     "Request": "request",
     "Result": "request",
+    "Stats": "engine",
+    "Update": "job",
 }
 _MODULES = {"draw", "engine", "interpolant", "kernels", "methods", "models", "rewards", "sde"}
 
