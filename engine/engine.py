@@ -310,6 +310,7 @@ class Engine:
         """`generate` for asyncio. A task that is cancelled cancels its requests."""
         if isinstance(requests, str | Request):
             return (await self.generate_async([requests], return_exceptions=return_exceptions, **options))[0]
+        self._host.check_waiting()
         jobs = self._submit_all(requests, options, return_exceptions)
         try:
             for job in jobs:

@@ -185,7 +185,9 @@ class Job:
     def _call(self, function: Callable[[Job], object]) -> None:
         try:
             function(self)
-        except Exception:
+        except BaseException as error:  # SystemExit too: on a thread of the engine it would end everybody's work
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                raise
             LOG.exception("a callback of the job %r raised", self.id)
 
     # Updates.
@@ -225,6 +227,7 @@ class Job:
                     yield update
                 if over:
                     return
+                self._check()
                 await wake.wait()
 
     def __await__(self) -> Generator[Any, None, Result]:
@@ -243,6 +246,7 @@ class Job:
         wake = _Wake(asyncio.get_running_loop())
         self.future.add_done_callback(lambda _: wake())
         while not self.future.done():
+            self._check()
             await wake.wait()
 
     def watched(self, wake: Callable[[], None]) -> _Watch:
