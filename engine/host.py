@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,8 @@ class Host:
         if thread is None or not thread.is_alive() or thread is threading.current_thread():
             return work()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self.loop.call(_into, future, work)
+        if not self.loop.call(_into, future, work):
+            return work()
         while not concurrent.futures.wait([future], 1.0).done:
             if not thread.is_alive():  # it ended before it came to this
                 return work()
@@ -79,7 +81,9 @@ class Host:
         futures = []
         for prompt, size in wanted:
             future: concurrent.futures.Future[None] = concurrent.futures.Future()
-            self.loop.call(self.preparations.want, prompt, size, lambda error, f=future: _settle(f, None, error))
+            then = partial(_settle, future, None)
+            if not self.loop.call(self.preparations.want, prompt, size, then):
+                raise EngineClosed("the engine was closed: make a new one")
             futures.append(future)
         for future in futures:
             future.result()

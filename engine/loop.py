@@ -216,7 +216,7 @@ class Loop:
         self._chore = self._closing = self._ended = False
         self._reruns: deque[Rerun] = deque()
         self._done: list[Ticket] = []  # searches whose images are to be made
-        self._lock, self._queued = threading.Lock(), 0
+        self._lock, self._queued = threading.RLock(), 0  # a collected engine may be closed anywhere
         self._handlers: dict[type, Callable[[Any], None]] = {
             Free: self._on_free, Landed: self._on_landed, Shown: self._on_shown, Failed: self._on_failed,
             Shrunk: self._on_shrunk, Began: self._on_began, Again: self._on_again, Rerun: self._on_rerun,
@@ -244,13 +244,16 @@ class Loop:
 
         Raises:
             EngineBusy: as many requests as may wait already do.
+            EngineClosed: it has ended.
         """
         with self._lock:
             if self._max_queued is not None and not force and self._queued >= self._max_queued:
                 raise self._busy()
             self._queued += 1
         ticket = Ticket(next(self._numbers), plan, geometry, tell, self.clock(), resize)
-        self.call(self._take_on, ticket)
+        if not self.call(self._take_on, ticket):
+            self._dequeue(ticket)
+            raise EngineClosed("the engine was closed: make a new one")
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -259,15 +262,19 @@ class Loop:
 
     def peek(self, ticket: Ticket, then: Callable[[Any, BaseException | None], None]) -> None:
         """Makes an image of a request's best particle so far, for `then`; None where there is none."""
-        self.call(self._peek, ticket, then)
+        if not self.call(self._peek, ticket, then):
+            then(None, None)
 
     def close(self, drain: bool) -> None:
         """Takes no more requests; those that are here are finished, or without `drain` cancelled."""
         self.call(self._close, drain)
 
-    def call(self, work: Callable[..., None], *args: Any) -> None:
-        """Has the loop's thread do something."""
-        self.inbox.put((work, args))
+    def call(self, work: Callable[..., None], *args: Any) -> bool:
+        """Has the loop's thread do something; False if the loop has ended, and nobody would do it."""
+        with self._lock:
+            if not self._ended:
+                self.inbox.put((work, args))
+            return not self._ended
 
     # Of its one thread.
 
@@ -282,8 +289,11 @@ class Loop:
         self._admit()
         self._launch()
         if self._closing and not self._tickets and not self._lanes:
-            self._ended = True
+            with self._lock:  # what is in the inbox by now is still answered; what comes later is refused
+                self._ended = self.inbox.empty()
+        if self._ended:
             self._drop_chores(EngineClosed("the engine was closed"))
+            self._pools.clear()
         return not self._ended
 
     def fail(self, error: BaseException) -> None:
