@@ -361,6 +361,7 @@ class Engine:
                         running[job.future] = one[0], job
                 if not running:
                     return
+                self._host.check_waiting()
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                     index, job = running.pop(future)
                     error = job.exception()

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import itertools
 import logging
 import pickle
 import threading
@@ -194,7 +195,7 @@ def test_updates_come_as_rewards_do_and_end_with_the_last(shared):
     assert last.executed_nfe == result.executed_nfe and last.level == result.history[-1].level == 3
     assert last.best_reward == max(record.reward for record in result.history)
     assert 0 <= updates[0].seconds <= last.seconds and last.job is job
-    assert all(a.best_reward <= b.best_reward for a, b in zip(updates, updates[1:], strict=False))
+    assert all(a.best_reward <= b.best_reward for a, b in itertools.pairwise(updates))
     assert [update.committed_nfe for update in job] == [30]  # of a job that is over: the last
 
 
