@@ -12,36 +12,66 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rollflow.errors import ModelError, RequestError, RollflowError
+from rollflow.errors import (
+    Cancelled,
+    EngineBusy,
+    EngineClosed,
+    EngineDead,
+    FunctionError,
+    ModelError,
+    OutOfTime,
+    RequestError,
+    RewardUnavailable,
+    RollflowError,
+)
 
 if TYPE_CHECKING:
+    from rollflow.calls import Progress as Progress
     from rollflow.draw import Draw as Draw
     from rollflow.engine import Engine as Engine
+    from rollflow.job import Job as Job
+    from rollflow.job import Update as Update
     from rollflow.request import Record as Record
     from rollflow.request import Request as Request
     from rollflow.request import Result as Result
     from rollflow.search.particle import Particle as Particle
+    from rollflow.stats import Stats as Stats
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cancelled",
     "Draw",
     "Engine",
+    "EngineBusy",
+    "EngineClosed",
+    "EngineDead",
+    "FunctionError",
+    "Job",
     "ModelError",
+    "OutOfTime",
     "Particle",
+    "Progress",
     "Record",
     "Request",
     "RequestError",
     "Result",
+    "RewardUnavailable",
     "RollflowError",
+    "Stats",
+    "Update",
 ]
 
 _LAZY = {
     "Draw": "draw",
     "Engine": "engine",
+    "Job": "job",
     "Particle": "search.particle",
+    "Progress": "calls",
     "Record": "request",
     "Request": "request",
     "Result": "request",
+    "Stats": "stats",
+    "Update": "job",
 }
 _MODULES = {"draw", "engine", "interpolant", "kernels", "methods", "models", "rewards", "sde"}
 

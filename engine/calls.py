@@ -84,7 +84,11 @@ def collected(jobs: Jobs, return_exceptions: bool) -> list[Any]:
 
 
 def mapped(
-    requests: Iterator[Any], submit: Callable[[Any], Job], concurrency: int, return_exceptions: bool
+    requests: Iterator[Any],
+    submit: Callable[[Any], Job],
+    check_waiting: Callable[[], None],
+    concurrency: int,
+    return_exceptions: bool,
 ) -> Iterator[tuple[int, Any]]:
     """Yields `(index, result)` of requests as they finish, `concurrency` of them at a time; see `Engine.map`."""
     running: dict[concurrent.futures.Future, tuple[int, Job]] = {}
@@ -102,6 +106,7 @@ def mapped(
                     running[job.future] = one[0], job
             if not running:
                 return
+            check_waiting()
             for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                 index, job = running.pop(future)
                 failure = job.exception()

@@ -255,6 +255,7 @@ class Engine:
         """`generate` for asyncio. A task that is cancelled cancels its requests."""
         if isinstance(requests, str | Request):
             return (await self.generate_async([requests], return_exceptions=return_exceptions, **options))[0]
+        self._host.check_waiting()
         jobs = self._submit_all(requests, options, return_exceptions)
         try:
             for job in jobs:
@@ -286,6 +287,7 @@ class Engine:
         return calls.mapped(
             iter(requests),
             lambda request: self._submit(self._door.check(request, options), force=True),
+            self._host.check_waiting,
             concurrency,
             return_exceptions,
         )

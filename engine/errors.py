@@ -30,7 +30,12 @@ class Cancelled(RollflowError, concurrent.futures.CancelledError):
 class EngineBusy(RollflowError):
     """Too many requests wait already; `seconds` is how long one more is expected to wait."""
 
-    seconds = 0.0
+    def __init__(self, message: str, seconds: float = 0.0):
+        super().__init__(message, seconds)  # both: an error is made again from its arguments when it is unpickled
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EngineClosed(RollflowError):

@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -67,7 +68,8 @@ class Host:
         if self._thread in (None, threading.current_thread()):
             return work()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self.loop.call(_into, future, work)
+        if not self.loop.call(_into, future, work):
+            return work()
         return future.result()
 
     def prepare(self, prompts: Iterable[str], geometry: Geometry | None) -> None:
@@ -79,7 +81,9 @@ class Host:
         futures = []
         for prompt, size in wanted:
             future: concurrent.futures.Future[None] = concurrent.futures.Future()
-            self.loop.call(self.preparations.want, prompt, size, lambda error, f=future: _settle(f, None, error))
+            then = partial(_settle, future, None)
+            if not self.loop.call(self.preparations.want, prompt, size, then):
+                raise EngineClosed("the engine was closed: make a new one")
             futures.append(future)
         for future in futures:
             future.result()

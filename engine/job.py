@@ -103,7 +103,7 @@ class Job:
         self.future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
         self._best: concurrent.futures.Future[Finished | None] = concurrent.futures.Future()
         self._status: Status = "queued"
-        self._lock = threading.RLock()  # an engine that was closed may refuse it at once, on the thread that asks
+        self._lock = threading.Lock()
         self._history: History | None = None
         self._started = self._ended = 0.0
         self._watchers = Watchers()
@@ -190,7 +190,9 @@ class Job:
         def call() -> None:
             try:
                 function(self)
-            except Exception:
+            except BaseException as error:  # SystemExit too: on a thread of the engine it would end everybody's work
+                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                    raise
                 LOG.exception("a callback of the job %r raised", self.id)
 
         if (owner := self._owner) is None:
@@ -235,6 +237,7 @@ class Job:
                     yield update
                 if over:
                     return
+                self._check()
                 await wake.wait()
 
     def __await__(self) -> Generator[Any, None, Result]:
@@ -253,6 +256,7 @@ class Job:
         wake = Wake(asyncio.get_running_loop())
         self.future.add_done_callback(lambda _: wake())
         while not self.future.done():
+            self._check()
             await wake.wait()
 
     def watched(self, wake: Callable[[], None]) -> AbstractContextManager[None]:

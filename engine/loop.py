@@ -67,7 +67,7 @@ class Loop:
         self.device, self.preparations, self.clock = device, preparations, clock
         self.inbox: SimpleQueue[Event | tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._timers, self._rate = Timers(), Rate()
-        self._ended, self._emptying = False, threading.RLock()
+        self._ended, self._lock = False, threading.RLock()  # a collected engine may be closed anywhere
         self._admission = Admission(slots, device.allocate, max_queued)
         self._scheduler = scheduler = Scheduler(device.lanes, preparations.cost, clock)
         preparations.changed = self._lanes_changed
@@ -105,10 +105,13 @@ class Loop:
 
         Raises:
             EngineBusy: as many requests as may wait already do.
+            EngineClosed: it has ended.
         """
         self._admission.enter(force, self._expected_wait)
         ticket = self._register.issue(plan, geometry, tell, resize)
-        self.call(self._register.take_on, ticket)
+        if not self.call(self._register.take_on, ticket):
+            self._admission.leave(ticket)
+            raise EngineClosed("the engine was closed: make a new one")
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -117,17 +120,19 @@ class Loop:
 
     def peek(self, ticket: Ticket, then: Callable[[Any, BaseException | None], None]) -> None:
         """Makes an image of a request's best particle so far, for `then`; None where there is none."""
-        self.call(self._peek, ticket, then)
+        if not self.call(self._peek, ticket, then):
+            then(None, None)
 
     def close(self, drain: bool) -> None:
         """Takes no more requests; those that are here are finished, or without `drain` cancelled."""
         self.call(self._close, drain)
 
-    def call(self, work: Callable[..., None], *args: Any) -> None:
-        """Has the loop's thread do something; or, if that has ended, does it here, so that nobody waits for ever."""
-        self.inbox.put((work, args))
-        if self._ended:
-            self._empty()
+    def call(self, work: Callable[..., None], *args: Any) -> bool:
+        """Has the loop's thread do something; False if the loop has ended, and nobody would do it."""
+        with self._lock:
+            if not self._ended:
+                self.inbox.put((work, args))
+            return not self._ended
 
     # Of its one thread.
 
@@ -146,15 +151,12 @@ class Loop:
         if register.tickets and dispatch.idle and self.inbox.empty() and register.unstick():
             self.call(_nothing)  # what can start now starts in the next step
         if register.closing and not register.tickets and dispatch.lanes <= 0:
-            self._ended = True  # before the last look, or what came in between would stay
-            self._empty()
-        return not self._ended
-
-    def _empty(self) -> None:
-        """Answers what came when nothing can run any more."""
-        with self._emptying:
-            self._receive(0)
+            with self._lock:  # what is in the inbox by now is still answered; what comes later is refused
+                self._ended = self.inbox.empty()
+        if self._ended:
             self._drop_chores(EngineClosed("the engine was closed"))
+            self._admission.pools.clear()
+        return not self._ended
 
     def fail(self, error: BaseException) -> None:
         """Ends everything, at once, with an error: the device, or the loop itself, can do no more."""
