@@ -416,13 +416,21 @@ class Engine:
                 f"[{geometry.token}, {geometry.channel}]"
             )
         slots, needed = self._slots_of(geometry), promise(checked)
+        if needed > slots and timed:  # nobody has asked for that many
+            checked = for_budget(slots)
+            needed = promise(checked)
         if needed > slots:
             raise RequestError(
                 f"nfe={checked.request.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
                 f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
                 "with Engine(slots=...)"
             )
-        return Checked(checked, geometry, (lambda nfe: for_budget(min(nfe, slots))) if timed else None)
+
+        def affordable(nfe: int) -> Plan:  # a method may hold far fewer particles than it draws
+            found = for_budget(nfe)
+            return found if promise(found) <= slots else for_budget(min(nfe, slots))
+
+        return Checked(checked, geometry, affordable if timed else None)
 
     def _check_prompt(self, prompt: str) -> None:
         if prompt not in self._host.preparations.conditioning:

@@ -135,6 +135,7 @@ class Ticket:
         tell: is told the news.
         submitted: when it came.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
+        conditioning: what the model made of its prompt, once it may be let in.
         search: once it was let in.
         over: whether its fate was told; rows of it may still be on the device.
         left: whether nothing of it is left anywhere.
@@ -143,7 +144,7 @@ class Ticket:
     """
 
     __slots__ = (
-        "cancelled", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued", "resize",
+        "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued", "resize",
         "search", "shown", "started", "submitted", "tell",
     )  # fmt: skip
 
@@ -158,6 +159,7 @@ class Ticket:
     ):
         self.id, self.plan, self.geometry, self.tell, self.submitted = number, plan, geometry, tell, now
         self.resize = resize
+        self.conditioning: Any = None
         self.search: Search | None = None
         self.error: BaseException | None = None
         self.started = self.ended = now
@@ -335,7 +337,10 @@ class Loop:
             return
         deadline = ticket.plan.request.deadline
         if deadline is not None:
-            self._timers.at(deadline - self._reserve(ticket), self._expire, ticket, "deadline")
+            self._timers.at(deadline - self._reserve(ticket), self._expire, ticket.id, "deadline")
+        self._prepare(ticket)
+
+    def _prepare(self, ticket: Ticket) -> None:
         self.preparations.want(ticket.plan.request.prompt, ticket.geometry, lambda error: self._prepared(ticket, error))
 
     def _prepared(self, ticket: Ticket, error: BaseException | None) -> None:
@@ -343,6 +348,11 @@ class Loop:
             return
         if error is not None:
             self._refuse(ticket, error)
+            return
+        try:  # held from now on: what others ask for meanwhile may push it out
+            ticket.conditioning = self.preparations.conditioning[ticket.plan.request.prompt]
+        except KeyError:
+            self._prepare(ticket)
             return
         place = ticket.submitted - AGEING * ticket.plan.request.priority
         heappush(self._queues.setdefault(ticket.geometry, []), (place, ticket.id, ticket))
@@ -352,7 +362,7 @@ class Loop:
             while queue:
                 ticket = queue[0][2]
                 self._resize(ticket)
-                lease = None if ticket.over else self._pool(geometry).lease(promise(ticket.plan))
+                lease = None if ticket.over else self._lease(ticket)
                 if lease is None and not ticket.over:
                     break
                 heappop(queue)
@@ -376,6 +386,19 @@ class Loop:
             except Exception as error:
                 self._refuse(ticket, method_error(ticket.plan, error))
 
+    def _lease(self, ticket: Ticket) -> Lease | None:
+        try:
+            return self._pool(ticket.geometry).lease(promise(ticket.plan))
+        except Exception as error:
+            size = f"{ticket.geometry.height}x{ticket.geometry.width}"
+            full = RollflowError(
+                f"there is no room for {self._slots(ticket.geometry)} particles of {size} ({type(error).__name__}: "
+                f"{error}): make the engine with fewer, by Engine(slots=...)"
+            )
+            full.__cause__ = error
+            self._refuse(ticket, full)
+            return None
+
     def _pool(self, geometry: Geometry) -> Pool:
         if geometry not in self._pools:
             slots = self._slots(geometry)
@@ -388,7 +411,7 @@ class Loop:
         self._dequeue(ticket)
         brief = Brief(
             ticket.id, request.prompt, ticket.geometry, request.seed, float(request.guidance),
-            self.preparations.conditioning[request.prompt], ticket.plan.reward, ticket.plan.latents,
+            ticket.conditioning, ticket.plan.reward, ticket.plan.latents,
         )  # fmt: skip
         try:
             ticket.search = Search(ticket.plan, brief, lease, self.ledger, self._odds)
@@ -399,7 +422,7 @@ class Loop:
         ticket.started = now
         ticket.tell(Started(ticket.search.history, now))
         if request.seconds is not None:
-            self._timers.at(now + request.seconds - self._reserve(ticket), self._expire, ticket, "seconds")
+            self._timers.at(now + request.seconds - self._reserve(ticket), self._expire, ticket.id, "seconds")
         self._scheduler.add(ticket.search)
 
     def _reserve(self, ticket: Ticket) -> float:
@@ -412,9 +435,10 @@ class Loop:
             with self._lock:
                 self._queued -= 1
 
-    def _expire(self, ticket: Ticket, reason: str) -> None:
+    def _expire(self, number: int, reason: str) -> None:
         """The time of a request is up: it ends with its best so far, or with the first that it will have."""
-        if ticket.over or ticket.cancelled:
+        ticket = self._tickets.get(number)  # by its number, or a timer would keep what was over long before
+        if ticket is None or ticket.over or ticket.cancelled:
             return
         if ticket.search is None:
             self._refuse(ticket, OutOfTime(f"the {reason} of the request passed before it could begin: give it more"))
@@ -531,7 +555,7 @@ class Loop:
                     self._run(rows[lane::lanes])
             else:
                 break
-        if not self._away and not self._lanes and not self._timers and self._tickets:
+        if not self._away and not self._lanes and self._tickets:  # what will be judged again still counts as away
             self._unstick()
 
     def _run(self, rows: Sequence[Row], attempt: int = 0) -> None:
@@ -737,7 +761,9 @@ class Loop:
         left = sum(ticket.plan.request.nfe or 0 for ticket in tickets) - sum(
             ticket.search.history.committed for ticket in tickets if ticket.search is not None
         )
-        seconds = max(0.0, left / max(self._rate.value(self.clock()), 1e-3))
+        rates = [self.pace.assumed(ticket.geometry) or 0.0 for ticket in tickets]
+        rate = self._rate.value(self.clock()) or max(rates, default=0.0)
+        seconds = left / rate if rate else 1.0  # nothing ran yet, and nothing is known
         return EngineBusy(
             f"{self._queued} requests wait already, as many as max_queued allows: come again in about {seconds:.1f} s, "
             "or make the engine with a larger max_queued",

@@ -44,21 +44,16 @@ class Rate:
 
     def __init__(self) -> None:
         self._events: deque[tuple[float, int]] = deque()
-        self._sum = 0
 
     def add(self, now: float, number: int) -> None:
         """So many, now."""
         self._events.append((now, number))
-        self._sum += number
-        self._trim(now)
+        while self._events[0][0] < now - WINDOW:
+            self._events.popleft()
 
     def value(self, now: float) -> float:
-        """How many a second."""
-        self._trim(now)
-        if not self._events:
+        """How many a second; of any thread."""
+        events = [event for event in self._events.copy() if event[0] >= now - WINDOW]
+        if not events:
             return 0.0
-        return self._sum / min(WINDOW, max(1e-3, now - self._events[0][0] + 1e-3))
-
-    def _trim(self, now: float) -> None:
-        while self._events and self._events[0][0] < now - WINDOW:
-            self._sum -= self._events.popleft()[1]
+        return sum(number for _, number in events) / min(WINDOW, max(1e-3, now - events[0][0] + 1e-3))

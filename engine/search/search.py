@@ -156,6 +156,7 @@ class Search:
                     return
             if flight.turn.complete:
                 self._turn, sent = None, flight.turn.children()
+                flight.turn.draws.clear()  # its flights refer to it: their slots would wait for the garbage collector
                 self._proceed(sent)
 
     def lost(self, row: Row) -> None:
