@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -144,8 +145,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued", "resize",
-        "search", "shown", "started", "submitted", "tell",
+        "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued",
+        "resize", "search", "shown", "started", "submitted", "tell",
     )  # fmt: skip
 
     def __init__(
@@ -217,8 +218,9 @@ class Loop:
         self._lanes = self._away = 0  # lanes taken; rows and images with the device
         self._chore = self._closing = self._ended = False
         self._reruns: deque[Rerun] = deque()
+        self._short = set[Geometry]()  # of whose shortness of memory was warned
         self._done: list[Ticket] = []  # searches whose images are to be made
-        self._lock, self._queued = threading.RLock(), 0  # a collected engine may be closed anywhere
+        self._lock, self._queued = threading.RLock(), 0  # a collector may close it anywhere
         self._handlers: dict[type, Callable[[Any], None]] = {
             Free: self._on_free, Landed: self._on_landed, Shown: self._on_shown, Failed: self._on_failed,
             Shrunk: self._on_shrunk, Began: self._on_began, Again: self._on_again, Rerun: self._on_rerun,
@@ -247,7 +249,10 @@ class Loop:
         Raises:
             EngineBusy: as many requests as may wait already do.
             EngineClosed: it has ended.
+            EngineDead: the device, or the loop itself, failed for good.
         """
+        if self.dead is not None:
+            raise _dead(self.dead)
         with self._lock:
             if self._max_queued is not None and not force and self._queued >= self._max_queued:
                 raise self._busy()
@@ -290,6 +295,8 @@ class Loop:
         self._timers.run(self.clock())
         self._admit()
         self._launch()
+        if self.dead is not None:
+            self._drop_chores(self.dead)
         if self._closing and not self._tickets and not self._lanes:
             with self._lock:  # what is in the inbox by now is still answered; what comes later is refused
                 self._ended = self.inbox.empty()
@@ -331,9 +338,7 @@ class Loop:
     def _take_on(self, ticket: Ticket) -> None:
         self._tickets[ticket.id] = ticket
         if self.dead is not None or self._closing:
-            dead = EngineDead("the device failed for good: make a new engine")
-            dead.__cause__ = self.dead
-            self._refuse(ticket, EngineClosed("the engine was closed") if self.dead is None else dead)
+            self._refuse(ticket, EngineClosed("the engine was closed") if self.dead is None else _dead(self.dead))
             return
         deadline = ticket.plan.request.deadline
         if deadline is not None:
@@ -358,7 +363,7 @@ class Loop:
         heappush(self._queues.setdefault(ticket.geometry, []), (place, ticket.id, ticket))
 
     def _admit(self) -> None:
-        for geometry, queue in self._queues.items():
+        for queue in self._queues.values():
             while queue:
                 ticket = queue[0][2]
                 self._resize(ticket)
@@ -453,7 +458,7 @@ class Loop:
             return
         try:
             ended = search.stop(reason, finish)
-        except Exception as error:
+        except BaseException as error:
             self._refuse(ticket, method_error(ticket.plan, error))
             return
         if ended:
@@ -486,7 +491,9 @@ class Loop:
             self._scheduler.discard(search)
             try:
                 search.discard()
-            except Exception as raised:  # of a method that does not take its end well: its request has failed anyway
+            except (
+                BaseException
+            ) as raised:  # of a method that does not take its end well: its request has failed anyway
                 ticket.error.__context__ = raised
         if ticket in self._done:
             self._done.remove(ticket)
@@ -502,7 +509,7 @@ class Loop:
         if ticket.search is not None:
             try:
                 ticket.search.close()
-            except Exception as raised:
+            except BaseException as raised:
                 ticket.error = ticket.error or method_error(ticket.plan, raised)
             self._scheduler.freed()
         if ticket.error is not None:
@@ -516,7 +523,10 @@ class Loop:
             then(None, None)
             return
 
-        def seen(image: Any, error: BaseException | None, kept: Any = best) -> None:  # holds the particle's slot
+        kept = [best]  # holds the particle's slot, until the image is here
+
+        def seen(image: Any, error: BaseException | None) -> None:
+            kept.clear()  # on this thread, and not where the last reference to `seen` happens to go
             then(image, error)
 
         geometry, candidate = ticket.geometry, best.candidate
@@ -527,6 +537,7 @@ class Loop:
         if not drain:
             for ticket in [*self._tickets.values()]:
                 self._refuse(ticket, Cancelled("the engine was closed"))
+        if not drain or self.dead is not None:
             self._timers.at(self.clock() + FORSAKE, self._forsake)
 
     def _forsake(self) -> None:
@@ -634,7 +645,7 @@ class Loop:
                 continue
             try:
                 search.deliver(row, score, bool(invalid) and (ticket.id, row.number) in invalid)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: a method ends its own request alone
                 self._refuse(ticket, method_error(ticket.plan, error))
         self._rate.add(self.clock(), len(event.rows) * event.rows[0].nfe)
         for ticket in touched:
@@ -702,16 +713,18 @@ class Loop:
             self._touched(ticket)
 
     def _on_shrunk(self, event: Shrunk) -> None:
-        if self.preparations.shrink(event.geometry, event.rows):
+        if self.preparations.shrink(event.geometry, event.rows) and event.geometry not in self._short:
+            self._short.add(event.geometry)
             warn_of_memory(event, self.preparations.cost(event.geometry).largest)
 
     def _on_began(self, event: Began) -> None:
-        self._timers.at(self.clock() + event.seconds, self._abandon, weakref.ref(event.call), event.seconds)
+        when, call = self.clock() + event.seconds, weakref.ref(event.call)
+        self._timers.at(when, self._abandon, call, event.seconds, event.attempt)
 
-    def _abandon(self, call_of: Callable[[], Any], seconds: float) -> None:
+    def _abandon(self, call_of: Callable[[], Any], seconds: float, attempt: int) -> None:
         """A call of a reward takes too long: its requests fail, and its thread is given up."""
         call = call_of()  # a call that is over is gone
-        if call is not None and self.device.judge.abandon(call):
+        if call is not None and self.device.judge.abandon(call, attempt):
             name, images = call.reward.name, len(call.briefs)
             error = FunctionError(
                 f"the reward {name} did not answer for {images} images within its timeout of {seconds:g} s"
@@ -781,6 +794,13 @@ def promise(plan: Plan) -> int:
     return min(request.nfe, max(held + plan.finalists + 2, 3 * plan.finalists))
 
 
+def _dead(cause: BaseException) -> EngineDead:
+    """What is told of an engine that can do no more to those who come later."""
+    dead = EngineDead("the device failed for good: make a new engine")
+    dead.__cause__ = cause
+    return dead
+
+
 def method_error(plan: Plan, error: BaseException) -> BaseException:
     """What a request is told of an error in its method."""
     if isinstance(error, RollflowError):
@@ -794,9 +814,11 @@ def method_error(plan: Plan, error: BaseException) -> BaseException:
 def warn_of_memory(event: Shrunk, largest: int) -> None:
     """A batch did not fit into the device's memory."""
     size = f"{event.geometry.height}x{event.geometry.width}"
-    warnings.warn(
-        f"a batch of {event.rows} rows of {size} did not fit into the device's memory and was split; from now on "
-        f"batches of this size have at most {largest} rows, which may be slower",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+        warnings.warn(
+            f"a batch of {event.rows} rows of {size} did not fit into the device's memory and was split; from now on "
+            f"batches of this size have at most {largest} rows (fewer, should those not fit either), which may be "
+            "slower. This warning comes once for each size",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,4 +1,4 @@
-"""Budgets of time: what fits is spent, and a request ends on time with the best that it has, by a clock of the test's."""
+"""Budgets of time: what fits is spent, and a request ends on time with its best, by a clock that the test sets."""
 
 import pytest
 from tiny import PATIENCE, SIZE, Clock, Driven, Gate, Hand, assert_sound, bon, brightness, ended, engine, rbf
@@ -47,7 +47,7 @@ def test_what_a_request_finds_until_its_time_is_what_it_would_find_in_any_case()
 
 
 def test_the_best_so_far_is_finished_and_the_finish_is_in_time():
-    """Two steps of the finish take two seconds, its image two more: the search ends four seconds before the deadline."""
+    """Two steps of the finish take two seconds, and its image two: the search ends four seconds before the deadline."""
     driven = Driven(Hand(largest=1, seconds=1.0))
     told = driven.submit(rbf(40, finish=2, finalists=1, deadline=driven.clock() + 14.0))
     driven.run(seconds=1.0)

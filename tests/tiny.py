@@ -110,6 +110,7 @@ class Clock:
 
     def pass_in(self, engine, seconds):
         """Lets time pass for an engine, which has noticed it when this returns."""
+        engine.stats()  # what has happened so far has happened before
         self.now += seconds
         engine.stats()
         engine.stats()  # the first ends the step that was waiting, the second the one that looked at the clock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -93,8 +93,10 @@ class Runner:
         self.graphs.clear()
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
-        """The smallest batch size that holds `rows`."""
+        """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
         buckets = self.buckets.get(geometry, self.usual)
+        if rows > buckets[-1]:  # they were on their way when another batch did not fit into the memory
+            buckets = self.usual
         return buckets[bisect_left(buckets, rows)]
 
     # CUDA graphs.
@@ -179,7 +181,8 @@ class Runner:
                 break
             elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
                 error = None  # and with it the frames that hold the batch's tensors
-                self._shrink(part[0].brief.geometry, len(part), report)
+                rows = sum(len(one.candidates) if isinstance(one, Show) else 1 for one in part)
+                self._shrink(part[0].brief.geometry, rows, report)
                 left += [part[len(part) // 2 :], part[: len(part) // 2]]
             elif len(parts := _by_request(part)) > 1:
                 self._warn_of(error, len(part))
@@ -196,12 +199,13 @@ class Runner:
     def _warn_of(self, error: BaseException, rows: int) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by request, "
-                "which is slower; what fails then fails alone. This warning comes once",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+                warnings.warn(
+                    f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by "
+                    "request, which is slower; what fails then fails alone. This warning comes once",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     # A batch of rows.
 
