@@ -1,7 +1,7 @@
 """Budgets of time: what fits is spent, and a request ends on time with its best, by a clock that the test sets."""
 
 import pytest
-from tiny import PATIENCE, SIZE, Clock, Driven, Gate, Hand, assert_sound, bon, brightness, ended, engine, rbf
+from tiny import PATIENCE, SIZE, Clock, Driven, Gate, Hand, Lockstep, assert_sound, bon, brightness, ended, engine, rbf
 
 from rollflow import Draw, OutOfTime, RequestError, methods
 from rollflow.methods.budget import best
@@ -286,9 +286,9 @@ def test_all_ends_have_a_name():
         ends["stop_at"] = made.generate(rbf(stop_at=-1.0))
         for name in ("seconds", "deadline", "cancelled"):
             options = {"seconds": {"seconds": 1.0}, "deadline": {"deadline": clock() + 1.0}}.get(name, {})
-            gate = Gate(closed=False)
-            job = made.submit(rbf(4000, reward=gate, **options))
-            for update in job:
+            reward = Lockstep()
+            job = made.submit(rbf(400, reward=reward, **options))
+            for update in reward.follow(job):
                 if update.committed_nfe > 3 and name == "cancelled":
                     job.cancel()
                 elif update.committed_nfe > 3:
