@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 
 from rollflow import methods
-from rollflow.errors import EngineBusy
+from rollflow.errors import EngineBusy, RollflowError
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.schedule.pool import Lease, Pool
@@ -68,24 +68,41 @@ class Admission:
         place = ticket.submitted - AGEING * ticket.plan.request.priority
         heappush(self._lines.setdefault(ticket.geometry, []), (place, ticket.id, ticket))
 
-    def admit(self, settle: Callable[[Ticket], None]) -> Iterator[tuple[Ticket, Lease]]:
+    def admit(
+        self, settle: Callable[[Ticket], None], refuse: Callable[[Ticket, BaseException], None]
+    ) -> Iterator[tuple[Ticket, Lease]]:
         """The requests whose slots are there, first come first, each with its lease.
 
         Args:
             settle: makes the last change to a request's plan, or ends the request, before its slots are counted.
+            refuse: ends a request with an error.
         """
-        for geometry, line in self._lines.items():
+        for line in self._lines.values():
             while line:
                 ticket = line[0][2]
                 if not ticket.over:
                     settle(ticket)
-                lease = None if ticket.over else self._pool(geometry).lease(promise(ticket.plan))
+                lease = None
+                if not ticket.over:
+                    try:
+                        lease = self._pool(ticket.geometry).lease(promise(ticket.plan))
+                    except Exception as error:
+                        refuse(ticket, self._no_room(ticket.geometry, error))
                 if lease is None and not ticket.over:
                     break
                 heappop(line)
                 if lease is not None:
                     self.leave(ticket)
                     yield ticket, lease
+
+    def _no_room(self, geometry: Geometry, error: Exception) -> RollflowError:
+        size = f"{geometry.height}x{geometry.width}"
+        full = RollflowError(
+            f"there is no room for {self._slots(geometry)} particles of {size} ({type(error).__name__}: {error}): make "
+            "the engine with fewer, by Engine(slots=...)"
+        )
+        full.__cause__ = error
+        return full
 
     def _pool(self, geometry: Geometry) -> Pool:
         if geometry not in self.pools:

@@ -156,7 +156,8 @@ class Dispatch:
 
     def on_began(self, event: Began) -> None:
         """A call of a reward began that has a time limit."""
-        self._timers.at(self._clock() + event.seconds, self._abandon, weakref.ref(event.call), event.seconds)
+        when, call = self._clock() + event.seconds, weakref.ref(event.call)
+        self._timers.at(when, self._abandon, call, event.seconds, event.attempt)
 
     def on_again(self, event: Again) -> None:
         """A reward was not available: its call is made again later, while others run."""
@@ -166,10 +167,10 @@ class Dispatch:
         """The same of guided rows, whose reward is called on a lane."""
         self._timers.at(self._clock() + event.seconds, self._reruns.append, event)
 
-    def _abandon(self, call_of: Callable[[], Any], seconds: float) -> None:
+    def _abandon(self, call_of: Callable[[], Any], seconds: float, attempt: int) -> None:
         """A call of a reward takes too long: its requests fail, and its thread is given up."""
         call = call_of()  # a call that is over is gone
-        if call is not None and self.device.judge.abandon(call):
+        if call is not None and self.device.judge.abandon(call, attempt):
             error = FunctionError(
                 f"the reward {call.reward.name} did not answer for {len(call.briefs)} images within its timeout of "
                 f"{seconds:g} s"

@@ -69,13 +69,21 @@ class Door:
         checked.reward.check(checked.request.prompt)
         geometry = self._geometry(checked)
         slots, needed = self._slots(geometry), promise(checked)
+        if needed > slots and timed:  # nobody has asked for that many
+            checked = for_budget(slots)
+            needed = promise(checked)
         if needed > slots:
             raise RequestError(
                 f"nfe={checked.request.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
                 f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
                 "with Engine(slots=...)"
             )
-        return Checked(checked, geometry, (lambda nfe: for_budget(min(nfe, slots))) if timed else None)
+
+        def affordable(nfe: int) -> Plan:  # a method may hold far fewer particles than it draws
+            found = for_budget(nfe)
+            return found if promise(found) <= slots else for_budget(min(nfe, slots))
+
+        return Checked(checked, geometry, affordable if timed else None)
 
     def check_prompt(self, prompt: str) -> None:
         """Raises `RequestError` for a prompt that the model cannot read."""

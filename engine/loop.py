@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
-from rollflow.register import Register, method_error
+from rollflow.register import Register, method_error, no_more
 from rollflow.row import Again, Began, Done, Event, Failed, Free, Landed, Rerun, Row, Shown, Shrunk
 from rollflow.schedule.pace import Pace
 from rollflow.schedule.scheduler import Scheduler
@@ -67,11 +68,12 @@ class Loop:
         self.device, self.preparations, self.clock = device, preparations, clock
         self.inbox: SimpleQueue[Event | tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._timers, self._rate = Timers(), Rate()
+        self._short = set[Geometry]()  # of whose shortness of memory was warned
         self._ended, self._lock = False, threading.RLock()  # a collected engine may be closed anywhere
         self._admission = Admission(slots, device.allocate, max_queued)
         self._scheduler = scheduler = Scheduler(device.lanes, preparations.cost, clock)
         preparations.changed = self._lanes_changed
-        pace = Pace(preparations.costs, lambda: device.lanes if device.parallel else 1)
+        self.pace = pace = Pace(preparations.costs, lambda: device.lanes if device.parallel else 1)
         self._register = register = Register(
             self._admission, scheduler, preparations, pace, self._timers, ledger, clock
         )
@@ -106,7 +108,10 @@ class Loop:
         Raises:
             EngineBusy: as many requests as may wait already do.
             EngineClosed: it has ended.
+            EngineDead: the device, or the loop itself, failed for good.
         """
+        if self._register.dead is not None:
+            raise no_more(self._register.dead)
         self._admission.enter(force, self._expected_wait)
         ticket = self._register.issue(plan, geometry, tell, resize)
         if not self.call(self._register.take_on, ticket):
@@ -148,6 +153,8 @@ class Loop:
         register.admit()
         if register.dead is None:
             dispatch.launch()
+        else:
+            self._drop_chores(register.dead)
         if register.tickets and dispatch.idle and self.inbox.empty() and register.unstick():
             self.call(_nothing)  # what can start now starts in the next step
         if register.closing and not register.tickets and dispatch.lanes <= 0:
@@ -201,7 +208,7 @@ class Loop:
 
     def _close(self, drain: bool) -> None:
         self._register.close(drain)
-        if not drain:
+        if not drain or self._register.dead is not None:
             self._timers.at(self.clock() + FORSAKE, self._forsake)
 
     def _forsake(self) -> None:
@@ -227,7 +234,7 @@ class Loop:
                 continue
             try:
                 search.deliver(row, score, bool(invalid) and (ticket.id, row.number) in invalid)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: a method ends its own request alone
                 self._register.refuse(ticket, method_error(ticket.plan, error))
         self._rate.add(self.clock(), len(event.rows) * event.rows[0].nfe)
         for ticket in touched:
@@ -262,7 +269,8 @@ class Loop:
             self._register.touched(ticket)
 
     def _on_shrunk(self, event: Shrunk) -> None:
-        if self.preparations.shrink(event.geometry, event.rows):
+        if self.preparations.shrink(event.geometry, event.rows) and event.geometry not in self._short:
+            self._short.add(event.geometry)
             warn_of_memory(event, self.preparations.cost(event.geometry).largest)
 
     def _lanes_changed(self) -> None:
@@ -285,19 +293,24 @@ class Loop:
         )
 
     def _expected_wait(self) -> float:
-        """Seconds until all that is here is done, at the present rate."""
-        return self._register.unspent / max(self._rate.value(self.clock()), 1e-3)
+        """Seconds until all that is here is done, at the present rate, or else at that of bare batches."""
+        tickets = [*self._register.tickets.values()]
+        rates = [self.pace.assumed(ticket.geometry) or 0.0 for ticket in tickets]
+        rate = self._rate.value(self.clock()) or max(rates, default=0.0)
+        return self._register.unspent / rate if rate else 1.0  # nothing ran yet, and nothing is known
 
 
 def warn_of_memory(event: Shrunk, largest: int) -> None:
     """A batch did not fit into the device's memory."""
     size = f"{event.geometry.height}x{event.geometry.width}"
-    warnings.warn(
-        f"a batch of {event.rows} rows of {size} did not fit into the device's memory and was split; from now on "
-        f"batches of this size have at most {largest} rows, which may be slower",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+        warnings.warn(
+            f"a batch of {event.rows} rows of {size} did not fit into the device's memory and was split; from now on "
+            f"batches of this size have at most {largest} rows (fewer, should those not fit either), which may be "
+            "slower. This warning comes once for each size",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _nothing() -> None:

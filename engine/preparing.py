@@ -70,7 +70,9 @@ class Preparations:
     def shrink(self, geometry: Geometry, rows: int) -> bool:
         """Batches of this many rows do not fit: takes the batch sizes away that hold them; says whether that is new."""
         known = self.cost(geometry).seconds
-        limit = self.runner.bucket(min(rows, max(known)), geometry)
+        if rows > max(known):  # it was on its way when another did not fit
+            return False
+        limit = self.runner.bucket(rows, geometry)
         fitting = {bucket: seconds for bucket, seconds in known.items() if bucket < limit}
         if not fitting:  # one batch size alone: from now on the rows of half of it
             half = max(1, limit // 2)

@@ -72,24 +72,31 @@ class Register:
         """A request is here: what it needs is prepared, and then it waits in line."""
         self.tickets[ticket.id] = ticket
         if self.dead is not None or self.closing:
-            dead = EngineDead("the device failed for good: make a new engine")
-            dead.__cause__ = self.dead
-            self.refuse(ticket, EngineClosed("the engine was closed") if self.dead is None else dead)
+            self.refuse(ticket, EngineClosed("the engine was closed") if self.dead is None else no_more(self.dead))
             return
         request = ticket.plan.request
         if request.deadline is not None:
             self._end_at(ticket, request.deadline, "deadline")
-        self._preparations.want(request.prompt, ticket.geometry, lambda error: self._prepared(ticket, error))
+        self._prepare(ticket)
+
+    def _prepare(self, ticket: Ticket) -> None:
+        prompt, geometry = ticket.plan.request.prompt, ticket.geometry
+        self._preparations.want(prompt, geometry, lambda error: self._prepared(ticket, error))
 
     def _prepared(self, ticket: Ticket, error: BaseException | None) -> None:
         if error is not None:
             self.refuse(ticket, error)
         elif not ticket.over:
-            self._admission.line_up(ticket)
+            try:  # held from now on: what others ask for meanwhile may push it out
+                ticket.conditioning = self._preparations.conditioning[ticket.plan.request.prompt]
+            except KeyError:
+                self._prepare(ticket)
+            else:
+                self._admission.line_up(ticket)
 
     def admit(self) -> None:
         """Lets those in whose slots are there."""
-        for ticket, lease in self._admission.admit(self._settle):
+        for ticket, lease in self._admission.admit(self._settle, self.refuse):
             self._start(ticket, lease)
 
     def _settle(self, ticket: Ticket) -> None:
@@ -112,7 +119,7 @@ class Register:
         request, now = ticket.plan.request, self._clock()
         brief = Brief(
             ticket.id, request.prompt, ticket.geometry, request.seed, float(request.guidance),
-            self._preparations.conditioning[request.prompt], ticket.plan.reward, ticket.plan.latents,
+            ticket.conditioning, ticket.plan.reward, ticket.plan.latents,
         )  # fmt: skip
         try:
             ticket.search = Search(ticket.plan, brief, lease, self._ledger, self._odds)
@@ -176,7 +183,7 @@ class Register:
             return
         try:
             ended = search.stop(reason, finish)
-        except Exception as error:
+        except BaseException as error:
             self.refuse(ticket, method_error(ticket.plan, error))
             return
         if ended:
@@ -227,7 +234,7 @@ class Register:
             self._scheduler.discard(search)
             try:
                 search.discard()
-            except Exception as raised:  # of a method that does not take its end well: its request has failed anyway
+            except BaseException as raised:  # a method that does not take its end well: its request has failed anyway
                 ticket.error.__context__ = raised
         if ticket in self.over:
             self.over.remove(ticket)
@@ -263,7 +270,7 @@ class Register:
             self.running -= 1
             try:
                 ticket.search.close()
-            except Exception as raised:
+            except BaseException as raised:
                 ticket.error = ticket.error or method_error(ticket.plan, raised)
             self._scheduler.freed()
         if ticket.error is not None:
@@ -288,6 +295,13 @@ class Register:
         """Waits no longer for what is on the device."""
         for ticket in [*self.tickets.values()]:
             self.leave(ticket)
+
+
+def no_more(cause: BaseException) -> EngineDead:
+    """What is told of an engine that can do no more to those who come later."""
+    dead = EngineDead("the device failed for good: make a new engine")
+    dead.__cause__ = cause
+    return dead
 
 
 def method_error(plan: Plan, error: BaseException) -> BaseException:

@@ -161,10 +161,11 @@ class Shrunk(NamedTuple):
 
 
 class Began(NamedTuple):
-    """A call of a reward that may take `seconds` has begun."""
+    """The `attempt`-th repetition of a call of a reward, which may take `seconds`, has begun."""
 
     call: Any
     seconds: float
+    attempt: int = 0
 
 
 class Again(NamedTuple):

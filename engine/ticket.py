@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rollflow.models import Geometry
 from rollflow.plan import Plan
@@ -62,6 +62,7 @@ class Ticket:
         tell: is told the news.
         submitted: when it came.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
+        conditioning: what the model made of its prompt, once it may be let in.
         search: once it was let in.
         over: whether its fate was told; rows of it may still be on the device.
         left: whether nothing of it is left anywhere.
@@ -75,8 +76,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "cancelled", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued", "resize",
-        "search", "shown", "started", "submitted", "tell", "timers",
+        "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued",
+        "resize", "search", "shown", "started", "submitted", "tell", "timers",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +91,7 @@ class Ticket:
     ):
         self.id, self.plan, self.geometry, self.tell, self.submitted = number, plan, geometry, tell, now
         self.resize = resize
+        self.conditioning: Any = None
         self.search: Search | None = None
         self.error: BaseException | None = None
         self.started = self.ended = now

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from tiny import PATIENCE, Gate, assert_sound, bon, ended, engine, fingerprint, rbf
+from tiny import PATIENCE, Gate, Lockstep, assert_sound, bon, ended, engine, fingerprint, rbf
 
 from rollflow import Cancelled, FunctionError, RequestError, RollflowError
 
@@ -51,8 +51,11 @@ def test_an_awaited_job_raises_its_error(shared):
 
 def test_updates_are_streamed_and_the_last_is_delivered(shared):
     async def main():
-        job = shared.submit(rbf(30))
-        spent = [update.committed_nfe async for update in job]
+        reward, spent = Lockstep(), []
+        job = shared.submit(rbf(30, reward=reward))
+        async for update in job:
+            spent.append(update.committed_nfe)
+            reward.read.release()
         assert spent == sorted(spent) and spent[-1] == 30 and len({*spent}) > 2
         assert [update.committed_nfe async for update in job] == [30]
         image = await asyncio.to_thread(job.update.image)
@@ -61,13 +64,14 @@ def test_updates_are_streamed_and_the_last_is_delivered(shared):
     asyncio.run(main())
 
 
-def test_a_reader_that_leaves_or_sleeps_holds_up_nobody(shared):
+def test_a_reader_that_leaves_or_sleeps_holds_up_nobody(shared, gate):
     async def main():
-        job = shared.submit(rbf(40))
+        job = shared.submit(rbf(40, reward=gate))
         async for _ in job:
             break
         slow = aiter(job)
         await anext(slow)
+        gate.open.set()
         await job
         assert [update.committed_nfe async for update in slow] == [40]
 

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import PATIENCE, Gate, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
+from tiny import PATIENCE, Gate, Lockstep, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
 
 import rollflow
 from rollflow import Cancelled, Draw, EngineBusy, FunctionError, Job, RollflowError
@@ -114,7 +114,8 @@ def test_a_queued_job_is_cancelled_at_once(gate):
 
 def test_a_cancelled_job_hands_out_the_best_that_it_had(shared):
     alone = shared.generate(rbf(40)).history
-    for update in (job := shared.submit(rbf(40))):
+    reward = Lockstep()
+    for update in reward.follow(job := shared.submit(rbf(40, reward=reward))):
         if update.committed_nfe >= 8:
             job.cancel()
     with pytest.raises(Cancelled):
@@ -187,8 +188,9 @@ def test_callbacks_of_a_cancelled_and_of_a_failed_job(shared, gate):
 
 
 def test_updates_come_as_rewards_do_and_end_with_the_last(shared):
-    job = shared.submit(rbf(30))
-    updates = list(job)
+    reward = Lockstep()
+    job = shared.submit(rbf(30, reward=reward))
+    updates = list(reward.follow(job))
     spent = [update.committed_nfe for update in updates]
     assert spent == sorted(spent) and spent[-1] == 30 and len({*spent}) > 3
     last, result = updates[-1], job.result()
@@ -199,11 +201,12 @@ def test_updates_come_as_rewards_do_and_end_with_the_last(shared):
     assert [update.committed_nfe for update in job] == [30]  # of a job that is over: the last
 
 
-def test_updates_coalesce_and_a_slow_or_vanished_reader_holds_up_nobody(shared):
-    job = shared.submit(rbf(40))
+def test_updates_coalesce_and_a_slow_or_vanished_reader_holds_up_nobody(shared, gate):
+    job = shared.submit(rbf(40, reward=gate))
     slow, vanished = iter(job), iter(job)
     next(slow), next(vanished)
     del vanished
+    gate.open.set()
     assert job.result(PATIENCE).committed_nfe == 40  # nobody reads meanwhile
     left = [update.committed_nfe for update in slow]
     assert left == [40]

@@ -221,7 +221,7 @@ def test_an_engine_that_is_dropped_ends_its_threads():
     made.generate(bon())
     unused = engine()
     threads = [thread for thread in own_threads() if thread not in before]
-    assert len(threads) == len(made.lanes.alive) + 1 + len(unused.lanes.alive)
+    assert len(threads) == len(made.lanes.alive) + 2 + len(unused.lanes.alive)
     del made, unused
     gc.collect()
     for thread in threads:

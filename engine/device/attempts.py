@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from rollflow.errors import EngineDead, ModelError, RollflowError
 from rollflow.models import Geometry
-from rollflow.row import Failed, Free, Report, Shrunk
+from rollflow.row import Failed, Free, Report, Show, Shrunk
 
 After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
 
@@ -53,7 +54,8 @@ class Attempts:
                 break
             elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
                 error = None  # and with it the frames that hold the batch's tensors
-                self._shrink(part[0].brief.geometry, len(part), report)
+                rows = sum(len(one.candidates) if isinstance(one, Show) else 1 for one in part)
+                self._shrink(part[0].brief.geometry, rows, report)
                 left += [part[len(part) // 2 :], part[: len(part) // 2]]
             elif len(parts := _by_request(part)) > 1:
                 self._warn_of(error, len(part))
@@ -79,12 +81,13 @@ class Attempts:
     def _warn_of(self, error: BaseException, rows: int) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by request, "
-                "which is slower; what fails then fails alone. This warning comes once",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+                warnings.warn(
+                    f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by "
+                    "request, which is slower; what fails then fails alone. This warning comes once",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 def _by_request(work: Sequence[Any]) -> list[list[Any]]:

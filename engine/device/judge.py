@@ -87,10 +87,10 @@ class Judge:
         alone = None if getattr(judged, "concurrent", False) else judged
         self.threads.judge(self._run, call, report, one_at_a_time=alone)
 
-    def abandon(self, call: Call) -> bool:
-        """Gives up a call that takes too long; False if it is over."""
+    def abandon(self, call: Call, attempt: int) -> bool:
+        """Gives up a call that takes too long; False if this attempt of it is over."""
         with self._state:
-            if call.state != "running":
+            if call.state != "running" or call.attempts != attempt:
                 return False
             call.state = "abandoned"
         judged = called(call.reward)
@@ -103,21 +103,22 @@ class Judge:
     def _run(self, call: Call, report: Report) -> None:
         call.thread, call.state = threading.current_thread(), "running"
         if (seconds := rewards.timeout(call.reward)) is not None:
-            report(Began(call, seconds))
-        event: Event | None
+            report(Began(call, seconds, call.attempts))
+        scores: list[list[float]] = []
+        failure: BaseException | None = None
         try:
             scores = self._scores(call)
         except BaseException as error:
-            event = self._failure(call, error, report)
-        else:
-            try:
-                event = call.then(call.work, scores)
-            except BaseException as error:  # an error of ours, and yet nobody must wait for ever
-                event = Failed(call.work, error)
-        with self._state:
+            failure = error
+        with self._state:  # whoever gave it up has told its requests so: nothing of it counts any more
             if call.state == "abandoned":
                 return
             call.state = "over"
+        event: Event | None
+        try:
+            event = call.then(call.work, scores) if failure is None else self._failure(call, failure, report)
+        except BaseException as error:  # an error of ours, and yet nobody must wait for ever
+            event = Failed(call.work, error)
         if event is not None:
             report(event)
 

@@ -88,8 +88,10 @@ class Runner:
         self.graphs.clear()
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
-        """The smallest batch size that holds `rows`."""
+        """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
         buckets = self.buckets.get(geometry, self.usual)
+        if rows > buckets[-1]:  # they were on their way when another batch did not fit into the memory
+            buckets = self.usual
         return buckets[bisect_left(buckets, rows)]
 
     # CUDA graphs.

@@ -40,14 +40,18 @@ class Pace:
 
     def affordable(self, method: str, geometry: Geometry, seconds: float, finish: int, company: int) -> int | None:
         """How many evaluations fit into a time beside `company` other requests; None where nothing is known yet."""
-        rate = self._rates.get((method, geometry))
-        cost = self._costs.get(geometry)
-        if rate is None and cost is not None:
-            rate = ASSUMED * self._lanes() * max(bucket / spent for bucket, spent in cost.seconds.items())
+        rate = self._rates.get((method, geometry), self.assumed(geometry))
         if rate is None:
             return None
         left = seconds - self.ending(geometry, finish)
         return max(1, int(left * rate / (1 + company)))
+
+    def assumed(self, geometry: Geometry) -> float | None:
+        """Evaluations a second by the measured costs of batches alone; None where nothing was measured."""
+        cost = self._costs.get(geometry)
+        if cost is None:
+            return None
+        return ASSUMED * self._lanes() * max(bucket / spent for bucket, spent in cost.seconds.items())
 
 
 def _mixed(before: float | None, new: float) -> float:
