@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+LONGEST = 3600.0  # seconds of one wait: a queue takes no timeout of centuries
 WINDOW = 10.0  # seconds over which a rate is taken
 
 
@@ -22,14 +24,15 @@ class Timers:
         return len(self._heap)
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
-        """Asks for a call at `when`."""
-        heapq.heappush(self._heap, (when, next(self._numbers), call, args))
+        """Asks for a call at `when`; what is no finite time never comes."""
+        if math.isfinite(when):
+            heapq.heappush(self._heap, (when, next(self._numbers), call, args))
 
     def wait(self, now: float, most: float | None) -> float | None:
         """Seconds until the next call is due, at most `most`; None where nothing is to be waited for."""
         if not self._heap:
             return most
-        left = max(0.0, self._heap[0][0] - now)
+        left = min(LONGEST, max(0.0, self._heap[0][0] - now))
         return left if most is None else min(left, most)
 
     def run(self, now: float) -> None:
