@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from itertools import count
 from threading import Lock
 from typing import Any
 
+LONGEST = 3600.0  # seconds of one wait: a queue takes no timeout of centuries
 WINDOW = 10.0  # seconds over which a rate is taken
 
 
@@ -34,9 +36,12 @@ class Timers:
         return len(self._heap) - self._cancelled
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> Timer:
-        """Asks for a call at `when`."""
+        """Asks for a call at `when`; one at a time that is not finite never comes."""
         timer = Timer(call, args)
-        heapq.heappush(self._heap, (when, next(self._numbers), timer))
+        if math.isfinite(when):
+            heapq.heappush(self._heap, (when, next(self._numbers), timer))
+        else:
+            timer.call = None  # so that to cancel it changes nothing
         return timer
 
     def cancel(self, timer: Timer) -> None:
@@ -56,7 +61,7 @@ class Timers:
             self._pop()
         if not self._heap:
             return most
-        left = max(0.0, self._heap[0][0] - now)
+        left = min(LONGEST, max(0.0, self._heap[0][0] - now))
         return left if most is None else min(left, most)
 
     def run(self, now: float) -> None:

@@ -1,5 +1,7 @@
 """Budgets of time: what fits is spent, and a request ends on time with its best, by a clock that the test sets."""
 
+import math
+
 import pytest
 from tiny import PATIENCE, SIZE, Clock, Driven, Gate, Hand, Lockstep, assert_sound, bon, brightness, ended, engine, rbf
 
@@ -8,6 +10,7 @@ from rollflow.methods.budget import best
 from rollflow.plan import plan
 from rollflow.rewards import FunctionReward
 from rollflow.row import Free, Landed
+from rollflow.timers import LONGEST, Timers
 
 
 def stopped(told):
@@ -296,3 +299,16 @@ def test_all_ends_have_a_name():
             ends[name] = ended(job).best()
     assert {name: result.stopped for name, result in ends.items()} == {name: name for name in ends}
     assert SIZE.height == ends["cancelled"].image.height
+
+
+def test_a_time_of_centuries_is_waited_for_in_pieces():
+    with engine() as made:
+        assert made.generate(rbf(seconds=1e30)).stopped == "budget"
+        assert made.generate(rbf(deadline=1e30)).stopped == "budget"
+        assert_sound(made)
+    timers, called = Timers(), []
+    for when in (math.inf, math.nan, 5.0, 1e30):
+        timers.at(when, called.append, when)
+    assert len(timers) == 2 and timers.wait(0.0, None) == 5.0 and timers.wait(0.0, 1.0) == 1.0
+    timers.run(6.0)
+    assert called == [5.0] and timers.wait(6.0, None) == LONGEST

@@ -5,7 +5,7 @@ import threading
 import pytest
 from tiny import PATIENCE, Clock, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
 
-from rollflow import FunctionError, RewardUnavailable
+from rollflow import FunctionError, RewardUnavailable, RollflowError
 from rollflow.rewards import FunctionReward
 
 
@@ -222,3 +222,15 @@ def test_a_reward_with_a_timeout_that_answers_is_not_given_up():
             assert_sound(made)
     finally:
         del reward.function.timeout
+
+
+@pytest.mark.parametrize("attributes", [{"timeout": "soon"}, {"retry_on": ConnectionError}, {"retries": "often"}])
+def test_a_reward_that_declares_what_cannot_be_used_fails_alone(attributes):
+    with engine() as made:
+        try:
+            job = made.submit(bon(reward=Unavailable(1, **attributes)))
+        except RollflowError as error:  # at the door
+            assert "away" in str(error)
+        else:
+            assert isinstance(ended(job).exception(), FunctionError) and "away" in str(job.exception())
+        assert_sound(made)

@@ -102,11 +102,11 @@ class Judge:
     @torch.no_grad()
     def _run(self, call: Call, report: Report) -> None:
         call.thread, call.state = threading.current_thread(), "running"
-        if (seconds := rewards.timeout(call.reward)) is not None:
-            report(Began(call, seconds, call.attempts))
         scores: list[list[float]] = []
         failure: BaseException | None = None
         try:
+            if (seconds := rewards.timeout(call.reward)) is not None:
+                report(Began(call, float(seconds), call.attempts))
             scores = self._scores(call)
         except BaseException as error:
             failure = error
@@ -117,8 +117,12 @@ class Judge:
         event: Event | None
         try:
             event = call.then(call.work, scores) if failure is None else self._failure(call, failure, report)
-        except BaseException as error:  # an error of ours, and yet nobody must wait for ever
-            event = Failed(call.work, error)
+        except BaseException as error:  # such as of a `retry_on` that is no list of errors: nobody must wait for ever
+            unusable = FunctionError(
+                f"the answer of the reward {call.reward.name} could not be used ({type(error).__name__}: {error})"
+            )
+            unusable.__cause__ = error
+            event = Failed(call.work, unusable)
         if event is not None:
             report(event)
 
