@@ -14,6 +14,7 @@ import tyro
 from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
 from rollflow.bench.kernel_bandwidth import Kernels
+from rollflow.bench.latency import Latency
 from rollflow.bench.overhead import Overhead
 from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "throughput": Throughput,
     "scaling": Scaling,
     "overhead": Overhead,
+    "latency": Latency,
     "preview": Preview,
     "kernels": Kernels,
     "gpu": Gpu,

@@ -24,14 +24,17 @@ Key = tuple[tuple[str, str], ...]
 IDENTITY = (
     "command", "contender", "part", "claim", "ahead", "of", "kernel", "model", "reward", "label", "method", "path",
     "set", "prompts", "seed", "seeds", "nfe", "steps", "level", "point", "mode", "bucket", "geometry", "height",
-    "width", "rows", "token", "channel", "dtype",
+    "width", "rows", "token", "channel", "dtype", "concurrency", "load",
 )  # fmt: skip
 """The keys that say what a row is of; a row is known by those of them that it has."""
 
-HIGHER_IS_BETTER = ("nfe_per_second", "images_per_second", "efficiency", "gigabytes_per_second")
+HIGHER_IS_BETTER = (
+    "nfe_per_second", "images_per_second", "requests_per_second", "efficiency", "gigabytes_per_second",
+)  # fmt: skip
 LOWER_IS_BETTER = (
     "executed_over_committed", "peak_memory_bytes", "milliseconds_per_nfe", "seconds", "host_microseconds_per_row",
-    "host_microseconds_per_tick",
+    "host_microseconds_per_tick", "seconds_to_first_update_p50", "seconds_to_first_update_p95",
+    "seconds_to_first_update_p99", "seconds_to_result_p50", "seconds_to_result_p95", "seconds_to_result_p99",
 )  # fmt: skip
 MEASUREMENTS = HIGHER_IS_BETTER + LOWER_IS_BETTER
 
@@ -213,5 +216,5 @@ def _report(found: list[Change], threshold: float) -> Iterator[Text]:
             verdict = change.verdict(threshold)
             before, after = (f"{'-' if v is None else f'{v:.4g}':>10}" for v in (change.before, change.after))
             ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
-            line = f"  {change.measurement:26} {before} -> {after}   after/before {ratio:>8}  {verdict}"
+            line = f"  {change.measurement:28} {before} -> {after}   after/before {ratio:>8}  {verdict}"
             yield Text(line.rstrip(), style={"worse": "bold red", "better": "green"}.get(verdict, ""))

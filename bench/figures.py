@@ -210,3 +210,30 @@ def throughput(rows: list[Row], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     _pyplot().close(figure)
+
+
+def latency(rows: list[Row], file: Path) -> None:
+    """Time to the first update and to the result against the load, with intervals, and closed loops' medians."""
+    figure, panels = _pyplot().subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    loads = sorted((row for row in rows if "load" in row), key=lambda row: row["load"])
+    closed = [row for row in rows if "concurrency" in row]
+    for axes, measured, title in zip(panels, ("to_first_update", "to_result"), ("first update", "result"), strict=True):
+        for p in (50, 95, 99):
+            name = f"seconds_{measured}_p{p}"
+            if not (mine := [row for row in loads if row[name] is not None]):
+                continue
+            middle = np.array([row[name] for row in mine])
+            # An end that the sample is too small to know is open: drawn is what is known.
+            ends = [[m if e is None else e for e in row[f"{name}_95"]] for m, row in zip(middle, mine, strict=True)]
+            error = np.abs(np.array(ends).reshape(-1, 2).T - middle)
+            axes.errorbar([row["load"] for row in mine], middle, error, fmt="o-", ms=4, capsize=3, label=f"p{p}")
+        for i, row in enumerate(row for row in closed if row[f"seconds_{measured}_p50"] is not None):
+            label = f"{row['concurrency']} in flight, p50"
+            axes.axhline(row[f"seconds_{measured}_p50"], color="0.4", lw=1, ls=(":", "--", "-.")[i % 3], label=label)
+        axes.set(title=f"time to the {title}", xlabel="arrivals, share of the capacity", yscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds")
+    panels[1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    _pyplot().close(figure)

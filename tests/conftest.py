@@ -1,8 +1,13 @@
 """What holds for every test: no network, two threads, Triton's interpreter where there is no CUDA device."""
 
+import dataclasses
 import os
+import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -18,6 +23,40 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before triton is imported
 
 torch.set_num_threads(2)
+
+
+class Checked:
+    """jaxtyping's decorator where an annotation has a shape, beartype alone elsewhere.
+
+    jaxtyping binds the arguments of each call anew, which costs more than most functions do.
+    """
+
+    shaped = staticmethod(jaxtyping.jaxtyped)
+    kinds = tuple(
+        f"{name}["
+        for name, kind in vars(jaxtyping).items()
+        if isinstance(kind, type) and issubclass(kind, jaxtyping.AbstractDtype)
+    )
+
+    def __init__(self, *, typechecker: Callable[..., Any]):
+        self.typechecker = typechecker
+
+    def __call__(self, thing: Any) -> Any:
+        if not isinstance(thing, type):
+            return self.function(thing)
+        if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = self.function(thing.__init__)
+        return thing
+
+    def function(self, function: Any) -> Any:
+        text = " ".join(str(annotation) for annotation in function.__annotations__.values())
+        text += " ".join(str(function.__globals__.get(word)) for word in set(re.findall(r"\w+", text)))  # of aliases
+        if any(kind in text for kind in self.kinds):
+            return self.shaped(function, typechecker=self.typechecker)
+        return self.typechecker(function)
+
+
+jaxtyping.jaxtyped = Checked  # what the hook's decorators call
 
 # The same examples in every run, and no limit on the time of one: a busy machine is no failure.
 settings.register_profile("rollflow", derandomize=True, deadline=None, max_examples=50)
