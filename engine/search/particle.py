@@ -37,13 +37,14 @@ class Particle:
         slot: its place in the pool.
         moved: whether its children's velocity is moved by its reward's gradient.
         kept: whether the method may still draw from it or return it; see `rollflow.draw.Draw.keep`.
+        watchers: how many images of it are being made, for those who asked for the best so far.
     """
 
-    __slots__ = ("__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step")
+    __slots__ = ("__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step", "watchers")
 
     def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False):
         self.step, self.arrival, self.slot, self.moved = step, arrival, slot, moved
-        self.index, self.kept = -1, True
+        self.index, self.kept, self.watchers = -1, True, 0
         self.parent: int | None = None
         self.reward: float | None = None
 

@@ -156,6 +156,7 @@ class Search:
                     return
             if flight.turn.complete:
                 self._turn, sent = None, flight.turn.children()
+                flight.turn.close()
                 self._proceed(sent)
 
     def lost(self, row: Row) -> None:
@@ -180,6 +181,18 @@ class Search:
         if self._finals:
             return max((final.particle for final in self._finals), key=rank)
         return self._best[0] if self._best else self._latest
+
+    def watch(self) -> Particle | None:
+        """The best particle so far, whose slot stays its own until `unwatch`; None before the first."""
+        best = self.best
+        if best is not None:
+            best.watchers += 1
+        return best
+
+    def unwatch(self, particle: Particle) -> None:
+        """The image of a watched particle was made."""
+        particle.watchers -= 1
+        self._let_go(particle)
 
     def stop(self, reason: str, finish: bool = True) -> bool:
         """Ends the search with its best so far, still to be finished or not; False if it has nothing to show yet."""
@@ -207,6 +220,8 @@ class Search:
 
     def discard(self) -> None:
         """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
+        if self._turn is not None:
+            self._turn.close()
         self._finals, self._turn, self._best, self._latest = [], None, [], None
         self._method.close()
 
@@ -299,10 +314,11 @@ class Search:
         """A step of a finalist is there; in the end they are recorded finalist by finalist, whichever came first."""
         assert self._finals is not None
         final = self._finals[flight.draw]
+        before, final.particle, final.waiting = final.particle, flight.particle, False
         if final.flights:  # the step before was this one's parent, and nobody else's
-            final.particle.slot.release()
+            before.kept = False
         final.flights.append(flight)
-        final.particle, final.waiting = flight.particle, False
+        self._let_go(before)
         if all(not final.steps and not final.waiting for final in self._finals):
             for one in (one for final in self._finals for one in final.flights):
                 self._record(one)
@@ -342,8 +358,11 @@ class Search:
             self._end_with(particle, "stop_at", self.plan.request.finish)
 
     def _let_go(self, particle: Particle | None) -> None:
-        """Frees the slot of a particle that neither the method keeps nor the final comparison."""
-        if particle is not None and not particle.kept and particle is not self._latest and particle not in self._best:
+        """Frees the slot of a particle that neither the method keeps nor the final comparison, and nobody looks at."""
+        if particle is None or particle.kept or particle.watchers:
+            return
+        finals = (final.particle for final in self._finals or ())
+        if particle is not self._latest and not any(particle is other for other in (*self._best, *finals)):
             particle.slot.release()
 
     def _drop(self, flight: Flight) -> None:
@@ -375,5 +394,6 @@ class Search:
         if turn is not None:
             for flight in turn.leftover():
                 self._drop(flight)
+            turn.close()
         self._best, self._latest = [], None
         self._method.close()
