@@ -477,12 +477,14 @@ class Loop:
 
     def _peek(self, ticket: Ticket, then: Callable[[Any, BaseException | None], None]) -> None:
         search = ticket.search
-        best = None if search is None or ticket.left or self.dead is not None else search.best
-        if best is None:
+        best = None if search is None or ticket.left or self.dead is not None else search.watch()
+        if search is None or best is None:
             then(None, None)
             return
 
-        def seen(image: Any, error: BaseException | None, kept: Any = best) -> None:  # holds the particle's slot
+        def seen(image: Any, error: BaseException | None) -> None:
+            search.unwatch(best)
+            self._scheduler.freed()
             then(image, error)
 
         geometry, candidate = ticket.geometry, best.candidate
@@ -740,9 +742,7 @@ def promise(plan: Plan) -> int:
 
     A finalist on its way to t = 0 takes up to three: itself, the step that it is at and the next one.
     """
-    request, options = plan.request, plan.request.options
-    held = methods.holds(request.method, request.nfe, len(plan.steps), plan.finish_nfe, **options)
-    return min(request.nfe, max(held + plan.finalists + 2, 3 * plan.finalists))
+    return min(plan.request.nfe, max(plan.held + plan.finalists + 1, 3 * plan.finalists))
 
 
 def method_error(plan: Plan, error: BaseException) -> BaseException:

@@ -15,7 +15,7 @@ from rollflow import methods, rewards
 from rollflow.draw import Draw
 from rollflow.engine import Engine
 from rollflow.errors import FunctionError, ModelError
-from rollflow.loop import Finished, Loop, promise
+from rollflow.loop import Finished, Loop, Refused, promise
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.layout import Layout
 from rollflow.plan import plan
@@ -98,6 +98,7 @@ def drive(requests, device, slots=4096):
     for i, request in enumerate(requests):
         loop.submit(plan(request), SIZE, lambda news, i=i: found.__setitem__(i, news))
     while not all(isinstance(found.get(i), Finished) for i in range(len(requests))):
+        assert not any(isinstance(news, Refused) for news in found.values()), found
         if loop.inbox.empty() and device.held:
             device.release()
         assert not loop.inbox.empty(), "the loop waits for nothing"
