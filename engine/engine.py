@@ -420,7 +420,7 @@ class Engine:
                 f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
                 "with Engine(slots=...)"
             )
-        return Checked(checked, geometry, (lambda nfe: for_budget(min(nfe, slots))) if timed else None)
+        return Checked(checked, geometry, partial(_fitting, for_budget, slots) if timed else None)
 
     def _check_prompt(self, prompt: str) -> None:
         if prompt not in self._host.preparations.conditioning:
@@ -554,6 +554,12 @@ def _request(asked: str | Request, options: dict[str, Any]) -> Request:
         if name not in methods.options_of(method) and (close := get_close_matches(name, _FIELDS, 1)):
             raise RequestError(f"there is no option {name!r}: did you mean {close[0]!r}?")
     return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})
+
+
+def _fitting(build: Callable[[int], Plan], slots: int, nfe: int) -> Plan:
+    """The plan for a budget, or for the smaller one that is sure to need no more than the slots there are."""
+    made = build(nfe)
+    return made if promise(made) <= slots else build(min(nfe, slots))
 
 
 def _slots_of(slots: int | None, geometry: Geometry) -> int:

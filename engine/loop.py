@@ -742,7 +742,9 @@ def promise(plan: Plan) -> int:
 
     A finalist on its way to t = 0 takes up to three: itself, the step that it is at and the next one.
     """
-    return min(plan.request.nfe, max(plan.held + plan.finalists + 1, 3 * plan.finalists))
+    nfe = plan.request.nfe
+    assert nfe is not None, "plan() has filled it in"
+    return min(nfe, max(plan.held + plan.finalists + 1, 3 * plan.finalists))
 
 
 def method_error(plan: Plan, error: BaseException) -> BaseException:

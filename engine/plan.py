@@ -181,7 +181,7 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
         request = replace(request, options={option: first, **request.options})
     made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request), traits.trusted_from)
     made.search()  # a check
-    held = methods.holds(request.method, request.nfe, len(steps), made.finish_nfe, **request.options)
+    held = methods.holds(request.method, whole("nfe", request.nfe, 1), len(steps), made.finish_nfe, **request.options)
     made = replace(made, held=held)
     title = methods.title(request.method)
     if methods.branches(request.method) and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):

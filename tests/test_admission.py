@@ -225,6 +225,13 @@ def test_the_smallest_budget_serves_where_the_time_decides():
         engine._check(replace(timed, seconds=None))
 
 
+def test_a_time_pays_for_more_evaluations_than_there_are_slots_where_the_method_holds_few():
+    engine = scripted.Engine(scripted.Tiny(), slots=128)
+    for method, nfe in (("rbf", 5000), ("dts", 128)):
+        checked = engine._check(Request("a", BRIGHTNESS, method, steps=5, seconds=60.0))
+        assert checked.resize(5000).request.nfe == nfe
+
+
 def test_an_image_that_is_being_made_keeps_its_slot():
     """Somebody looks at the best so far; meanwhile better ones come, and the search lets it go."""
     taken, works, seen, news = [], [], [], []

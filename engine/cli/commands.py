@@ -25,11 +25,13 @@ import rollflow
 from rollflow.errors import BudgetError, RequestError, RollflowError
 
 if TYPE_CHECKING:
-    from typing import Any as MethodOptions
-
     from rollflow.cli.output import Bar
     from rollflow.engine import Engine
     from rollflow.request import Request, Result
+
+    class MethodOptions:
+        """A field for each option that any method has; it is made when the command line is."""
+
 else:
     from rollflow.cli.method_options import method_options
 

@@ -30,7 +30,7 @@ def _annotation(uses: Sequence[Use]) -> Any:
     kinds = {option.kind: None for _, option in uses}
     kind = reduce(or_, kinds, type(None))
     told = tyro.conf.arg(help=_help(uses), help_behavior_hint=_default(uses))
-    return Annotated[kind, told]  # type: ignore[valid-type]
+    return Annotated[kind, told]
 
 
 def _help(uses: Sequence[Use]) -> str:

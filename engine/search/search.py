@@ -145,18 +145,20 @@ class Search:
         elif self._finals is not None or flight.turn is not self._turn or flight.turn.draws[flight.draw].closed:
             self._drop(flight)
         else:
-            needed, unneeded, successes = flight.turn.commit(flight)
+            turn = flight.turn
+            assert turn is not None, "it is the turn that the search waits for"
+            needed, unneeded, successes = turn.commit(flight)
             for one, success in zip(needed, successes, strict=False):
                 self._odds.observe(self._title, one.particle.step, success)
             for one in unneeded:
                 self._drop(one)
-            for one in flight.turn.recordable():
+            for one in turn.recordable():
                 self._record(one)
                 if self._finals is not None:
                     return
-            if flight.turn.complete:
-                self._turn, sent = None, flight.turn.children()
-                flight.turn.close()
+            if turn.complete:
+                self._turn, sent = None, turn.children()
+                turn.close()
                 self._proceed(sent)
 
     def lost(self, row: Row) -> None:
@@ -240,7 +242,7 @@ class Search:
             yielded = self._method.send(sent)
             while isinstance(yielded, Note):
                 self.history.notes.append(yielded.values)
-                yielded = self._method.send(None)  # type: ignore[arg-type]
+                yielded = self._method.send(None)
         except StopIteration as stop:
             self._choose(stop.value)
             return
