@@ -361,10 +361,8 @@ class Search:
 
     def _let_go(self, particle: Particle | None) -> None:
         """Frees the slot of a particle that neither the method keeps nor the final comparison, and nobody looks at."""
-        if particle is None or particle.kept or particle.watchers:
-            return
-        finals = (final.particle for final in self._finals or ())
-        if particle is not self._latest and not any(particle is other for other in (*self._best, *finals)):
+        wanted = (self._latest, *self._best, *(final.particle for final in self._finals or ()))
+        if particle is not None and not particle.kept and not particle.watchers and particle not in wanted:
             particle.slot.release()
 
     def _drop(self, flight: Flight) -> None:
