@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 
-from rollflow import methods
 from rollflow.errors import EngineBusy, RollflowError
 from rollflow.models import Geometry
 from rollflow.plan import Plan
@@ -117,6 +116,6 @@ def promise(plan: Plan) -> int:
 
     A finalist on its way to t = 0 takes up to three: itself, the step that it is at and the next one.
     """
-    request, options = plan.request, plan.request.options
-    held = methods.holds(request.method, request.nfe, len(plan.steps), plan.finish_nfe, **options)
-    return min(request.nfe, max(held + plan.finalists + 2, 3 * plan.finalists))
+    nfe = plan.request.nfe
+    assert nfe is not None, "plan() has filled it in"
+    return min(nfe, max(plan.held + plan.finalists + 1, 3 * plan.finalists))

@@ -81,6 +81,9 @@ class Draw:
         coarse: of "rotate": change only the mean of each patch of the latent that makes a token (with patches of 2x2,
             the low band of a one-level Haar wavelet), and keep what is finer.
         guide: move the children's own velocities by the reward's gradient; `None` does not.
+        keep: how many of the children the method will keep: those with the best rewards, of equal ones the first drawn.
+            The engine frees the place of any other as soon as that is known, and from then on the method may look at
+            its reward but neither draw from it nor return it. `None` keeps all.
     """
 
     parent: Evaluated | None
@@ -100,6 +103,10 @@ class Draw:
             raise RequestError(f"a draw of {self.count!r} children: it must be a whole number of at least 1")
         if not self.scored and self.until != math.inf:
             raise RequestError("a draw with `until` must be scored: its stopping rule looks at rewards")
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+            raise RequestError(f"a draw that keeps {self.keep!r} children: it must be a whole number of at least 1")
+        if self.keep is not None and not self.scored:
+            raise RequestError("a draw with `keep` must be scored: it keeps the children with the best rewards")
         if self.guide is not None and not self.scored:
             raise RequestError("a guided draw must be scored: its gradient is that of the reward")
         if self.move not in MOVES:

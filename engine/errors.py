@@ -11,6 +11,19 @@ class RequestError(RollflowError, ValueError):
     """A request, an option or an argument that cannot be honoured."""
 
 
+class BudgetError(RequestError):
+    """A budget below the smallest that the method can work with.
+
+    Attributes:
+        smallest: that budget.
+        why: what it pays for.
+    """
+
+    def __init__(self, message: str, smallest: int = 1, why: str = ""):
+        super().__init__(message)
+        self.smallest, self.why = smallest, why
+
+
 class ModelError(RollflowError):
     """A model folder or pipeline that cannot be used."""
 

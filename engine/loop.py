@@ -201,6 +201,7 @@ class Loop:
 
         def seen(image: Any, error: BaseException | None) -> None:
             unpin()
+            self._scheduler.freed()
             then(image, error)
 
         geometry, candidate = ticket.geometry, best.candidate

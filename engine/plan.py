@@ -26,7 +26,8 @@ PREVIEW_FINALISTS = 8
 class Plan:
     """A checked request: its interpolant, its grid and the affine coefficients of each step.
 
-    `steps` are the points of the grid, each as reached from the one before (the first: from nothing).
+    `steps` are the points of the grid, each as reached from the one before (the first: from nothing). `held` is the
+    most particles that the method holds at once.
     """
 
     request: Request
@@ -37,6 +38,7 @@ class Plan:
     finalists: int
     latents: torch.Tensor | None
     trusted_from: float
+    held: int = 1
     _arrivals: dict[tuple, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -174,11 +176,13 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
         number("stop_at", request.stop_at)
     usual = 1 if request.finish else PREVIEW_FINALISTS if preview else 2
     finalists = usual if request.finalists is None else whole("finalists", request.finalists, 1)
-    if methods.prunes(request.method):
+    if (option := methods.trusts(request.method)) is not None:
         first = sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1])
-        request = replace(request, options={"first": first, **request.options})
+        request = replace(request, options={option: first, **request.options})
     made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request), traits.trusted_from)
     made.search()  # a check
+    held = methods.holds(request.method, whole("nfe", request.nfe, 1), len(steps), made.finish_nfe, **request.options)
+    made = replace(made, held=held)
     title = methods.title(request.method)
     if methods.branches(request.method) and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
         raise RequestError(

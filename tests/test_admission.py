@@ -23,11 +23,17 @@ def test_a_request_waits_until_its_promise_is_free_and_small_ones_run_together()
     driven.assert_empty()
 
 
+def hoard(nfe, steps):
+    """A method that keeps all it draws, and declares nothing."""
+    (particles,) = yield [Draw(None, nfe)]
+    return particles[0]
+
+
 def test_a_promise_is_what_the_method_holds(monkeypatch):
     """An `nfe` of thousands waits for no more slots than its method can hold at once."""
     monkeypatch.setattr(methods, "holds", lambda method, nfe, steps, finish=0, **options: 5)
     request = plan(rbf(3_000))
-    assert promise(request) == 5 + request.finalists + 2
+    assert promise(request) == 5 + request.finalists + 1
     driven = Driven(slots=2 * promise(request))
     told = [driven.submit(rbf(3_000, seed=seed)) for seed in range(3)]
     driven.settle()
@@ -37,7 +43,7 @@ def test_a_promise_is_what_the_method_holds(monkeypatch):
 def test_what_can_never_be_held_is_refused_at_the_door():
     with engine(slots=8) as made:
         with pytest.raises(RequestError, match="this engine holds 8 of this size; lower it, or make the engine with"):
-            made.submit(bon(9))
+            made.submit(bon(9, method=hoard))
         assert_sound(made)
 
 
@@ -131,10 +137,10 @@ def test_a_request_that_starves_ages():
 
 def test_a_request_that_waits_for_slots_is_not_overtaken_by_smaller_ones():
     driven = Driven(slots=8)
-    small = driven.submit(bon(6))
+    small = driven.submit(bon(6, method=hoard))
     driven.settle()
-    large = driven.submit(bon(8, seed=1))
-    late = driven.submit(bon(2, seed=2))  # would fit beside the first, and would let the large one wait
+    large = driven.submit(bon(8, seed=1, method=hoard))
+    late = driven.submit(bon(2, seed=2, method=hoard))  # would fit beside the first, and would let the large one wait
     driven.settle()
     assert small.began and not large.began and not late.began
     driven.run()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rollflow.bench import shapes_networks as networks
 from rollflow.calls import Progress
 from rollflow.cli import commands as cli
 from rollflow.cli import output
+from rollflow.cli.method_options import method_options
 
 PROMPT = "two red circles"
 SMALL = ("--nfe", "12", "--steps", "3")
@@ -165,9 +167,11 @@ def test_help_is_complete(command, capsys, monkeypatch):
     assert cli.main([command, "--help"]) == 0
     text = capsys.readouterr().out
     groups = [cli.commands()[command]]
-    groups += [cli.ModelOptions] * (command != "study") + [cli.SearchOptions] * (command == "generate")
+    groups += [cli.ModelOptions] * (command != "study") + [cli.SearchOptions, cli.MethodOptions] * (
+        command == "generate"
+    )
     for option in (f for group in groups for f in fields(group)):
-        if option.name not in ("search", "runtime", "part") and (option.name != "prompts" or command == "study"):
+        if option.name not in ("search", "runtime", "part", "own") and (option.name != "prompts" or command == "study"):
             name = option.name.replace("_", "-")
             assert f"--{name} " in text or f"--{name}, --no-{name} " in text
     named = [] if command == "study" else [*models.BUILT_IN, *cli.DTYPES]
@@ -179,7 +183,62 @@ def test_help_is_complete(command, capsys, monkeypatch):
 
 def test_every_option_of_every_method_can_be_given():
     own = {option for name in methods.names() for option in methods.options_of(name)}
-    assert set(cli.OWN) == own and not own & {field.name for field in fields(rollflow.Request)}
+    assert {field.name for field in fields(cli.MethodOptions)} == own
+    assert not own & {field.name for field in fields(rollflow.Request)}
+
+
+def test_options_of_methods_say_whose_they_are_and_what_they_are_by_default():
+    told = {field.name: get_args(field.type)[1] for field in fields(cli.MethodOptions)}
+    for option, meaning, default in (
+        ("block", "code: levels a block.", "2"),
+        (
+            "elites",
+            "ses: the candidates that the next generation is drawn around",
+            "2 for evosearch and sprout, 3 for ses",
+        ),
+        ("resampling", 'das, fk, smc: "multinomial", "systematic"', "systematic"),
+        ("initial", "threshold: samples of the prior", "the method's own choice"),
+        ("first", "sprout: the first point of the grid that is judged", "what is known of the model"),
+    ):
+        assert meaning in told[option].help and told[option].help_behavior_hint == f"(default: {default})"
+
+
+def test_a_new_method_needs_no_line_in_the_command_line(monkeypatch):
+    def mine(nfe, steps, depth: int = 3, name: str | None = None):
+        """Mine.
+
+        Args:
+            nfe: the budget.
+            steps: the grid.
+            depth: how deep it
+                goes. It may go deeper.
+            name: of it.
+        """
+
+    monkeypatch.setitem(methods._METHODS, "mine", mine)
+    made = {field.name: field for field in fields(method_options())}
+    kind, told = get_args(made["depth"].type)
+    assert set(get_args(kind)) == {int, type(None)} and made["depth"].default is None
+    assert told.help == "mine: how deep it goes." and told.help_behavior_hint == "(default: 3)"
+    assert set(get_args(get_args(made["name"].type)[0])) == {str, type(None)}
+
+
+def test_seconds_are_a_budget(run, tmp_path):
+    options = cli.SearchOptions(seconds=2.0, finish=2)
+    assert (options.request(PROMPT).seconds, options.request(PROMPT).nfe) == (2.0, None)
+    enough = ("--seconds", 3600, "--nfe", 6, "--method", "bon", "--steps", 3, "--out", tmp_path)
+    code, printed, complaint = run("generate", PROMPT, *enough)
+    assert (code, complaint) == (0, "") and "6 NFE" in printed
+
+
+def test_without_a_number_of_evaluations_the_bar_counts_alone():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    with RichProgress(TextColumn("{task.fields[count]}"), console=console) as shown:
+        bar = output.Bar(shown)
+        bar.start(None)
+        bar.update(Progress((20, 17), (-1.0, 0.0)))
+    assert "37 NFE" in screen.getvalue() and "/" not in screen.getvalue()
 
 
 def test_defaults_are_those_of_a_request():

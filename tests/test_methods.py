@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import pickle
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollflow import methods
-from rollflow.draw import Draw
-from rollflow.errors import RequestError
+from rollflow.draw import Draw, Note
+from rollflow.errors import BudgetError, RequestError
 
 # the modules, not the functions of the same names
 evosearch, paths, sop = (import_module(f"rollflow.methods.{name}") for name in ("evosearch", "paths", "sop"))
@@ -33,6 +35,8 @@ def drive(search, reward_of, log=None):
     try:
         while True:
             draws = search.send(reply)
+            while isinstance(draws, Note):
+                draws = search.send(None)
             assert draws
             reply = []
             for draw in draws:
@@ -81,8 +85,16 @@ def test_budget_is_spent_to_the_last_evaluation(nfe, steps, finish, variant):
         chosen, everything = drive(methods.make(name, budget, steps, finish, **options), hashed)
         assert sum(particle.nfe for particle in everything) == budget - finish
         assert chosen in everything and chosen.reward is not None
-    with pytest.raises(RequestError, match=rf"smallest budget is {least} " if least > 1 else "nfe=0: it must be"):
-        methods.make(name, least - 1, steps, finish, **options)
+    if least == 1:
+        with pytest.raises(RequestError, match="nfe=0: it must be"):
+            methods.make(name, 0, steps, finish, **options)
+        return
+    for short in {1, least - 1}:
+        with pytest.raises(
+            BudgetError, match=rf"{name} cannot work with nfe={short}: the smallest budget is {least} "
+        ) as e:
+            methods.make(name, short, steps, finish, **options)
+        assert e.value.smallest == least and pickle.loads(pickle.dumps(e.value)).smallest == least
 
 
 @settings(max_examples=200, deadline=None)
@@ -417,3 +429,89 @@ def test_make_refuses_by_name():
         methods.bon(0, 1)
     assert set(methods.names()) >= {"bon", "smc", "code", "svdd", "sop", "rbf", "dps", "fk", "das", "psp", "threshold"}
     assert set(methods.names()) >= {"evosearch", "ses", "zo", "beam", "dts"}
+
+
+def test_budgets_of_ones_own_methods_count_the_finish_too():
+    def mine(nfe, steps):
+        yield [Draw(None, nfe)]
+
+    def costly(nfe, steps):
+        if nfe < 5:
+            raise BudgetError("too little", 5, "five of them")
+        return mine(nfe, steps)
+
+    with pytest.raises(BudgetError, match=r"nfe=2: the smallest budget is 3 \(one evaluation, and a finish of 2\)"):
+        methods.make(mine, 2, 4, finish=2)
+    with pytest.raises(BudgetError, match=r"costly .* is 7 \(five of them, and a finish of 2\)"):
+        methods.make(costly, 2, 4, finish=2)
+    assert next(methods.make(costly, 7, 4, finish=2))[0].count == 5
+
+
+def test_what_the_built_in_methods_declare():
+    branching = {name for name in methods.names() if methods.branches(name)}
+    assert branching == {"beam", "code", "das", "dts", "evosearch", "fk", "rbf", "smc", "svdd", "threshold"}
+    assert {name: methods.trusts(name) for name in methods.names() if methods.trusts(name)} == {
+        "psp": "first", "sprout": "first"
+    }  # fmt: skip
+    assert {name for name in methods.names() if methods.guided(name, {})} == {"dps"}
+    assert {name for name in methods.names() if "gradient" in methods.options_of(name)} == {"dps", "rbf", "svdd"}
+    assert methods.guided("rbf", {"gradient": 0.5}) and not methods.guided("rbf", {"gradient": 0.0})
+    for name in methods.names():
+        assert methods.defaults(name)["interpolant"] == ("vp" if name in branching else "linear")
+        assert "finish" not in signature(getattr(methods, name)).parameters
+        for option in methods.options(name):
+            assert len(option.help) > 8 and (option.default is None or isinstance(option.default, option.kind))
+
+
+def test_a_method_of_ones_own_may_declare_what_it_is():
+    @methods.method(
+        branches=False, guided=lambda o: o.pull > 1, trusts="start", holds=lambda nfe, steps, o: min(nfe, o.width)
+    )
+    def mine(nfe, steps, seed=0, width: int = 2, pull: float = 0.5, start: int | None = None):
+        """Mine.
+
+        Args:
+            width: how many. And more.
+            pull: how
+                hard: very.
+
+        Returns:
+            start: no option's entry
+        """
+
+    def plain(nfe, steps, gradient=0.0):
+        yield
+
+    assert methods.options_of(mine) == ["width", "pull", "start"] and methods.trusts(mine) == "start"
+    assert [(o.name, o.kind, o.default, o.help) for o in methods.options(mine)] == [
+        ("width", int, 2, "how many"), ("pull", float, 0.5, "how hard: very"), ("start", int, None, "")
+    ]  # fmt: skip
+    assert methods.guided(mine, {"pull": 2}) and not methods.guided(mine, {})
+    assert methods.holds(mine, 50, 4) == 2 and methods.holds(mine, 50, 4, width=7) == 7
+    assert methods.holds(mine, 5, 4, 3, width=7) == 2  # of the budget without the finish
+    assert methods.defaults(mine)["diffusion"] == 0.0 and not methods.branches(mine)
+    assert methods.defaults(plain)["diffusion"] == 3.0 and methods.trusts(plain) is None
+    assert methods.holds(plain, 50, 4, 3) == 47 and not methods.branches(plain)
+    assert methods.guided(plain, {"gradient": 1.0}) and not methods.guided(plain, {})
+    with pytest.raises(RequestError, match=r"trusts='first': .* has no such option"):
+        methods.method(trusts="first")(plain)
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_a_draw_keeps_whole_numbers_of_judged_children(keep):
+    with pytest.raises(RequestError, match=f"a draw that keeps {keep} children"):
+        Draw(None, 3, keep=keep)
+    with pytest.raises(RequestError, match="a draw with `keep` must be scored"):
+        Draw(None, 3, scored=False, keep=1)
+
+
+def test_best_of_n_runs_in_parties(monkeypatch):
+    for module in ("bon", "dps", "paths"):
+        monkeypatch.setattr(import_module(f"rollflow.methods.{module}"), "SIDE_BY_SIDE", 4)
+    for name, budget, counts in (("bon", 38, [4, 4, 4]), ("dps", 55, [4, 4, 3])):
+        log = []
+        chosen, everything = drive(methods.make(name, budget, 3), hashed, log)
+        first = [draws[0].count for draws, _ in log if draws[0].parent is None]
+        assert first == counts
+        assert sum(particle.nfe for particle in everything) == budget
+        assert chosen is max((p for p in everything if p.step == 2), key=lambda p: p.reward)

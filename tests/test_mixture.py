@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rollflow import interpolant, sde
+from rollflow.draw import Note
 from rollflow.methods import resampling
 from rollflow.methods.smc import population
 
@@ -122,7 +123,8 @@ class Flow:
         reply = None
         try:
             while True:
-                reply = self.reply(search.send(reply))
+                yielded = search.send(reply)
+                reply = None if isinstance(yielded, Note) else self.reply(yielded)
         except StopIteration as stop:
             return stop.value
 

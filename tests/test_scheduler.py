@@ -26,7 +26,7 @@ from rollflow.request import Request
 from rollflow.row import Done, Free, Landed, Outcome, Shown
 from rollflow.schedule.cost import CostModel
 from rollflow.schedule.odds import Odds
-from rollflow.ticket import Finished
+from rollflow.ticket import Finished, Refused
 
 SIZE = Geometry(8, 8, 8, 8, 16, 12)
 
@@ -100,6 +100,7 @@ def drive(requests, device, slots=4096):
     for i, request in enumerate(requests):
         loop.submit(plan(request), SIZE, lambda news, i=i: found.__setitem__(i, news))
     while not all(isinstance(found.get(i), Finished) for i in range(len(requests))):
+        assert not any(isinstance(news, Refused) for news in found.values()), found
         if loop.inbox.empty() and device.held:
             device.release()
         assert not loop.inbox.empty(), "the loop waits for nothing"

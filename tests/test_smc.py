@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollflow import interpolant, methods, sde
+from rollflow.draw import Note
 from rollflow.errors import RequestError
 from rollflow.methods import resampling
 from rollflow.methods.das import tempered
@@ -50,7 +51,7 @@ class Flow:
     """One-dimensional particles of the VP-SDE on data N(MEAN, DEVIATION^2), judged by -(x0_hat - GOAL)^2 / 2."""
 
     def __init__(self, seed):
-        self.rng, self.path = np.random.default_rng(seed), interpolant.VP()
+        self.rng, self.path, self.notes = np.random.default_rng(seed), interpolant.VP(), []
         self.grid = sde.time_grid(STEPS)[:-1]
         pairs = list(zip(self.grid, self.grid[1:], strict=False))
         self.moves = [sde.step_coefficients(self.path, t, after, sde.Power()) for t, after in pairs]
@@ -99,7 +100,11 @@ class Flow:
         try:
             while True:
                 draws = search.send(reply)
-                reply = [[self.child(draw.parent) for _ in range(draw.count)] for draw in draws]
+                if isinstance(draws, Note):
+                    self.notes.append(draws.values)
+                    reply = None
+                else:
+                    reply = [[self.child(draw.parent) for _ in range(draw.count)] for draw in draws]
         except StopIteration as stop:
             return stop.value
 
@@ -116,6 +121,7 @@ def test_particles_follow_the_tilted_distribution(potential, threshold):
             flow = Flow(seed)
             search = population(count * STEPS + 3, STEPS, potential, TEMPERATURE, "systematic", threshold, seed)
             particles, log_weights, log_constant = flow.run(search)
+            assert flow.notes[-1]["log_evidence"] == log_constant
             means.append(np.dot(resampling.normalised(log_weights), [flow.image(p) for p in particles]))
             constants.append(math.exp(log_constant))
         mean, constant = flow.tilted()
@@ -134,6 +140,7 @@ def test_tempered_particles_follow_the_tilted_distribution(threshold):
             flow = Flow(seed)
             search = tempered(count * STEPS + 3, STEPS, TEMPERATURE, "systematic", threshold, seed)
             particles, log_weights, log_constant = flow.run(search)
+            assert flow.notes[-1]["log_evidence"] == log_constant
             means.append(np.dot(resampling.normalised(log_weights), [flow.image(p) for p in particles]))
             constants.append(math.exp(log_constant))
         mean, constant = flow.tilted()
@@ -141,6 +148,40 @@ def test_tempered_particles_follow_the_tilted_distribution(threshold):
         standard_error = np.std(constants) / math.sqrt(repetitions)
         assert abs(np.mean(constants) - constant) < 4.5 * standard_error + 0.2 * constant / math.sqrt(count)
     assert errors[128] < 0.06 and 2 < errors[8] / errors[128] < 8  # 4 is the square root of 128 / 8
+
+
+@pytest.mark.parametrize("name", ["smc", "fk", "das"])
+@pytest.mark.parametrize("threshold", [0.2, 0.6])
+def test_every_level_is_noted(name, threshold):
+    """What is noted gives the weights back: of SMC without resampling they are those of the last rewards alone."""
+    flow = Flow(3)
+    flow.run(methods.make(name, 20 * STEPS + 3, STEPS, seed=5, temperature=TEMPERATURE, threshold=threshold))
+    assert [note["level"] for note in flow.notes] == list(range(STEPS))
+    *levels, last = flow.notes
+    assert levels[0]["resampled"] and len(levels[0]["ancestors"]) == 20  # the first level has three particles more
+    for note in levels:
+        before = 23 if note["level"] == 0 else 20
+        assert 1 <= note["effective_sample_size"] <= before + 1e-9
+        assert note["ancestors"] == sorted(note["ancestors"]) and max(note["ancestors"]) < before
+        if note["level"]:
+            low = note["effective_sample_size"] < threshold * 20 * (1 + 1e-6)
+            assert note["resampled"] is low
+            assert note["resampled"] or note["ancestors"] == list(range(20))
+    assert set(last) - {"share"} == {"level", "effective_sample_size", "log_evidence"}
+    assert ("share" in last) is (name == "das") and last.get("share", 1.0) == 1.0
+
+
+def test_the_evidence_without_resampling_is_the_mean_weight():
+    flow = Flow(1)
+    search = population(16 * STEPS, STEPS, "difference", TEMPERATURE, "systematic", 0.0, 0)
+    particles, _, log_constant = flow.run(search)
+    weights = np.exp([particle.reward / TEMPERATURE for particle in particles])
+    assert log_constant == pytest.approx(math.log(weights.mean()))
+    assert not any(note["resampled"] for note in flow.notes[:-1])
+    size = weights.sum() ** 2 / np.square(weights).sum()
+    assert flow.notes[-1] == {
+        "level": STEPS - 1, "effective_sample_size": pytest.approx(size), "log_evidence": log_constant
+    }  # fmt: skip
 
 
 def test_tempering_keeps_the_effective_sample_size():
@@ -168,7 +209,10 @@ def test_rewards_that_are_no_numbers_are_never_chosen(steps, nfe, potential, sch
     reply, last = None, []
     try:
         while True:
-            reply = last = [[child(draw.parent) for _ in range(draw.count)] for draw in search.send(reply)]
+            draws = search.send(reply)
+            reply = None
+            if not isinstance(draws, Note):
+                reply = last = [[child(draw.parent) for _ in range(draw.count)] for draw in draws]
     except StopIteration as stop:
         finite = [p.reward for children in last for p in children if math.isfinite(p.reward)]
         assert not finite or stop.value.reward == max(finite)

@@ -22,12 +22,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import rollflow
-from rollflow.errors import RequestError, RollflowError
+from rollflow.errors import BudgetError, RequestError, RollflowError
 
 if TYPE_CHECKING:
     from rollflow.cli.output import Bar
     from rollflow.engine import Engine
     from rollflow.request import Request, Result
+
+    class MethodOptions:
+        """A field for each option that any method has; it is made when the command line is."""
+
+else:
+    from rollflow.cli.method_options import method_options
+
+    MethodOptions = method_options()
 
 DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of function
 evaluations (NFE).
@@ -40,12 +48,6 @@ DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
     "one green square and three red circles on a light canvas",
     "seven red circles",
 )
-OWN = (
-    "initial", "children", "survivors", "lookahead", "block", "factor", "first", "explore", "rounds", "temperature",
-    "threshold", "resampling",
-    "potential", "gradient", "clip", "normalise", "back", "ahead", "neighbours", "angle", "generations", "elites",
-    "walks", "exploration", "bar",
-)  # fmt: skip
 BASE_STEPS = 10
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -73,11 +75,9 @@ Grid = Annotated[str | None, _one_of("rollflow.sde", "GRIDS")]
 Steps = Annotated[int | None, _by_default("what suits the method and the model")]
 Diffusion = Annotated[float | None, _by_default("what suits the method")]
 Solver = Annotated[str, _one_of("rollflow.sde", "SOLVERS")]
-Own = Annotated[int | None, _by_default("the method's own choice")]
-OwnNumber = Annotated[float | None, _by_default("the method's own choice")]
-OwnFlag = Annotated[bool | None, _by_default("the method's own choice")]
-OwnName = Annotated[str | None, _by_default("the method's own choice", metavar="NAME")]
 Finalists = Annotated[int | None, _by_default("2 without a finish, 1 with one")]
+Budget = Annotated[int | None, _by_default("100, or what the seconds pay for")]
+Seconds = Annotated[float | None, _by_default("until the budget is spent")]
 StopAt = Annotated[float | None, _by_default("none")]
 Size = Annotated[int | None, _by_default("the model's own")]
 Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER")]
@@ -96,8 +96,10 @@ class SearchOptions:
     """What an image is judged by."""
     method: Method = "sprout"
     """The search."""
-    nfe: int = 100
+    nfe: Budget = None
     """Budget: function evaluations for each prompt, finish included."""
+    seconds: Seconds = None
+    """Time for each prompt: when it is up, the best so far is finished."""
     steps: Steps = None
     """Points of the time grid that are evaluated."""
     interpolant: Interpolant = None
@@ -118,69 +120,20 @@ class SearchOptions:
     """Particles that compete in the end, each finished: the method's choice and the best others that it judged."""
     stop_at: StopAt = None
     """A reward that is good enough: the first particle that reaches it ends the search."""
-    initial: Own = None
-    """rbf, threshold: samples of the prior, of which the best starts."""
-    children: Own = None
-    """svdd, threshold: candidates at each step."""
-    survivors: Own = None
-    """beam, sop: how many candidates of each step live on."""
-    lookahead: Own = None
-    """beam: steps of the ODE that a candidate is taken ahead before it is judged."""
-    block: Own = None
-    """code: steps between two choices."""
-    factor: OwnNumber = None
-    """sprout, psp: how many times fewer samples go on from each step."""
-    first: Own = None
-    """sprout, psp: the first point of the grid that is judged."""
-    explore: OwnNumber = None
-    """sprout: share of the budget for fresh noises."""
-    rounds: Own = None
-    """sprout: of neighbours of the best noises."""
-    temperature: OwnNumber = None
-    """smc, fk, das, dts: of the rewards; lower is greedier."""
-    threshold: OwnNumber = None
-    """smc, fk, das: share of the particles that the effective sample size must fall below for resampling."""
-    resampling: OwnName = None
-    """smc, fk, das: multinomial, systematic, stratified or residual."""
-    potential: OwnName = None
-    """fk: difference, max or sum."""
-    gradient: OwnNumber = None
-    """dps, svdd, rbf: follow the reward's gradient with this strength; the reward must be differentiable."""
-    clip: OwnNumber = None
-    """dps, svdd, rbf: the largest root mean square by which a gradient moves the posterior mean."""
-    normalise: OwnFlag = None
-    """dps: move the posterior mean by as much at every step, whatever the size of the gradient."""
-    back: Own = None
-    """sop: points of the grid to noise the survivors back."""
-    ahead: Own = None
-    """sop: points of the grid to go down again."""
-    neighbours: Own = None
-    """zo: of the pivot in one round."""
-    angle: OwnNumber = None
-    """sprout, zo, evosearch: of the turn towards fresh noise, in right angles."""
-    generations: Own = None
-    """ses, evosearch: how often the population is replaced."""
-    elites: Own = None
-    """sprout, ses, evosearch: the best, which live on or are drawn around."""
-    walks: Own = None
-    """dts: how many at the same time."""
-    exploration: OwnNumber = None
-    """dts: weight of the confidence bound against the value."""
-    bar: OwnNumber = None
-    """threshold: the reward that is good enough to go on."""
     guidance: float = 3.5
     """Embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it."""
     height: Size = None
     """Image height in pixels."""
     width: Size = None
     """Image width in pixels."""
+    own: MethodOptions = field(default_factory=lambda: MethodOptions())
 
     def request(self, prompt: str) -> Request:
         """The request for one prompt."""
         from rollflow.request import Request
 
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        own = {name: given.pop(name) for name in OWN}
+        own = vars(given.pop("own"))
         return Request(prompt, **given, options={name: value for name, value in own.items() if value is not None})
 
 
@@ -303,9 +256,14 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
     from rollflow.models import traits
     from rollflow.plan import plan
 
-    known = traits(runtime.model)
+    known, budgets = traits(runtime.model), list[int]()
     for request in requests:
-        plan(request, known, runtime.preview)
+        try:
+            budgets.append(plan(request, known, runtime.preview).request.nfe or 0)
+        except BudgetError:
+            if request.nfe is not None or request.seconds is None:  # otherwise the engine takes the smallest
+                raise
+    timed = any(request.nfe is None and request.seconds is not None for request in requests)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):  # find out now, not after the work
@@ -316,11 +274,11 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
             f"the folder {str(out)!r} cannot be made or written to ({reason}): choose another --out"
         ) from error
     with progress_bar() as bar:
-        return _search(requests, runtime.load(), bar)
+        return _search(requests, runtime.load(), bar, None if timed else sum(budgets))
 
 
-def _search(requests: list[Request], engine: Engine, bar: Bar) -> list[Result]:
-    bar.start(sum(request.nfe for request in requests))
+def _search(requests: list[Request], engine: Engine, bar: Bar, nfe: int | None) -> list[Result]:
+    bar.start(nfe)
     return engine.generate(requests, on_progress=bar.update)
 
 

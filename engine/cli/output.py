@@ -85,17 +85,21 @@ class Bar:
         self._bar = bar
         self._task = bar.add_task("loading the model", total=None, best="", count="")
 
-    def start(self, nfe: int) -> None:
-        """Begins to count up to `nfe` evaluations."""
-        self._bar.update(self._task, description="searching", total=nfe, count=f"0/{nfe} NFE")
+    def start(self, nfe: int | None) -> None:
+        """Begins to count up to `nfe` evaluations; None where the time decides how many there will be."""
+        self._bar.update(self._task, description="searching", total=nfe, count=_count(0, nfe))
 
     def update(self, state: State) -> None:
         """An `on_progress` callback of `Engine.generate`; of several requests it shows the mean of the best rewards."""
         done, rewards = sum(state.committed_nfe), [r for r in state.best_reward if math.isfinite(r)]
         label = "best reward" if len(state.best_reward) == 1 else "mean best reward"
         best = f"{label} {number(sum(rewards) / len(rewards))}" if rewards else ""
-        total = self._bar.tasks[self._task].total or 0
-        self._bar.update(self._task, completed=done, count=f"{done}/{total:.0f} NFE", best=best)
+        count = _count(done, self._bar.tasks[self._task].total)
+        self._bar.update(self._task, completed=done, count=count, best=best)
+
+
+def _count(done: int, total: float | None) -> str:
+    return f"{done} NFE" if total is None else f"{done}/{total:.0f} NFE"
 
 
 @contextmanager

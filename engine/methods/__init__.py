@@ -9,10 +9,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rollflow.errors import RequestError
+from rollflow.errors import BudgetError, RequestError
+from rollflow.methods import catalog
 from rollflow.methods.beam import beam
 from rollflow.methods.bon import bon
-from rollflow.methods.budget import Search
+from rollflow.methods.budget import Search, whole
+from rollflow.methods.catalog import Option, method
 from rollflow.methods.code import code
 from rollflow.methods.das import das
 from rollflow.methods.dps import dps
@@ -28,14 +30,18 @@ from rollflow.methods.svdd import svdd
 from rollflow.methods.threshold import threshold
 from rollflow.methods.zo import zo
 
-_BRANCHING = (beam, code, das, dts, evosearch, fk, rbf, smc, svdd, threshold)  # children of one particle, by the SDE
-_UNBRANCHED = (bon, dps, psp, ses, sop, sprout, zo)  # for these an ODE will do
-_METHODS: dict[str, Callable[..., Search]] = {f.__name__: f for f in (*_BRANCHING, *_UNBRANCHED)}
+_METHODS: dict[str, Callable[..., Search]] = {
+    built_in.__name__: built_in
+    for built_in in (
+        beam, bon, code, das, dps, dts, evosearch, fk, psp, rbf, ses, smc, sop, sprout, svdd, threshold, zo,
+    )
+}  # fmt: skip
 _NOISE: dict[str, Any] = {"interpolant": "vp", "diffusion": 3.0, "grid": "paper", "steps": 10}  # as in the paper
 _STRAIGHT: dict[str, Any] = {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}  # the model's own ODE
 
 __all__ = [
-    "Search", "branches", "defaults", "guided", "make", "names", "options_of", "prunes", "title", *sorted(_METHODS),
+    "Option", "Search", "branches", "defaults", "guided", "holds", "make", "method", "names", "options", "options_of",
+    "title", "trusts", *sorted(_METHODS),
 ]  # fmt: skip
 
 
@@ -56,46 +62,67 @@ def _function(method: str | Callable[..., Search]) -> Callable[..., Search] | No
 def options_of(method: str | Callable[..., Search]) -> list[str]:
     """The names of a method's own options; none for an unknown method."""
     known = _function(method)
-    parameters = inspect.signature(known).parameters if known else ()
-    return [p for p in parameters if p not in ("nfe", "steps", "finish", "seed")]
+    return catalog.option_names(known) if known else []
+
+
+def options(method: str | Callable[..., Search]) -> list[Option]:
+    """A method's own options, with their types, defaults and meaning; none for an unknown method."""
+    known = _function(method)
+    return catalog.options(known) if known else []
 
 
 def branches(method: str | Callable[..., Search]) -> bool:
-    """Whether the method draws several children of one particle, which under an ODE would all be the same."""
-    return _function(method) in _BRANCHING
+    """Whether the method says that it draws several children of one particle, which under an ODE would be the same."""
+    return bool(catalog.declaration(_function(method)).branches)
 
 
-def prunes(method: str | Callable[..., Search]) -> bool:
-    """Whether the method has the option `first`, the first point of the grid whose rewards are to be trusted."""
-    return _function(method) in (psp, sprout)
+def trusts(method: str | Callable[..., Search]) -> str | None:
+    """Which of the method's options is the first point of the grid whose rewards are to be trusted, if any is."""
+    return catalog.declaration(_function(method)).trusts
 
 
 def guided(method: str | Callable[..., Search], options: Mapping[str, Any]) -> bool:
     """Whether the method, with these options, follows the gradient of the reward."""
-    return _function(method) is dps or bool(options.get("gradient"))
+    known = _function(method)
+    return known is not None and bool(catalog.declaration(known).guided(catalog.filled_in(known, options)))
+
+
+def holds(method: str | Callable[..., Search], nfe: int, steps: int, finish: int = 0, **options: Any) -> int:
+    """The most particles that the method holds at any time, as it declares; see `rollflow.methods.method`.
+
+    The arguments are those of `make`, which has to accept them.
+
+    Raises:
+        RequestError: what the method declares is no whole number of at least 1.
+    """
+    known = _function(method)
+    assert known is not None
+    most = catalog.declaration(known).holds(max(1, nfe - finish), steps, catalog.filled_in(known, options))
+    return whole(f"what the method {title(method)} declares that it holds", most, 1)
 
 
 def defaults(method: str | Callable[..., Search]) -> dict[str, Any]:
-    """How a request runs where it does not say: by the paper's VP-SDE for methods that branch and for your own, by the
-    model's own ODE, for as many steps as suit the model, for those that do not.
+    """How a request runs where it does not say: on the paper's VP-SDE for methods that branch, and for your own if they
+    declare nothing; on the model's own ODE, for as many steps as suit the model, for those that do not branch.
     """
-    return _STRAIGHT if _function(method) in _UNBRANCHED else _NOISE
+    return _STRAIGHT if catalog.declaration(_function(method)).branches is False else _NOISE
 
 
 def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any) -> Search:
     """Builds a search whose draws and finish together spend exactly `nfe` function evaluations.
 
     Args:
-        name: one of `names()`, or a function `f(nfe, steps, **options)` that returns such a generator; a function gets
-            `finish` and `seed` too if it has parameters of these names.
-        nfe: the whole budget, the finish included.
+        name: one of `names()`, or a function `f(nfe, steps, **options)` that returns such a generator; it gets `seed`
+            too if it has a parameter of that name. It may declare what it is, see `rollflow.methods.method`.
+        nfe: the whole budget, the finish included; the method is given what is left without it.
         steps: how many points of the time grid are evaluated.
         finish: evaluations that the engine keeps for finishing the particles that compete in the end.
         seed: of a method's own random choices (resampling).
         options: the method's own, see `options_of`.
 
     Raises:
-        RequestError: an unknown method or option, or a budget too small for the method.
+        BudgetError: a budget too small for the method; its attribute `smallest` is the smallest whole budget.
+        RequestError: an unknown method or option.
     """
     if isinstance(name, str) and name not in _METHODS:
         raise RequestError(f"unknown method {name!r}: choose one of {', '.join(names())}")
@@ -106,10 +133,16 @@ def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **opti
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
             raise RequestError(f"the method {title(name)} has no option {option!r}: {known}")
-    parameters = inspect.signature(build).parameters
-    given = {key: value for key, value in (("finish", finish), ("seed", seed)) if key in parameters}
-    return build(nfe if "finish" in given else nfe - finish, steps, **given, **options)
-
-
-def holds(method, nfe, steps, finish=0, **options):
-    return nfe
+    whole("nfe", nfe, 1), whole("finish", finish, 0)
+    given = {"seed": seed} if "seed" in inspect.signature(build).parameters else {}
+    try:
+        search = build(max(1, nfe - finish), steps, **given, **options)
+        smallest, why = 1, "one evaluation"
+    except BudgetError as error:
+        smallest, why = error.smallest, error.why
+    else:
+        if nfe > finish:
+            return search
+    smallest, why = smallest + finish, f"{why}, and a finish of {finish}" if finish else why
+    message = f"the method {title(name)} cannot work with nfe={nfe}: the smallest budget is {smallest} ({why})"
+    raise BudgetError(message, smallest, why)

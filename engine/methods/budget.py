@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Generator, Sequence
+from typing import Any
 
-from rollflow.draw import Draw, Evaluated
-from rollflow.errors import RequestError
+from rollflow.draw import Draw, Evaluated, Note
+from rollflow.errors import BudgetError, RequestError
 
-Search = Generator[list[Draw], Sequence[Sequence[Evaluated]], Evaluated]
+Search = Generator[list[Draw] | Note, Any, Evaluated]  # it is sent the particles of its draws, and None for a note
 
 
 def require(method: str, nfe: int, smallest: int, why: str) -> None:
-    """Raises `RequestError` when `nfe` is below the smallest budget that the method can work with."""
+    """Raises `BudgetError` when `nfe` is below the smallest budget that the method can work with."""
     if nfe < smallest:
-        raise RequestError(f"{method} cannot work with nfe={nfe}: the smallest budget is {smallest} ({why})")
+        message = f"{method} cannot work with nfe={nfe}: the smallest budget is {smallest} ({why})"
+        raise BudgetError(message, smallest, why)
 
 
 def whole(name: str, value: object, least: int) -> int:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-
 import numpy as np
 
-from rollflow.draw import Draw, Evaluated
+from rollflow.draw import Draw
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, number, require, whole, worth
+from rollflow.methods.catalog import method
 from rollflow.methods.paths import flat
 from rollflow.methods.resampling import effective_sample_size, normalised, scheme
-from rollflow.methods.smc import Population, best_of, less, log_mean
+from rollflow.methods.smc import Population, Steps, best_of, held, last_note, less, log_mean, note
 
 
+@method(branches=True, holds=lambda nfe, steps, options: held(nfe, steps))
 def das(
     nfe: int,
     steps: int,
@@ -21,7 +21,6 @@ def das(
     resampling: str = "systematic",
     threshold: float = 0.5,
     seed: int = 0,
-    finish: int = 0,
 ) -> Search:
     """Tempered sequential Monte Carlo (DAS, Kim et al. 2025, arXiv 2501.05803): the target of a level is
     `p(x) exp(s r / temperature)`, where s grows to 1 at the last level; elsewhere it is the largest for which the
@@ -34,29 +33,28 @@ def das(
         resampling: "multinomial", "systematic", "stratified" or "residual".
         threshold: of the effective sample size, a share of the particles in (0, 1).
         seed: of the resampling; a request's own.
-        finish: evaluations that the engine keeps for the finish of the chosen particle.
 
     Raises:
         RequestError: an option out of range, or a budget that does not pay for one particle.
     """
-    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("steps", steps, 1)
     if number("temperature", temperature) <= 0 or not 0 < number("threshold", threshold) < 1:
         raise RequestError(
             f"temperature={temperature!r}, threshold={threshold!r}: a temperature is above 0, a threshold within (0, 1)"
         )
     scheme(resampling)
-    require("das", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
-    return best_of(tempered(nfe - finish, steps, temperature, resampling, threshold, seed))
+    require("das", nfe, steps, f"one particle of {steps} steps")
+    return best_of(tempered(nfe, steps, temperature, resampling, threshold, seed))
 
 
 def tempered(
     budget: int, steps: int, temperature: float, resampling: str, threshold: float, seed: int
-) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]:
+) -> Steps[Population]:
     """The search itself; returns the last particles, the logarithms of their weights, and an estimate of that of
-    `E exp(r(x0) / temperature)`.
+    `E exp(r(x0) / temperature)`. It notes what `rollflow.methods.smc.population` does, and `share`, the level's s.
     """
     rng, count = np.random.default_rng(seed % 2**64), budget // steps
-    particles = flat((yield [Draw(None, budget - count * (steps - 1))]))
+    particles = flat((yield [Draw(None, budget - count * (steps - 1), keep=1 if steps == 1 else None)]))
     base = np.zeros(len(particles))  # log weights, but for this level's s r / temperature
     share, log_constant = 0.0, 0.0  # s
     for level in range(steps):
@@ -68,13 +66,17 @@ def tempered(
         if log_weights.max() == -np.inf:  # no reward was a number: begin again from here, all alike
             reward, log_weights = np.zeros(len(particles)), np.zeros(len(particles))
         weights = normalised(log_weights)
-        if len(particles) != count or effective_sample_size(weights) < threshold * len(particles) * (1 + 1e-6):
+        resampled = len(particles) != count or effective_sample_size(weights) < threshold * count * (1 + 1e-6)
+        chosen = scheme(resampling)(weights, count, rng) if resampled else np.arange(count)
+        yield note(level, weights, resampled, chosen, share=share)
+        if resampled:
             log_constant += log_mean(log_weights)
-            chosen = scheme(resampling)(weights, count, rng)
             particles, reward, log_weights = [particles[i] for i in chosen], reward[chosen], np.zeros(count)
         base = less(log_weights, _scaled(reward, share))
         particles = flat((yield [Draw(particle) for particle in particles]))
-    return particles, log_weights, log_constant + log_mean(log_weights)
+    log_constant += log_mean(log_weights)
+    yield last_note(steps - 1, log_weights, log_constant, share=share)
+    return particles, log_weights, log_constant
 
 
 def _scaled(reward: np.ndarray, share: float) -> np.ndarray:

@@ -7,6 +7,7 @@ import math
 from rollflow.draw import Evaluated
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, number, require, whole, worth
+from rollflow.methods.catalog import method
 from rollflow.methods.paths import route, trails
 
 
@@ -28,9 +29,8 @@ class Node:
         return -1 if self.particle is None else self.particle.step
 
 
-def dts(
-    nfe: int, steps: int, walks: int = 4, temperature: float = 0.5, exploration: float = 0.5, finish: int = 0
-) -> Search:
+@method(branches=True)  # every particle joins the tree: it holds them all
+def dts(nfe: int, steps: int, walks: int = 4, temperature: float = 0.5, exploration: float = 0.5) -> Search:
     """Diffusion tree search (Jain et al. 2025, arXiv 2506.20701): each walk descends from the root by upper confidence
     bounds on the soft value `temperature log mean exp(r / temperature)` of the leaves below, branches off where a node
     has fewer children than the square root of its visits, and follows the SDE from there to a leaf. Leaves alone are
@@ -42,18 +42,17 @@ def dts(
         walks: how many at the same time.
         temperature: of the soft value, in units of the reward; lower is greedier.
         exploration: weight of the bound against the value, which is scaled to [0, 1].
-        finish: evaluations that the engine keeps for the finish of the chosen leaf.
 
     Raises:
         RequestError: a bad option, or a budget that does not pay for one walk.
     """
-    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("walks", walks, 1), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("walks", walks, 1)
     if number("temperature", temperature) <= 0 or number("exploration", exploration) < 0:
         raise RequestError(
             f"temperature={temperature!r}, exploration={exploration!r}: a temperature is above 0, exploration not below"
         )
-    require("dts", nfe, steps + finish, f"one walk of {steps} steps and a finish of {finish}")
-    return _search(nfe - finish, steps, walks, temperature, exploration)
+    require("dts", nfe, steps, f"one walk of {steps} steps")
+    return _search(nfe, steps, walks, temperature, exploration)
 
 
 def _search(left: int, steps: int, at_once: int, temperature: float, exploration: float) -> Search:

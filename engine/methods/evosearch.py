@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from rollflow.draw import Draw, Evaluated
 from rollflow.methods.budget import Search, best, require, whole, worth
-from rollflow.methods.paths import flat, trails
+from rollflow.methods.catalog import method
+from rollflow.methods.paths import flat
 from rollflow.methods.zo import turn
 
 
-def evosearch(
-    nfe: int,
-    steps: int,
-    generations: int = 3,
-    elites: int = 2,
-    angle: float = 0.3,
-    seed: int = 0,
-    finish: int = 0,
-) -> Search:
+def held(nfe: int, steps: int, options: Any) -> int:
+    """The most particles at once: the population and its next step, or its parents, itself and its mutants."""
+    if steps == 1:
+        return 1
+    points = len(mutations(steps, options.generations))
+    count, elites = population(nfe, steps, points, options.elites)
+    return 2 * count if points == 1 else 3 * count - elites
+
+
+@method(branches=True, holds=held)
+def evosearch(nfe: int, steps: int, generations: int = 3, elites: int = 2, angle: float = 0.3, seed: int = 0) -> Search:
     """Evolutionary search (He et al. 2025, arXiv 2505.17618): at a few points of the grid, the first one included,
     the population is judged; the `elites` live on, and the others are replaced by mutations of tournament winners (the
     better of two). Initial noise mutates by a turn towards fresh noise; a later particle by another step of the SDE
@@ -34,17 +38,20 @@ def evosearch(
         elites: particles that no mutation replaces; smaller populations keep one.
         angle: of the turn of initial noise, in right angles.
         seed: of the tournaments; a request's own.
-        finish: evaluations that the engine keeps for the finish of the chosen particle.
 
     Raises:
         RequestError: a bad option, or a budget that does not pay for one particle.
     """
     for name, value in (("nfe", nfe), ("steps", steps), ("generations", generations), ("elites", elites)):
         whole(name, value, 1)
-    whole("finish", finish, 0)
-    require("evosearch", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
-    points = sorted({i * (steps - 1) // generations for i in range(generations)}) if steps > 1 else []
-    return _search(nfe - finish, steps, points, elites, turn(angle), np.random.default_rng(seed % 2**64))
+    require("evosearch", nfe, steps, f"one particle of {steps} steps")
+    rng = np.random.default_rng(seed % 2**64)
+    return _search(nfe, steps, mutations(steps, generations), elites, turn(angle), rng)
+
+
+def mutations(steps: int, generations: int) -> list[int]:
+    """The points of the grid at which the population mutates."""
+    return sorted({i * (steps - 1) // generations for i in range(generations)}) if steps > 1 else []
 
 
 def population(budget: int, steps: int, points: int, elites: int) -> tuple[int, int]:
@@ -56,15 +63,15 @@ def population(budget: int, steps: int, points: int, elites: int) -> tuple[int, 
 def _search(budget: int, steps: int, points: list[int], elites: int, angle: float, rng: np.random.Generator) -> Search:
     count, elites = population(budget, steps, len(points), elites)
     extra = budget - count * steps - len(points) * (count - elites)
-    (drawn,) = yield [Draw(None, count + extra)]
-    particles = sorted(drawn, key=worth, reverse=True)[:count] if steps > 1 else list(drawn)
+    particles = flat((yield [Draw(None, count + extra, keep=count if steps > 1 else 1)]))
+    if steps > 1:
+        particles = sorted(particles, key=worth, reverse=True)[:count]
     above: list[Evaluated | None] = [None] * count  # each particle's parent
     for point, after in pairwise([*points, steps - 1]):
         particles, above = yield from _mutate(particles, above, elites, angle, rng)
-        routes = [range(point + 1, after + 1)] * count
-        ways = yield from trails(particles, routes)
-        above = [[start, *way][-2] for start, way in zip(particles, ways, strict=True)]
-        particles = [way[-1] for way in ways]
+        for level in range(point + 1, after + 1):
+            above = list(particles)
+            particles = flat((yield [Draw(particle, scored=level == after) for particle in particles]))
     return best(particles)
 
 

@@ -8,6 +8,7 @@ from itertools import chain
 from rollflow.draw import Draw, Evaluated, Move
 
 Route = Sequence[int]
+SIDE_BY_SIDE = 1024  # independent samples that are on their way at a time, the bound of what is held for them
 
 
 def route(evaluations: int, steps: int, start: int = 0) -> list[int]:
@@ -47,9 +48,18 @@ def trails(
 def walk(
     particles: Sequence[Evaluated], routes: Sequence[Route]
 ) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], list[Evaluated]]:
-    """`trails`, of which only the ends are returned; a particle with an empty route stays what it is."""
-    visited = yield from trails(particles, routes)
-    return [trail[-1] if trail else start for trail, start in zip(visited, particles, strict=True)]
+    """`trails`, of which only the ends are returned; a particle with an empty route stays what it is.
+
+    It holds each particle where it is and where it goes next, and those that it starts from only while the caller does.
+    """
+    where = list(particles)
+    del particles
+    for i in range(max(map(len, routes), default=0)):
+        moving = [j for j, points in enumerate(routes) if i < len(points)]
+        drawn = flat((yield [_step(where[j], routes[j], i) for j in moving]))
+        after = dict(zip(moving, drawn, strict=True))
+        where = [after.get(j, particle) for j, particle in enumerate(where)]
+    return where
 
 
 def _step(particle: Evaluated | None, points: Route, i: int) -> Draw:
@@ -58,15 +68,22 @@ def _step(particle: Evaluated | None, points: Route, i: int) -> Draw:
     return Draw(particle, move=move, level=points[i], scored=i == len(points) - 1)
 
 
-def samples(
-    budget: int, steps: int
-) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], tuple[list[Evaluated], list[Evaluated]]]:
+def samples(budget: int, steps: int) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], list[Evaluated]]:
     """As many whole samples as `budget` pays for, and with what is left one more of fewer, longer steps.
 
-    Returns the samples of the prior and where each arrived.
+    Returns where each arrived; of samples of one step, which are judged at once, only the best may still be used.
     """
     whole, short = divmod(budget, steps)
-    draws = [Draw(None, whole, scored=steps == 1)] if whole else []
-    starts = flat((yield [*draws, Draw(None, 1, scored=short == 1)] if short else draws))
+    draws = [Draw(None, whole, scored=steps == 1, keep=1 if steps == 1 else None)] if whole else []
+    draws += [Draw(None, 1, scored=short == 1)] if short else []
     routes = [route(steps - 1, steps)] * whole + [route(short - 1, steps)] * bool(short)
-    return starts, (yield from walk(starts, routes))
+    return (yield from walk(flat((yield draws)), routes))
+
+
+def held(budget: int, steps: int) -> int:
+    """The most particles at once of `samples` in parties of `SIDE_BY_SIDE`: of each sample where it is and where it
+    goes next, and the best of the parties before.
+    """
+    count, short = divmod(budget, steps)
+    earlier = count > SIDE_BY_SIDE
+    return 1 + earlier if steps == 1 else 2 * (min(count, SIDE_BY_SIDE) + bool(short)) + earlier

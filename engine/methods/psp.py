@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rollflow.draw import Draw
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.methods.catalog import method
 from rollflow.methods.paths import flat
 
 
-def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0, finish: int = 0) -> Search:
+def held(nfe: int, steps: int, options: Any) -> int:
+    """The most particles at once: the first samples that may go on, or later those that went on and their next step."""
+    counts = levels(nfe, steps, options.factor, options.first)
+    start = 1 if steps == 1 else counts[0] if options.first else counts[1]
+    return max([start, *(2 * count for count in counts[1:])])
+
+
+@method(branches=False, trusts="first", holds=held)
+def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0) -> Search:
     """Progressive seed pruning by successive halving (arXiv 2607.21591): of the samples of one level, about one in
     `factor` goes on to the next. Nothing branches, so that it works under the ODE.
 
@@ -19,16 +30,15 @@ def psp(nfe: int, steps: int, factor: float = 2.0, first: int = 0, finish: int =
         factor: how many times fewer samples each level has than the one before; 1 prunes nothing.
         first: the first level that is judged, and after which samples are pruned: where posterior means do not foretell
             the image yet, pruning by their rewards misleads. By default the engine's, see `rollflow.Engine`.
-        finish: evaluations that the engine keeps for the finish of the chosen particle.
 
     Raises:
         RequestError: a factor below 1, or a budget that does not pay for one whole sample.
     """
-    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("first", first, 0), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("first", first, 0)
     if number("factor", factor) < 1:
         raise RequestError(f"factor={factor!r}: each level has at most as many samples as the one before; at least 1")
-    require("psp", nfe, steps + finish, f"one sample of {steps} steps and a finish of {finish}")
-    return _search(levels(nfe - finish, steps, factor, first), first)
+    require("psp", nfe, steps, f"one sample of {steps} steps")
+    return _search(levels(nfe, steps, factor, first), first)
 
 
 def levels(budget: int, steps: int, factor: float, first: int = 0) -> list[int]:
@@ -61,7 +71,8 @@ def _search(counts: list[int], first: int) -> Search:
     # No level is judged that nothing is pruned at, nor one whose rewards are not to be trusted.
     last = len(counts) - 1
     judged = [level == last or (level >= first and counts[level + 1] < counts[level]) for level in range(last + 1)]
-    particles = flat((yield [Draw(None, counts[0], scored=judged[0])]))
+    keep = (1 if last == 0 else counts[1]) if judged[0] else None
+    particles = flat((yield [Draw(None, counts[0], scored=judged[0], keep=keep)]))
     for level in range(1, len(counts)):
         particles = sorted(particles, key=worth, reverse=True)[: counts[level]]
         particles = flat((yield [Draw(particle, scored=judged[level]) for particle in particles]))

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rollflow.draw import Draw, Evaluated
+from rollflow.draw import Draw, Evaluated, Note
 from rollflow.errors import RequestError
 from rollflow.methods.budget import Search, best, number, require, whole, worth
+from rollflow.methods.catalog import method
+from rollflow.methods.paths import flat
 from rollflow.methods.resampling import effective_sample_size, normalised, scheme
 
 POTENTIALS = ("difference", "max", "sum")
 Population = tuple[list[Evaluated], np.ndarray, float]
+Result = TypeVar("Result")
+Steps = Generator[list[Draw] | Note, Any, Result]  # it is sent the particles of its draws, and None for a note
 
 
+def held(nfe: int, steps: int) -> int:
+    """The most particles at once: the first ones, or each and its child."""
+    count = nfe // steps
+    return 1 if steps == 1 else max(nfe - count * (steps - 1), 2 * count)
+
+
+@method(branches=True, holds=lambda nfe, steps, options: held(nfe, steps))
 def smc(
     nfe: int,
     steps: int,
@@ -23,14 +35,25 @@ def smc(
     resampling: str = "systematic",
     threshold: float = 0.5,
     seed: int = 0,
-    finish: int = 0,
 ) -> Search:
     """Sequential Monte Carlo with target `p(x0) exp(r(x0) / temperature)` (Kim et al. 2025, arXiv 2503.19385, table 2):
-    FK steering with the potential "difference". See `fk`; the particle with the best last reward is chosen.
+    FK steering with the potential "difference". The particle with the best last reward is chosen.
+
+    Args:
+        nfe: budget of function evaluations; see `fk`.
+        steps: evaluations a path.
+        temperature: of the rewards; lower is greedier.
+        resampling: "multinomial", "systematic", "stratified" or "residual".
+        threshold: resample when the effective sample size falls below this share of the particles; 1 is always.
+        seed: of the resampling; a request's own.
+
+    Raises:
+        RequestError: an option out of range, or a budget that does not pay for one particle.
     """
-    return fk(nfe, steps, "difference", temperature, resampling, threshold, seed, finish)
+    return fk(nfe, steps, "difference", temperature, resampling, threshold, seed)
 
 
+@method(branches=True, holds=lambda nfe, steps, options: held(nfe, steps))
 def fk(
     nfe: int,
     steps: int,
@@ -39,7 +62,6 @@ def fk(
     resampling: str = "systematic",
     threshold: float = 1.0,
     seed: int = 0,
-    finish: int = 0,
 ) -> Search:
     """Feynman-Kac steering (Singhal et al. 2025, arXiv 2501.06848): `nfe // steps` particles, one child each a level.
 
@@ -54,12 +76,11 @@ def fk(
         resampling: "multinomial", "systematic", "stratified" or "residual".
         threshold: resample when the effective sample size falls below this share of the particles; 1 is always.
         seed: of the resampling; a request's own.
-        finish: evaluations that the engine keeps for the finish of the chosen particle.
 
     Raises:
         RequestError: an option out of range, or a budget that does not pay for one particle.
     """
-    whole("nfe", nfe, 1), whole("steps", steps, 1), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("steps", steps, 1)
     if potential not in POTENTIALS:
         raise RequestError(f"unknown potential {potential!r}: choose one of {', '.join(POTENTIALS)}")
     if number("temperature", temperature) <= 0 or not 0 <= number("threshold", threshold) <= 1:
@@ -67,11 +88,11 @@ def fk(
             f"temperature={temperature!r}, threshold={threshold!r}: a temperature is above 0, a threshold in [0, 1]"
         )
     scheme(resampling)
-    require("smc and fk", nfe, steps + finish, f"one particle of {steps} steps and a finish of {finish}")
-    return best_of(population(nfe - finish, steps, potential, temperature, resampling, threshold, seed))
+    require("smc and fk", nfe, steps, f"one particle of {steps} steps")
+    return best_of(population(nfe, steps, potential, temperature, resampling, threshold, seed))
 
 
-def best_of(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]) -> Search:
+def best_of(search: Steps[Population]) -> Search:
     """A population's search that returns its best particle."""
     particles, _, _ = yield from search
     return best(particles)
@@ -79,13 +100,16 @@ def best_of(search: Generator[list[Draw], Sequence[Sequence[Evaluated]], Populat
 
 def population(
     budget: int, steps: int, potential: str, temperature: float, resampling: str, threshold: float, seed: int
-) -> Generator[list[Draw], Sequence[Sequence[Evaluated]], Population]:
+) -> Steps[Population]:
     """The search itself; returns the last particles, the logarithms of their weights, and that of the normalising
     constant `E exp(r(x0) / temperature)`, whose estimate is unbiased.
+
+    It notes the effective sample size of every level, `resampled`, whether the level was resampled, and `ancestors`,
+    of which of the level's particles each of the next level's is the child; at the last level `log_evidence`, the
+    logarithm of that estimate.
     """
     rng, count = np.random.default_rng(seed % 2**64), budget // steps
-    drawn = yield [Draw(None, budget - count * (steps - 1))]
-    particles = list(drawn[0])
+    particles = flat((yield [Draw(None, budget - count * (steps - 1), keep=1 if steps == 1 else None)]))
     reward = np.array([worth(p) for p in particles]) / temperature
     score = reward.copy()  # the last potential's logarithm but for "difference", whose product telescopes to it
     log_weights, spent = reward.copy(), reward.copy()  # spent: the logarithm of all potentials on the path
@@ -94,13 +118,14 @@ def population(
         if log_weights.max() == -np.inf:  # no reward was a number: begin again from here, all alike
             reward, score, spent, log_weights = (np.zeros(len(particles)) for _ in range(4))
         weights = normalised(log_weights)
-        if len(particles) != count or effective_sample_size(weights) < threshold * count * (1 - 1e-12):
+        resampled = len(particles) != count or effective_sample_size(weights) < threshold * count * (1 - 1e-12)
+        chosen = scheme(resampling)(weights, count, rng) if resampled else np.arange(count)
+        yield note(level - 1, weights, resampled, chosen)
+        if resampled:
             log_constant += log_mean(log_weights)
-            chosen = scheme(resampling)(weights, count, rng)
             particles = [particles[i] for i in chosen]
             reward, score, spent, log_weights = reward[chosen], score[chosen], spent[chosen], np.zeros(count)
-        drawn = yield [Draw(particle) for particle in particles]
-        particles = [child for (child,) in drawn]
+        particles = flat((yield [Draw(particle) for particle in particles]))
         before, reward = reward, np.array([worth(p) for p in particles]) / temperature
         if level == steps - 1:
             gain = less(reward, spent)
@@ -110,7 +135,22 @@ def population(
             score = np.maximum(score, reward) if potential == "max" else score + reward
             gain = score
         log_weights, spent = log_weights + gain, spent + gain
-    return particles, log_weights, log_constant + log_mean(log_weights)
+    log_constant += log_mean(log_weights)
+    yield last_note(steps - 1, log_weights, log_constant)
+    return particles, log_weights, log_constant
+
+
+def note(level: int, weights: np.ndarray, resampled: bool, ancestors: np.ndarray, **more: float) -> Note:
+    """What a level was like, before the next is drawn."""
+    size = effective_sample_size(weights)
+    values = {"level": level, "effective_sample_size": size, "resampled": resampled, "ancestors": ancestors.tolist()}
+    return Note({**values, **more})
+
+
+def last_note(level: int, log_weights: np.ndarray, log_evidence: float, **more: float) -> Note:
+    """What the last level was like, and the logarithm of the normalising constant."""
+    size = effective_sample_size(normalised(log_weights))
+    return Note({"level": level, "effective_sample_size": size, "log_evidence": log_evidence, **more})
 
 
 def log_mean(log_weights: np.ndarray) -> float:

@@ -162,6 +162,7 @@ class Search:
                     return
             if turn.complete:
                 self._turn, sent = None, turn.children()
+                turn.close()
                 self._proceed(sent)
 
     def lost(self, row: Row) -> None:
@@ -218,6 +219,8 @@ class Search:
 
     def discard(self) -> None:
         """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
+        if self._turn is not None:
+            self._turn.close()
         self._finals, self._turn, self._best, self._latest = [], None, [], None
         self._method.close()
 
@@ -236,7 +239,7 @@ class Search:
             yielded = self._method.send(sent)
             while isinstance(yielded, Note):
                 self.history.notes.append(yielded.values)
-                yielded = self._method.send(None)  # type: ignore[arg-type]
+                yielded = self._method.send(None)
         except StopIteration as stop:
             self._choose(stop.value)
             return
@@ -310,10 +313,11 @@ class Search:
         """A step of a finalist is there; in the end they are recorded finalist by finalist, whichever came first."""
         assert self._finals is not None
         final = self._finals[flight.draw]
+        before, final.particle, final.waiting = final.particle, flight.particle, False
         if final.flights:  # the step before was this one's parent, and nobody else's
-            final.particle.slot.release()
+            before.kept = False
         final.flights.append(flight)
-        final.particle, final.waiting = flight.particle, False
+        self._let_go(before)
         if all(not final.steps and not final.waiting for final in self._finals):
             for one in (one for final in self._finals for one in final.flights):
                 self._record(one)
@@ -354,7 +358,8 @@ class Search:
 
     def _let_go(self, particle: Particle | None) -> None:
         """Frees the slot of a particle that neither the method keeps nor the final comparison."""
-        if particle is not None and not particle.kept and particle is not self._latest and particle not in self._best:
+        wanted = (self._latest, *self._best, *(final.particle for final in self._finals or ()))
+        if particle is not None and not particle.kept and particle not in wanted:
             particle.slot.release()
 
     def _drop(self, flight: Flight) -> None:
@@ -386,5 +391,6 @@ class Search:
         if turn is not None:
             for flight in turn.leftover():
                 self._drop(flight)
+            turn.close()
         self._best, self._latest = [], None
         self._method.close()

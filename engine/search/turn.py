@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from heapq import heappush, heappushpop
 from typing import NamedTuple
 
 from rollflow.draw import Draw
@@ -51,7 +52,7 @@ class Asked:
         self.children: list[Flight] = []
         self.sequential, self.guided = draw.until != math.inf, draw.guide is not None
         self.closed = False  # whether it has all its children: its count is reached, or one has beaten `until`
-        self.best: list[Particle] = []  # those that the method will keep, where the draw says how many
+        self.best: list[tuple[float, int, Particle]] = []  # a heap of those that the method will keep, the worst first
 
     @property
     def unknown(self) -> int:
@@ -60,14 +61,14 @@ class Asked:
 
     def dismissed(self, particle: Particle) -> Particle | None:
         """The child that the method will not keep, now that it has one more; None if it may keep all so far."""
-        if self.draw.keep is None:
+        keep = self.draw.keep
+        if keep is None:
             return None
-        self.best.append(particle)
-        if len(self.best) <= self.draw.keep:
+        entry = (worth(particle), -particle.index, particle)  # of equal ones the last drawn goes first
+        if len(self.best) < keep:
+            heappush(self.best, entry)
             return None
-        worst = min(reversed(self.best), key=worth)  # of equal ones the last drawn
-        self.best = [other for other in self.best if other is not worst]
-        return worst
+        return heappushpop(self.best, entry)[2]
 
 
 class Turn:
@@ -177,3 +178,7 @@ class Turn:
         for asked in self.draws:
             yield from asked.judged.values()
             yield from (flight for flight in asked.children if flight.particle.index < 0)
+
+    def close(self) -> None:
+        """Lets go of every particle. Rows of it that are still on their way refer to the turn, and they to it."""
+        self.draws.clear()
