@@ -18,15 +18,14 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from diffusers import FluxPipeline
 
-from rollflow import methods, rewards
+from rollflow import checks, methods, rewards
 from rollflow.device import calibrate
-from rollflow.device.runner import Runner
+from rollflow.device.runner import Runner, model_error
 from rollflow.device.workers import Lanes
-from rollflow.errors import FunctionError, RequestError, RollflowError
+from rollflow.errors import FunctionError, RequestError, RollflowError, line, said, shown
 from rollflow.host import Host
 from rollflow.job import Job, Rendering, indexed
 from rollflow.loop import Loop, promise
-from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
@@ -34,11 +33,14 @@ from rollflow.plan import Plan, plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request, Result
+from rollflow.values import flag, number, whole
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
 CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 REPRODUCIBLE_BUCKET = 16
 MOST_LANES = 4  # on a CPU, where nothing was measured
+MOST_ROWS, MOST_SIZES = 4096, 256  # of a batch; of batch sizes
+MOST_THREADS = 256  # lanes, and cores of a lane
 POOL_SLOTS = 4096
 POOL_BYTES = 2**30
 _FIELDS = {field.name for field in fields(Request)}
@@ -139,6 +141,12 @@ class Engine:
         max_queued: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        preview, reproducible = flag("preview", preview), flag("reproducible", reproducible)
+        graphs, traits = flag("graphs", graphs), _checked_traits(traits)
+        slots = None if slots is None else whole("slots", slots, 1)
+        most = None if max_queued is None else whole("max_queued", max_queued, 1)
+        if not callable(clock):
+            raise RequestError(f"clock={shown(clock)}: it must be a function that returns seconds")
         if buckets is not None:
             buckets = _checked_buckets(buckets, reproducible)
         self.model = adapt(model)
@@ -147,12 +155,11 @@ class Engine:
         on_cpu = self.model.device.type == "cpu"
         if on_cpu:
             _keep_pages()
-        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits or Traits(), preview, clock
-        self._slots_of = partial(_slots_of, None if slots is None else whole("slots", slots, 1))
+        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits, preview, clock
+        self._slots_of = partial(_slots_of, slots)
         usual = CPU_BUCKETS if on_cpu else BUCKETS
         sizes = tuple(buckets) if buckets is not None else (REPRODUCIBLE_BUCKET,) if reproducible else usual
         count, each = _lanes(self.model.device, lanes, threads)
-        most = None if max_queued is None else whole("max_queued", max_queued, 1)
         able = self.model.capabilities
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
@@ -197,14 +204,26 @@ class Engine:
             ModelError: there is no such model, or it is no FluxPipeline.
             RequestError: a device that is neither cpu nor cuda.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not (device is None or isinstance(device, str | torch.device)):
+            raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N")
+        try:
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N") from error
         if device.type not in ("cpu", "cuda"):
             raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RequestError(f"device {str(device)!r}: torch finds no CUDA device here; choose cpu")
-        if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
-            raise RequestError(f"dtype={dtype!r}: it must be a torch.dtype, such as torch.bfloat16, or 'auto'")
-        if dtype == "auto":
+        if not (dtype is None or (isinstance(dtype, str) and dtype == "auto") or _is_floating(dtype)):
+            raise RequestError(
+                f"dtype={shown(dtype)}: it must be a torch.dtype of floats, such as torch.bfloat16, or 'auto'"
+            )
+        for name, given in (("name_or_path", name_or_path), ("preview", preview)):
+            if not isinstance(given, str | Path) and not (name == "preview" and isinstance(given, bool)):
+                raise RequestError(f"{name}={shown(given)}: it must be the name or the folder of a model")
+            if not str(given).isprintable():
+                raise RequestError(f"{name}={shown(str(given))}: there is no folder of such a name")
+        if isinstance(dtype, str):
             dtype = calibrate.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options.setdefault("traits", built_in_traits(name_or_path))
@@ -221,7 +240,7 @@ class Engine:
 
         Args:
             request: a prompt or a `Request`.
-            id: the job's name; by default a number.
+            id: what the job is called in messages, anything; by default a number. Nothing looks at it.
             options: as of `generate`, with a prompt.
 
         Raises:
@@ -286,6 +305,9 @@ class Engine:
             RequestError: a request that cannot be honoured, before anything runs; of several, it says which.
             RollflowError: what a request failed with; its cause is the original error.
         """
+        return_exceptions = flag("return_exceptions", return_exceptions)
+        if on_progress is not None and not callable(on_progress):
+            raise RequestError(f"on_progress={shown(on_progress)}: it must be a function of a Progress, or None")
         if isinstance(requests, str | Request):
             found = self.generate([requests], return_exceptions=return_exceptions, on_progress=on_progress, **options)
             return found[0]
@@ -339,8 +361,11 @@ class Engine:
             options: as of `generate`.
         """
         concurrency = whole("concurrency", concurrency, 1)
+        return_exceptions = flag("return_exceptions", return_exceptions)
+        if isinstance(requests, str | bytes | Request | Mapping) or not isinstance(requests, Iterable):
+            raise RequestError(f"requests={shown(requests)}: they must be a list, or another iterable, of requests")
         self._host.check_waiting()
-        return self._mapped(iter(requests), concurrency, return_exceptions, options)
+        return self._mapped(_each(requests), concurrency, return_exceptions, options)
 
     def _mapped(
         self, requests: Iterator[str | Request], most: int, return_exceptions: bool, options: dict[str, Any]
@@ -376,12 +401,13 @@ class Engine:
         """A job for each request; errors of requests in their places, or the first of them before anything runs."""
         self._host.start()
         asked: list[Checked | RollflowError] = []
-        for i, request in enumerate(requests):
+        given = checks.listed(requests, "requests")
+        for i, request in enumerate(given):
             try:
                 asked.append(self._check(_request(request, options)))
             except RollflowError as error:
                 if not return_exceptions:
-                    raise indexed(error, i, len(requests)) from error.__cause__
+                    raise indexed(error, i, len(given)) from error.__cause__
                 asked.append(error)
         return [self._submit(one, force=True) if isinstance(one, Checked) else one for one in asked]
 
@@ -400,8 +426,8 @@ class Engine:
 
         checked = for_budget(request.nfe)
         self._check_prompt(checked.request.prompt)
-        checked.reward.check(checked.request.prompt)
-        geometry = self.model.geometry(checked.request.height, checked.request.width)
+        rewards.check(checked.reward, checked.request.prompt)
+        geometry = self._geometry(checked.request.height, checked.request.width)
         size = rewards.size(checked.reward)
         if size is not None and (geometry.height, geometry.width) != size:
             raise RequestError(
@@ -424,7 +450,20 @@ class Engine:
 
     def _check_prompt(self, prompt: str) -> None:
         if prompt not in self._host.preparations.conditioning:
-            self.model.check_prompt(prompt)
+            try:
+                self.model.check_prompt(prompt)
+            except RollflowError:
+                raise
+            except Exception as error:
+                raise model_error(error) from error
+
+    def _geometry(self, height: object, width: object) -> Geometry:
+        try:
+            return self.model.geometry(*checks.size(height, width))
+        except RollflowError:
+            raise
+        except Exception as error:
+            raise model_error(error) from error
 
     # What is prepared ahead.
 
@@ -434,10 +473,10 @@ class Engine:
         Raises:
             RequestError: a prompt that the model cannot read.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
+        checked = checks.prompts(prompts)
+        for prompt in checked:
             self._check_prompt(prompt)
-        self._host.prepare(prompts, None)
+        self._host.prepare(checked, None)
 
     def warm_up(self, height: int | None = None, width: int | None = None) -> None:
         """Measures what batches of this image size cost, so that the first request does not have to wait for it.
@@ -445,12 +484,12 @@ class Engine:
         The measured batch sizes, and on a CPU the numbers of lanes and threads, hold for the engine from then on.
         Requests of other sizes go on meanwhile.
         """
-        self._host.prepare([], self.model.geometry(height, width))
+        self._host.prepare([], self._geometry(height, width))
 
     def buckets(self, height: int | None = None, width: int | None = None) -> Mapping[int, float]:
         """The batch sizes for an image size, and the seconds that a batch of each was measured to take."""
         self.warm_up(height, width)
-        return self._host.preparations.cost(self.model.geometry(height, width)).seconds
+        return self._host.preparations.cost(self._geometry(height, width)).seconds
 
     def release_text_encoders(self) -> None:
         """Frees the memory of the text encoders. From then on only prompts that were encoded before are accepted.
@@ -507,26 +546,44 @@ class Engine:
         self.close(drain=kind is None)
 
 
+def _checked_traits(traits: Traits | None) -> Traits:
+    if traits is None:
+        return Traits()
+    if not isinstance(traits, Traits):
+        raise RequestError(f"traits={shown(traits)}: they must be rollflow.models.Traits")
+    trusted = number("traits.trusted_from", traits.trusted_from, 1)
+    return Traits(whole("traits.steps", traits.steps, 1, checks.MOST_STEPS), trusted)
+
+
 def _checked_buckets(buckets: Any, reproducible: bool) -> list[int]:
-    if not isinstance(buckets, Iterable) or isinstance(buckets, str):
-        raise RequestError(f"buckets={buckets!r}: they must be a list of ascending batch sizes of at least 1")
-    sizes = [whole("each of the buckets", bucket, 1) for bucket in buckets]
-    if not sizes or sizes != sorted(set(sizes)):
-        raise RequestError(f"buckets={sizes}: they must be ascending batch sizes of at least 1")
+    if not isinstance(buckets, Iterable) or isinstance(buckets, str | bytes | bytearray | Mapping):
+        raise RequestError(f"buckets={shown(buckets)}: they must be a list of ascending batch sizes of at least 1")
+    given = checks.listed(itertools.islice(buckets, MOST_SIZES + 1), "buckets")
+    sizes = [whole("each of the buckets", bucket, 1, MOST_ROWS) for bucket in given]
+    if not sizes or len(sizes) > MOST_SIZES or sizes != sorted(set(sizes)):
+        raise RequestError(
+            f"buckets={shown(sizes)}: they must be ascending batch sizes of at least 1, at most {MOST_SIZES} of them"
+        )
     if reproducible and (len(sizes) > 1 or sizes[0] % 8):
-        raise RequestError(f"buckets={sizes}: a reproducible engine has a single batch size, a multiple of 8")
+        raise RequestError(f"buckets={shown(sizes)}: a reproducible engine has a single batch size, a multiple of 8")
     return sizes
+
+
+def _is_floating(dtype: object) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _lanes(device: torch.device, lanes: int | None, threads: int | None) -> tuple[int, int]:
     """Lanes and threads of each: on a CPU all cores, on a GPU two cohorts that alternate."""
     if device.type != "cpu":
-        return whole("lanes", 2 if lanes is None else lanes, 1), 1
+        return whole("lanes", 2 if lanes is None else lanes, 1, MOST_THREADS), 1
     cores = torch.get_num_threads()
     if lanes is None:
-        lanes = min(MOST_LANES, cores if threads is None else max(1, cores // whole("threads", threads, 1)))
-    lanes = whole("lanes", lanes, 1)
-    return lanes, max(1, cores // lanes) if threads is None else whole("threads", threads, 1)
+        lanes = min(
+            MOST_LANES, cores if threads is None else max(1, cores // whole("threads", threads, 1, MOST_THREADS))
+        )
+    lanes = whole("lanes", lanes, 1, MOST_THREADS)
+    return lanes, max(1, cores // lanes) if threads is None else whole("threads", threads, 1, MOST_THREADS)
 
 
 def _keep_pages() -> None:
@@ -541,19 +598,37 @@ def _keep_pages() -> None:
 def _request(asked: str | Request, options: dict[str, Any]) -> Request:
     if isinstance(asked, Request):
         if options:
-            raise RequestError(f"options {', '.join(options)}: they go with prompts; a Request carries its own")
+            names = line(", ".join(options), 100)
+            raise RequestError(f"options {names}: they go with prompts; a Request carries its own")
         return asked
     if not isinstance(asked, str):
-        raise RequestError(f"a {type(asked).__name__} is no request: pass a prompt or a rollflow.Request")
+        raise RequestError(f"a {line(type(asked).__name__, 60)} is no request: pass a prompt or a rollflow.Request")
     known = {name: value for name, value in options.items() if name in _FIELDS}
     own = {name: value for name, value in options.items() if name not in _FIELDS}
     if "prompt" in known:
-        raise RequestError(f"the prompt {asked!r} and prompt={known['prompt']!r}: give one")
-    method = known.get("method", Request.method)
+        raise RequestError(f"the prompt {shown(asked)} and prompt={shown(known['prompt'])}: give one")
+    method: Any = known.get("method", Request.method)
+    taken = _options_of(method) if own else []
     for name in own:
-        if name not in methods.options_of(method) and (close := get_close_matches(name, _FIELDS, 1)):
-            raise RequestError(f"there is no option {name!r}: did you mean {close[0]!r}?")
-    return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})
+        if name not in taken and (close := get_close_matches(name, _FIELDS, 1)):
+            raise RequestError(f"there is no option {shown(name)}: did you mean {close[0]!r}?")
+    return Request(asked, **{**known, "options": {**checks.options(known.get("options", {})), **own}})
+
+
+def _options_of(method: Any) -> list[str]:
+    """The options of a method of the user's own; none for what is none, which `plan` refuses."""
+    try:
+        return methods.options_of(method)
+    except (TypeError, ValueError):
+        return []
+
+
+def _each(requests: Iterable[str | Request]) -> Iterator[str | Request]:
+    """The members of the caller's iterable; what it raises is the cause of a `FunctionError`."""
+    try:
+        yield from requests
+    except Exception as error:
+        raise FunctionError(f"the iterable of requests raised {said(error)}") from error
 
 
 def _slots_of(slots: int | None, geometry: Geometry) -> int:
@@ -584,7 +659,7 @@ def _follow(jobs: Sequence[Job | RollflowError], on_progress: Callable[[Progress
                 try:
                     on_progress(state)
                 except Exception as error:
-                    raise FunctionError(f"the progress callback raised {type(error).__name__}: {error}") from error
+                    raise FunctionError(f"the progress callback raised {said(error)}") from error
 
 
 def _progress(jobs: Sequence[Job | RollflowError]) -> Progress:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
-from rollflow.errors import Cancelled, RollflowError
+from rollflow.errors import Cancelled, RollflowError, shown
 from rollflow.loop import Evaluated, Finished, News, Refused, Started, Ticket
 from rollflow.request import Request, Result
 from rollflow.search.record import History
@@ -106,7 +106,7 @@ class Job:
         self._watchers: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
-        return f"Job({self.id!r}, {self._status}, {self.request.prompt[:60]!r})"
+        return f"Job({shown(self.id)}, {self._status}, {shown(self.request.prompt, 60)})"
 
     @property
     def status(self) -> Status:
@@ -172,7 +172,7 @@ class Job:
         if owner is None or ticket is None or not self._close("cancelled"):
             return False
         owner.cancel(ticket)
-        self._finish(error=Cancelled(f"the job {self.id!r} was cancelled"))
+        self._finish(error=Cancelled(f"the job {shown(self.id)} was cancelled"))
         return True
 
     def add_done_callback(self, function: Callable[[Job], object]) -> None:
@@ -186,7 +186,7 @@ class Job:
         try:
             function(self)
         except Exception:
-            LOG.exception("a callback of the job %r raised", self.id)
+            LOG.exception("a callback of the job %s raised", shown(self.id))
 
     # Updates.
 
@@ -257,7 +257,7 @@ class Job:
             if (owner := self._owner) is not None:
                 owner.check_waiting()
             if not concurrent.futures.wait([future], timeout).done:
-                raise TimeoutError(f"the job {self.id!r} was not over within {timeout:g} s; it goes on")
+                raise TimeoutError(f"the job {shown(self.id)} was not over within {timeout:g} s; it goes on")
 
     def _image(self, timeout: float | None) -> Image.Image | None:
         owner, ticket = self._owner, self._ticket
@@ -267,7 +267,7 @@ class Job:
         owner.check_waiting()
         peeked = owner.peek(ticket)
         if not concurrent.futures.wait([peeked], timeout).done:
-            raise TimeoutError(f"the image of the job {self.id!r} was not there within {timeout:g} s")
+            raise TimeoutError(f"the image of the job {shown(self.id)} was not there within {timeout:g} s")
         image = peeked.result()
         if image is None and self.future.done():  # it ended in between
             return self._image(timeout)
@@ -385,7 +385,7 @@ class Rendering:
             self._warned = True
             warnings.warn(
                 f"the reward {plan.reward.name} gave {history.invalid} of {len(history)} particles of "
-                f"{plan.request.prompt!r} a score that is no finite number: these count as worst. "
+                f"{shown(plan.request.prompt)} a score that is no finite number: these count as worst. "
                 "Result.invalid_rewards counts them; this engine warns once",
                 RuntimeWarning,
                 stacklevel=5,

@@ -18,7 +18,17 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rollflow import methods
-from rollflow.errors import Cancelled, EngineBusy, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError
+from rollflow.errors import (
+    Cancelled,
+    EngineBusy,
+    EngineClosed,
+    EngineDead,
+    FunctionError,
+    ModelError,
+    OutOfTime,
+    RollflowError,
+    said,
+)
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.preparing import Preparations
@@ -342,7 +352,12 @@ class Loop:
             while queue:
                 ticket = queue[0][2]
                 self._resize(ticket)
-                lease = None if ticket.over else self._pool(geometry).lease(promise(ticket.plan))
+                try:
+                    lease = None if ticket.over else self._pool(geometry).lease(promise(ticket.plan))
+                except Exception as error:  # no memory for the pool of this size: others go on
+                    heappop(queue)
+                    self._refuse(ticket, pool_error(geometry, error))
+                    continue
                 if lease is None and not ticket.over:
                     break
                 heappop(queue)
@@ -750,7 +765,19 @@ def method_error(plan: Plan, error: BaseException) -> BaseException:
     if isinstance(error, RollflowError):
         return error
     name = methods.title(plan.request.method)
-    raised = FunctionError(f"the method {name} raised {type(error).__name__}: {error}")
+    raised = FunctionError(f"the method {name} raised {said(error)}")
+    raised.__cause__ = error
+    return raised
+
+
+def pool_error(geometry: Geometry, error: BaseException) -> BaseException:
+    """What a request is told where the particles of its image size find no memory."""
+    if isinstance(error, RollflowError):
+        return error
+    raised = ModelError(
+        f"the slots of {geometry.height}x{geometry.width} cannot be allocated ({said(error)}): ask for smaller images, "
+        "or make the engine with fewer slots"
+    )
     raised.__cause__ = error
     return raised
 

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 WINDOW = 10.0  # seconds over which a rate is taken
+LONGEST_WAIT = 86400.0  # seconds: a queue does not take just any number, and waking up in vain once a day costs nothing
 
 
 class Timers:
@@ -29,7 +30,7 @@ class Timers:
         """Seconds until the next call is due, at most `most`; None where nothing is to be waited for."""
         if not self._heap:
             return most
-        left = max(0.0, self._heap[0][0] - now)
+        left = min(LONGEST_WAIT, max(0.0, self._heap[0][0] - now))
         return left if most is None else min(left, most)
 
     def run(self, now: float) -> None:

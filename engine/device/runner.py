@@ -21,7 +21,7 @@ from rollflow.device.finals import Finals, rounded
 from rollflow.device.judge import RETRY_SECONDS, Call, Judge, grouped
 from rollflow.device.storage import Storage
 from rollflow.device.workers import Lanes
-from rollflow.errors import EngineDead, ModelError, RollflowError
+from rollflow.errors import EngineDead, ModelError, RollflowError, said
 from rollflow.models import FlowModel, Geometry
 from rollflow.profile.ledger import Ledger
 from rollflow.row import (
@@ -172,7 +172,7 @@ class Runner:
                     if not left:
                         return
             elif is_fatal(error):
-                dead = EngineDead(f"the device failed for good ({type(error).__name__}: {error}): make a new engine")
+                dead = EngineDead(f"the device failed for good ({said(error)}): make a new engine")
                 dead.__cause__ = error
                 for one in (part, *left):
                     report(Failed(one, dead))
@@ -197,7 +197,7 @@ class Runner:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by request, "
+                f"a batch of {rows} rows failed ({said(error)}) and runs again request by request, "
                 "which is slower; what fails then fails alone. This warning comes once",
                 RuntimeWarning,
                 stacklevel=2,
@@ -401,6 +401,7 @@ def model_error(error: BaseException) -> BaseException:
     """What a request is told of an error of the model."""
     if isinstance(error, RollflowError):
         return error
-    raised = ModelError(f"the model raised {type(error).__name__} for a batch of this request: {error}")
+    kind, _, text = said(error).partition(": ")
+    raised = ModelError(f"the model raised {kind} for a batch of this request: {text}")
     raised.__cause__ = error
     return raised

@@ -88,9 +88,9 @@ class Lease:
 
     def close(self) -> None:
         """Gives every slot and the promise back, whoever may still refer to them."""
-        for index in self._held:
+        held, self._held = self._held, set()  # first: a slot that the garbage collector drops meanwhile finds nothing
+        for index in held:
             self._pool.give_back(index)
-        self._held = set()
         self._pool.unreserve(self.promise + self._extra)
         self.promise = self._extra = 0
 
