@@ -20,7 +20,7 @@ from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
-from rollflow.errors import RollflowError
+from rollflow.errors import LONGEST, RollflowError, line
 from rollflow.models import silence
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m rollf
     try:
         command()
     except (RollflowError, OSError) as error:
-        print(f"rollflow.bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rollflow.bench: error: {line(str(error), LONGEST)}", file=sys.stderr)
         return 2
     return 0
 

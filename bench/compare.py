@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional
 
-from rollflow.errors import RequestError
+from rollflow.bench import outputs
+from rollflow.errors import RequestError, shown
 
 Row = dict[str, Any]
 Key = tuple[tuple[str, str], ...]
@@ -112,7 +113,7 @@ class Compare:
         found = changes(before, after)
         if all(change.ratio is None for change in found):
             raise RequestError(
-                f"no measurement is in both {str(self.before)!r} and {str(self.after)!r}: rows match by "
+                f"no measurement is in both {shown(str(self.before))} and {shown(str(self.after))}: rows match by "
                 f"{', '.join(_names(before, after))}, measurements are {', '.join(MEASUREMENTS)}"
             )
         console, worse = Console(), [c for c in found if c.verdict(self.threshold) == "worse"]
@@ -138,26 +139,29 @@ def load(file: Path) -> Results:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(f"the results {str(file)!r} cannot be read: {error.strerror}") from error
+        raise RequestError(f"the results {shown(str(file))} cannot be read: {outputs.reason(error)}") from error
     except ValueError as error:  # of the encoding as of the syntax
-        raise RequestError(f"the results {str(file)!r} are not JSON: {error}") from error
+        raise RequestError(f"the results {shown(str(file))} are not JSON: {outputs.reason(error)}") from error
     listed, where = (content.get("rows"), content.get("environment")) if isinstance(content, dict) else (content, None)
     if not isinstance(listed, list) or not listed or not all(isinstance(row, dict) for row in listed):
         raise RequestError(
-            f"there are no results in {str(file)!r}: expected a list of rows, or an object with such a list as 'rows'"
+            f"there are no results in {shown(str(file))}: expected a list of rows, or an object with such a list "
+            "as 'rows'"
         )
     rows: dict[Key, Row] = {}
     for row in listed:
         key = tuple((name, str(row[name])) for name in IDENTITY if row.get(name) is not None)
         if key in rows:
             raise RequestError(
-                f"two rows of {str(file)!r} are of the same ({_text(key)}): no key that compare knows tells them apart"
+                f"two rows of {shown(str(file))} are of the same ({_text(key)}): no key that compare knows "
+                "tells them apart"
             )
         for name in MEASUREMENTS:
             value = _number(row, name)
             if value is not None and not 0 <= value < math.inf:
                 raise RequestError(
-                    f"{name} is {value} in {str(file)!r} ({_text(key)}): a finite number, not negative, is expected"
+                    f"{name} is {value} in {shown(str(file))} ({_text(key)}): a finite number, not negative, is "
+                    "expected"
                 )
         rows[key] = row
     return Results(rows, where if isinstance(where, dict) else None)

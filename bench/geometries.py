@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from rollflow.bench import shapes_networks
-from rollflow.errors import ModelError, RequestError
+from rollflow.errors import ModelError, RequestError, shown
 from rollflow.models import BUILT_IN
 from rollflow.models.flux import load
 
@@ -186,7 +186,7 @@ def geometry(name: str | ModelGeometry) -> ModelGeometry:
     if isinstance(name, ModelGeometry):
         return name
     if name not in GEOMETRIES:
-        raise RequestError(f"there is no geometry {name!r}: choose one of {', '.join(GEOMETRIES)}")
+        raise RequestError(f"there is no geometry {shown(name)}: choose one of {', '.join(GEOMETRIES)}")
     return GEOMETRIES[name]
 
 

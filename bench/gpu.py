@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from rollflow.bench import geometries, gpu_parts, gpu_searches
+from rollflow.bench import geometries, gpu_parts, gpu_searches, outputs
 from rollflow.bench.environment import environment
 from rollflow.bench.gpu_correctness import correctness
 from rollflow.bench.gpu_parts import Deadline, Measure, Row, Subject
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 
 Work = Callable[[Deadline], Iterator[Row]]
 
@@ -101,11 +101,11 @@ class Gpu:
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
-            raise RequestError(f"no device {self.device!r}: choose cpu, cuda or cuda:N") from error
+            raise RequestError(f"no device {shown(self.device)}: choose cpu, cuda or cuda:N") from error
         if device.type not in ("cpu", "cuda"):
-            raise RequestError(f"device {self.device!r}: choose cpu, cuda or cuda:N")
+            raise RequestError(f"device {shown(self.device)}: choose cpu, cuda or cuda:N")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise RequestError(f"no device {self.device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+            raise RequestError(f"no device {shown(self.device)}: torch sees {torch.cuda.device_count()} CUDA devices")
         if self.repetitions < 1 or self.minutes <= 0:
             raise RequestError(f"repetitions={self.repetitions}, minutes={self.minutes}: at least 1, and above 0")
         for name in self.geometries:
@@ -192,7 +192,7 @@ class Report:
     rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in FILES})
 
     def __post_init__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+        outputs.check_folder(self.out)
         for name in FILES:  # find out now, not after the work; and nothing of an earlier run stays
             (self.out / f"{name}.json").unlink(missing_ok=True)
         self.write("parts")

@@ -40,17 +40,19 @@ class Deadline:
 
     Args:
         seconds: from now on.
-        within: another one, which this does not outlive.
+        within: another one, which this does not outlive, and whose clock it goes by.
+        clock: seconds.
     """
 
-    def __init__(self, seconds: float, within: Deadline | None = None):
-        end = time.monotonic() + seconds
+    def __init__(self, seconds: float, within: Deadline | None = None, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock if within is None else within.clock
+        end = self.clock() + seconds
         self._end: float = end if within is None else min(end, within._end)
 
     @property
     def left(self) -> float:
         """Seconds until then, at least 0."""
-        return max(0.0, self._end - time.monotonic())
+        return max(0.0, self._end - self.clock())
 
     def allows(self, seconds: float = 0.0) -> bool:
         """Whether something that takes this long would be done in time."""

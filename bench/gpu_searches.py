@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -61,11 +60,10 @@ def searches(subject: Subject, budget: Budget, repetitions: int, quick: bool, de
         engine.encode(prompts[: max(budget.prompts)])
         engine.generate(_request(subject, prompts[0], 0, budget.steps + 1, budget.steps))
     alone = partial(_sequential, subject, prompts[0], budget.steps)
-    start = time.perf_counter()
+    start = deadline.clock()
     alone(budget.steps + 1)
-    loop = (time.perf_counter() - start) / (budget.steps + 1) * repetitions * budget.sequential
-    costs = engines["engine, 2 lanes"].buckets()
-    each = min(seconds / bucket for bucket, seconds in costs.items()) + subject.seconds.get("reward", 0.0)
+    loop = (deadline.clock() - start) / (budget.steps + 1) * repetitions * budget.sequential
+    each = seconds_a_row(engines["engine, 2 lanes"], subject)
     for place, count in enumerate(budget.prompts):
         share = 0.7 * deadline.left / (len(budget.prompts) - place) - loop
         affordable = int(share / (repetitions * (len(engines) + 1) * count * each))
@@ -80,6 +78,12 @@ def searches(subject: Subject, budget: Budget, repetitions: int, quick: bool, de
         runs["engine, bon"] = _search(engines["engine, 2 lanes"], bon)
         runs["sequential"] = partial(alone, budget.sequential)
         yield from _compared(subject, runs, count, nfe, budget.steps, repetitions, deadline)
+
+
+def seconds_a_row(engine: Engine, subject: Subject) -> float:
+    """What a row costs at the best batch size, its reward included, as measured."""
+    least = min(seconds / bucket for bucket, seconds in engine.buckets().items())
+    return least + subject.seconds.get("reward", 0.0)
 
 
 def _request(subject: Subject, prompt: str, seed: int, nfe: int, steps: int, method: str = "rbf") -> Request:

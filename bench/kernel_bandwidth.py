@@ -32,8 +32,9 @@ from rich.table import Table
 from torch import Tensor
 
 from rollflow import kernels
+from rollflow.bench import outputs
 from rollflow.bench.environment import environment
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 from rollflow.models.layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,8 +108,7 @@ class Kernels:
             RequestError: there is no such device, or a count is less than 1.
         """
         device, dtype = self._checked()
-        if self.json:
-            self.json.touch()  # find out now, not after the work
+        outputs.check_file(self.json)
         console = Console()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             where = {**environment(), "measured_on": str(device)}
@@ -134,11 +134,11 @@ class Kernels:
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
-            raise RequestError(f"no device {self.device!r}: choose cpu, cuda or cuda:N") from error
+            raise RequestError(f"no device {shown(self.device)}: choose cpu, cuda or cuda:N") from error
         if device.type not in COPIED:
-            raise RequestError(f"no kernels for device {self.device!r}: choose cpu, cuda or cuda:N")
+            raise RequestError(f"no kernels for device {shown(self.device)}: choose cpu, cuda or cuda:N")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise RequestError(f"no device {self.device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+            raise RequestError(f"no device {shown(self.device)}: torch sees {torch.cuda.device_count()} CUDA devices")
         if min(self.repetitions, self.warm_up) < 1:
             raise RequestError(f"repetitions={self.repetitions}, warm_up={self.warm_up}: at least 1 each")
         return device, DTYPES[self.dtype or ("bfloat16" if device.type == "cuda" else "float32")]

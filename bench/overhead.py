@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rollflow import kernels
+from rollflow.bench import outputs
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import resident_memory
 from rollflow.engine import Engine
@@ -97,8 +98,7 @@ class Overhead:
 
     def __call__(self) -> None:
         """Runs all numbers of requests, prints the table, writes the file."""
-        if self.json:
-            self.json.touch()
+        outputs.check_file(self.json)
         where, console = environment(), Console()
         rows = [self._row(live) for live in self.live]
         table = Table(title=f"host's work with a free model, {self.method}, batches of up to {self.bucket}")

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rollflow.bench import intervals, prompt_sets
+from rollflow.bench import intervals, outputs, prompt_sets
 from rollflow.bench.environment import environment
 from rollflow.engine import Engine
 from rollflow.request import Request, Result
@@ -41,8 +41,7 @@ class Preview:
 
     def __call__(self) -> None:
         """Runs both, prints the table, writes the file."""
-        if self.json:
-            self.json.touch()
+        outputs.check_file(self.json)
         where, console = environment(), Console(width=110)
         engines = {name: Engine.from_pretrained(self.model, preview=name == "preview") for name in ("full", "preview")}
         rows: list[dict[str, Any]] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 from rollflow.models import world
 
 SETS = {"easy": (1, 2), "medium": (4, 6), "hard": (7, 9)}  # objects, from and to
@@ -34,7 +34,7 @@ SIZE = 100
 def load(name: str, count: int = SIZE) -> list[str]:
     """The first `count` prompts of a committed set: "easy", "medium" or "hard"; others are a `RequestError`."""
     if name not in SETS:
-        raise RequestError(f"there is no prompt set {name!r}: choose {', '.join(SETS)}")
+        raise RequestError(f"there is no prompt set {shown(name)}: choose {', '.join(SETS)}")
     if not 1 <= count <= SIZE:
         raise RequestError(f"{count} prompts: a set has {SIZE}, and at least 1 is needed")
     return json.loads((resources.files("rollflow.bench") / "prompts" / f"{name}.json").read_text())[:count]

@@ -14,8 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rollflow.bench import outputs
 from rollflow.engine import Engine
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 from rollflow.request import Request, Result
 
 Row = dict[str, Any]
@@ -39,23 +40,27 @@ class Rows:
     the evaluations at each level. Of two rows with one key the later counts.
 
     Raises:
-        RequestError: the folder cannot be made or written to.
+        RequestError: the folder cannot be made or written to, or the file holds something else than rows. A line that
+            was not written to its end is left out.
     """
 
     def __init__(self, folder: Path):
+        outputs.check_folder(folder)
         self.file = folder / "rows.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file.touch()
-        except OSError as error:
-            raise RequestError(f"the folder {str(folder)!r} cannot be written to ({error.strerror})") from error
+        outputs.check_file(self.file, "--out")
         self.rows: dict[tuple, Row] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines():
+        content = self.file.read_bytes()
+        for number, line in enumerate(content.split(b"\n"), 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except json.JSONDecodeError:  # of a study that was stopped while it wrote
                 continue
+            except (UnicodeDecodeError, RecursionError) as error:
+                raise _garbled(self.file, number) from error
+            if not _is_row(row):
+                raise _garbled(self.file, number)
             self.rows[_key(row)] = row
+        self._half = bool(content) and not content.endswith(b"\n")  # the last line was not written to its end
 
     def run(self, jobs: Sequence[Job], workers: int = 1) -> Iterator[Row]:
         """Computes what is missing, and yields each row when it is there.
@@ -71,7 +76,8 @@ class Rows:
                 missing.append(job)
         for row in _computed(missing, workers):
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("\n" * self._half + json.dumps(row) + "\n")
+            self._half = False
             self.rows[_key(row)] = row
             yield row
 
@@ -79,6 +85,21 @@ class Rows:
 def digest(job: Job) -> str:
     """Of the prompts and the model's full name, which the key shortens."""
     return hashlib.sha256(json.dumps([job.model, *job.prompts]).encode()).hexdigest()[:16]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line of a file holds what is read of a row: values that compare, and the lists of figures."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str | int) for name in KEY):
+        return False
+    lists = all(isinstance(row.get(name), list) for name in ("rewards", "held_out", "nfe_by_level"))
+    figures = all(isinstance(row.get(name), int | float) for name in ("committed_nfe", "executed_nfe", "seconds"))
+    return lists and figures and isinstance(row.get("fields"), dict) and isinstance(row.get("digest"), str)
+
+
+def _garbled(file: Path, number: int) -> RequestError:
+    return RequestError(
+        f"line {number} of {shown(str(file))} is no row of a study: take it out, or choose another --out"
+    )
 
 
 def _key(row: Row) -> tuple:

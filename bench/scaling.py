@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rollflow.bench import prompt_sets
+from rollflow.bench import outputs, prompt_sets
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import in_turns
 from rollflow.engine import Engine
@@ -47,8 +47,7 @@ class Scaling:
 
     def __call__(self) -> None:
         """Runs all numbers of prompts in turns, prints the table, writes the file."""
-        if self.json:
-            self.json.touch()
+        outputs.check_file(self.json)
         where, console = environment(), Console()
         engine = Engine.from_pretrained(self.model, self.device, preview=self.preview)
         engine.warm_up()

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from rollflow.bench import contenders
 from rollflow.bench.contenders import PATHS, Contender
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,12 +95,12 @@ class Study:
         for name in self.methods:
             if name not in known and name not in methods.names():
                 raise RequestError(
-                    f"no contender {name!r}: choose labels ({'; '.join(known)}) or methods "
+                    f"no contender {shown(name)}: choose labels ({'; '.join(known)}) or methods "
                     f"({', '.join(methods.names())})"
                 )
         for path in self.paths:
             if path not in PATHS:
-                raise RequestError(f"no path {path!r}: choose from {', '.join(PATHS)}")
+                raise RequestError(f"no path {shown(path)}: choose from {', '.join(PATHS)}")
         if min((*self.budgets, self.seeds, self.jobs)) < 1 or not self.budgets:
             raise RequestError(f"budgets={self.budgets}, seeds={self.seeds}, jobs={self.jobs}: at least 1 each")
         wanted = {*self.methods} or {*(contenders.QUICK if self.quick else known)}
@@ -108,17 +108,19 @@ class Study:
         return asked, [c for c in known.values() if wanted & {c.label, c.method} and (gradient or not c.guided)]
 
     def _prompts(self) -> dict[str, list[str]]:
-        from rollflow.bench import prompt_sets
+        from rollflow import checks
+        from rollflow.bench import outputs, prompt_sets
 
         if self.prompt_file is None:
             return {name: prompt_sets.load(name, self.prompts) for name in self.sets}
         try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise RequestError(f"the prompts {str(self.prompt_file)!r} cannot be read: {error.strerror}") from error
-        prompts = [line.strip() for line in lines if line.strip()][: self.prompts]
+            lines = self.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:  # a ValueError: bytes that are no UTF-8, or a path that is none
+            why = outputs.reason(error)
+            raise RequestError(f"the prompts {shown(str(self.prompt_file))} cannot be read: {why}") from error
+        prompts = [checks.prompt(line.strip()) for line in lines if line.strip()][: self.prompts]
         if not prompts:
-            raise RequestError(f"there is no prompt in {str(self.prompt_file)!r}: one a line is expected")
+            raise RequestError(f"there is no prompt in {shown(str(self.prompt_file))}: one a line is expected")
         return {self.prompt_file.stem: prompts}
 
     def _job(

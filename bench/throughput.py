@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rollflow import rewards
-from rollflow.bench import figures, prompt_sets
+from rollflow.bench import figures, outputs, prompt_sets
 from rollflow.bench.alone import Alone, Job, Timed
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import Parts, in_turns
@@ -74,9 +74,8 @@ class Throughput:
         """Runs every comparison, prints the table, writes the files."""
         if min(self.prompts, default=0) < 1 or self.repetitions < 1:
             raise RequestError("prompts and repetitions: each must be at least 1")
-        for file in (self.json, self.plot):
-            if file:
-                file.touch()  # find out now, not after the work
+        outputs.check_file(self.json)
+        outputs.check_picture(self.plot)
         where, console = environment(), Console(width=None if sys.stdout.isatty() else 120)
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = DTYPES[self.dtype]

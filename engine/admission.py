@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 
-from rollflow.errors import EngineBusy, RollflowError
+from rollflow.errors import EngineBusy, RollflowError, said
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.schedule.pool import Lease, Pool
@@ -97,8 +97,8 @@ class Admission:
     def _no_room(self, geometry: Geometry, error: Exception) -> RollflowError:
         size = f"{geometry.height}x{geometry.width}"
         full = RollflowError(
-            f"there is no room for {self._slots(geometry)} particles of {size} ({type(error).__name__}: {error}): make "
-            "the engine with fewer, by Engine(slots=...)"
+            f"there is no room for {self._slots(geometry)} particles of {size} ({said(error)}): ask for smaller "
+            "images, or make the engine with fewer, by Engine(slots=...)"
         )
         full.__cause__ = error
         return full

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rollflow.errors import FunctionError, RollflowError
+from rollflow import checks
+from rollflow.errors import FunctionError, RollflowError, said
 from rollflow.job import Job
 
 Asked = TypeVar("Asked")
@@ -30,6 +31,7 @@ def submitted(
 ) -> list[Job | RollflowError]:
     """A job for each request; errors of requests in their places, or the first of them before anything runs."""
     asked: list[tuple[Asked] | RollflowError] = []
+    requests = checks.listed(requests, "requests")
     for i, request in enumerate(requests):
         try:
             asked.append((check(request),))
@@ -62,7 +64,7 @@ def follow(jobs: Jobs, on_progress: Callable[[Progress], None] | None) -> None:
                 try:
                     on_progress(state)
                 except Exception as error:
-                    raise FunctionError(f"the progress callback raised {type(error).__name__}: {error}") from error
+                    raise FunctionError(f"the progress callback raised {said(error)}") from error
 
 
 def cancel(jobs: Jobs) -> None:
@@ -92,7 +94,7 @@ def mapped(
 ) -> Iterator[tuple[int, Any]]:
     """Yields `(index, result)` of requests as they finish, `concurrency` of them at a time; see `Engine.map`."""
     running: dict[concurrent.futures.Future, tuple[int, Job]] = {}
-    numbered = enumerate(requests)
+    numbered = enumerate(_each(requests))
     try:
         while True:
             while len(running) < concurrency and (one := next(numbered, None)) is not None:
@@ -115,6 +117,14 @@ def mapped(
                 yield index, job.result() if failure is None else failure
     finally:
         cancel([job for _, job in running.values()])
+
+
+def _each(requests: Iterator[Any]) -> Iterator[Any]:
+    """The members of the caller's iterable; what it raises is the cause of a `FunctionError`."""
+    try:
+        yield from requests
+    except Exception as error:
+        raise FunctionError(f"the iterable of requests raised {said(error)}") from error
 
 
 def _progress(jobs: Jobs) -> Progress:

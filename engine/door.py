@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from rollflow import methods, rewards
+from rollflow import checks, methods, rewards
 from rollflow.admission import promise
-from rollflow.errors import RequestError
+from rollflow.device.attempts import model_error
+from rollflow.errors import BudgetError, RequestError, line, shown
 from rollflow.models import FlowModel, Geometry, Traits
 from rollflow.plan import Plan, plan
 from rollflow.request import Request
@@ -58,15 +59,14 @@ class Door:
         def for_budget(nfe: int | None) -> Plan:
             try:
                 return plan(replace(request, nfe=nfe), self._traits, self._preview)
-            except RequestError as error:
-                smallest = getattr(error, "smallest", None)
-                if smallest is None or not timed:
+            except BudgetError as error:
+                if not timed:
                     raise
-                return plan(replace(request, nfe=smallest), self._traits, self._preview)
+                return plan(replace(request, nfe=error.smallest), self._traits, self._preview)
 
         checked = for_budget(request.nfe)
         self.check_prompt(checked.request.prompt)
-        checked.reward.check(checked.request.prompt)
+        rewards.check(checked.reward, checked.request.prompt)
         geometry = self._geometry(checked)
         slots, needed = self._slots(geometry), promise(checked)
         if needed > slots and timed:  # nobody has asked for that many
@@ -88,11 +88,21 @@ class Door:
     def check_prompt(self, prompt: str) -> None:
         """Raises `RequestError` for a prompt that the model cannot read."""
         if not self._known(prompt):
-            self._model.check_prompt(prompt)
+            try:
+                self._model.check_prompt(prompt)
+            except Exception as error:
+                raise model_error(error) from error.__cause__ or error
+
+    def geometry(self, height: object, width: object) -> Geometry:
+        """The model's geometry of an image size; raises `RequestError` for one that it cannot do."""
+        try:
+            return self._model.geometry(*checks.size(height, width))
+        except Exception as error:
+            raise model_error(error) from error.__cause__ or error
 
     def _geometry(self, checked: Plan) -> Geometry:
         """The image size, which model, reward and given latents must agree on."""
-        geometry = self._model.geometry(checked.request.height, checked.request.width)
+        geometry = self.geometry(checked.request.height, checked.request.width)
         size = rewards.size(checked.reward)
         if size is not None and (geometry.height, geometry.width) != size:
             raise RequestError(
@@ -115,16 +125,26 @@ def as_request(asked: str | Request, options: dict[str, Any]) -> Request:
     """
     if isinstance(asked, Request):
         if options:
-            raise RequestError(f"options {', '.join(options)}: they go with prompts; a Request carries its own")
+            names = line(", ".join(options), 100)
+            raise RequestError(f"options {names}: they go with prompts; a Request carries its own")
         return asked
     if not isinstance(asked, str):
-        raise RequestError(f"a {type(asked).__name__} is no request: pass a prompt or a rollflow.Request")
+        raise RequestError(f"a {line(type(asked).__name__, 60)} is no request: pass a prompt or a rollflow.Request")
     known = {name: value for name, value in options.items() if name in _FIELDS}
     own = {name: value for name, value in options.items() if name not in _FIELDS}
     if "prompt" in known:
-        raise RequestError(f"the prompt {asked!r} and prompt={known['prompt']!r}: give one")
-    method = known.get("method", Request.method)
+        raise RequestError(f"the prompt {shown(asked)} and prompt={shown(known['prompt'])}: give one")
+    method: Any = known.get("method", Request.method)
+    taken = _options_of(method) if own else []
     for name in own:
-        if name not in methods.options_of(method) and (close := get_close_matches(name, _FIELDS, 1)):
-            raise RequestError(f"there is no option {name!r}: did you mean {close[0]!r}?")
-    return Request(asked, **{**known, "options": {**known.get("options", {}), **own}})
+        if name not in taken and (close := get_close_matches(name, _FIELDS, 1)):
+            raise RequestError(f"there is no option {shown(name)}: did you mean {close[0]!r}?")
+    return Request(asked, **{**known, "options": {**checks.options(known.get("options", {})), **own}})
+
+
+def _options_of(method: Any) -> list[str]:
+    """The options of a method of the user's own; none for what is none, which `plan` refuses."""
+    try:
+        return methods.options_of(method)
+    except (TypeError, ValueError):
+        return []

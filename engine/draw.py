@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
+from rollflow.values import flag, plain, real
 
 Move = Literal["sde", "ode", "renoise", "rotate"]
 MOVES: tuple[str, ...] = get_args(Move)
@@ -51,10 +52,15 @@ class Guide:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, int | float) and 0 <= self.scale < math.inf):
-            raise RequestError(f"a guide of scale {self.scale!r}: it must be a finite number and not negative")
-        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
-            raise RequestError(f"a guide clipped at {self.clip!r}: the largest move must be a number above 0")
+        scale = real(self.scale)
+        if scale is None or not 0 <= scale < math.inf:
+            raise RequestError(f"a guide of scale {shown(self.scale)}: it must be a finite number and not negative")
+        clip = None if self.clip is None else real(self.clip)
+        if self.clip is not None and (clip is None or not clip > 0):
+            raise RequestError(f"a guide clipped at {shown(self.clip)}: the largest move must be a number above 0")
+        checked = (("scale", scale), ("normalised", flag("normalised", self.normalised)), ("clip", clip))
+        for name, value in checked:
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,11 @@ class Draw:
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or self.count < 1:
-            raise RequestError(f"a draw of {self.count!r} children: it must be a whole number of at least 1")
+        count = plain(self.count)
+        if type(count) is not int or count < 1:
+            raise RequestError(f"a draw of {shown(self.count)} children: it must be a whole number of at least 1")
+        if count is not self.count:
+            object.__setattr__(self, "count", count)
         if not self.scored and self.until != math.inf:
             raise RequestError("a draw with `until` must be scored: its stopping rule looks at rewards")
         if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
@@ -109,8 +118,8 @@ class Draw:
             raise RequestError("a draw with `keep` must be scored: it keeps the children with the best rewards")
         if self.guide is not None and not self.scored:
             raise RequestError("a guided draw must be scored: its gradient is that of the reward")
-        if self.move not in MOVES:
-            raise RequestError(f"a draw by {self.move!r}: a move is one of {', '.join(MOVES)}")
+        if not isinstance(self.move, str) or self.move not in MOVES:
+            raise RequestError(f"a draw by {shown(self.move)}: a move is one of {', '.join(MOVES)}")
         where = -1 if self.parent is None else self.parent.step
         allowed = {"sde": self.arrives > where, "ode": self.arrives > where >= 0}
         allowed |= {"renoise": 0 <= self.arrives < where, "rotate": where == self.arrives == 0}

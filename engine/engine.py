@@ -13,17 +13,16 @@ from typing import Any, Literal, overload
 import torch
 from diffusers import FluxPipeline
 
-from rollflow import calls
+from rollflow import calls, checks
 from rollflow.calls import Progress
 from rollflow.device import calibrate
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.door import Checked, Door
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.loop import Loop
-from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
@@ -31,8 +30,9 @@ from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.rendering import Rendering
 from rollflow.request import Request, Result
-from rollflow.settings import batch_sizes, keep_pages, lanes_and_threads, slots_of
+from rollflow.settings import batch_sizes, checked_traits, keep_pages, lanes_and_threads, slots_of
 from rollflow.stats import Stats
+from rollflow.values import flag, whole
 
 _NUMBERS = itertools.count()
 
@@ -86,17 +86,21 @@ class Engine:
         max_queued: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        preview, reproducible = flag("preview", preview), flag("reproducible", reproducible)
+        graphs, traits = flag("graphs", graphs), checked_traits(traits)
+        slots = None if slots is None else whole("slots", slots, 1)
+        most = None if max_queued is None else whole("max_queued", max_queued, 1)
+        if not callable(clock):
+            raise RequestError(f"clock={shown(clock)}: it must be a function that returns seconds")
         self.model = adapt(model)
         if preview and not self.model.capabilities.preview:
             raise RequestError("preview=True: this model has no light decoder to judge particles by; leave it out")
         on_cpu, able = self.model.device.type == "cpu", self.model.capabilities
         sizes = batch_sizes(buckets, reproducible, on_cpu)
         count, each = lanes_and_threads(self.model.device, lanes, threads)
-        most = None if max_queued is None else whole("max_queued", max_queued, 1)
-        slots = None if slots is None else whole("slots", slots, 1)
         if on_cpu:
             keep_pages()
-        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits or Traits(), preview, clock
+        self.ledger, self.traits, self.preview, self.clock = Ledger(), traits, preview, clock
         self._slots_of = partial(slots_of, slots)
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
@@ -144,14 +148,26 @@ class Engine:
             ModelError: there is no such model, or it is no FluxPipeline.
             RequestError: a device that is neither cpu nor cuda.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not (device is None or isinstance(device, str | torch.device)):
+            raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N")
+        try:
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N") from error
         if device.type not in ("cpu", "cuda"):
             raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RequestError(f"device {str(device)!r}: torch finds no CUDA device here; choose cpu")
-        if not (dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)):
-            raise RequestError(f"dtype={dtype!r}: it must be a torch.dtype, such as torch.bfloat16, or 'auto'")
-        if dtype == "auto":
+        if not (dtype is None or (isinstance(dtype, str) and dtype == "auto") or _is_floating(dtype)):
+            raise RequestError(
+                f"dtype={shown(dtype)}: it must be a torch.dtype of floats, such as torch.bfloat16, or 'auto'"
+            )
+        for name, given in (("name_or_path", name_or_path), ("preview", preview)):
+            if not isinstance(given, str | Path) and not (name == "preview" and isinstance(given, bool)):
+                raise RequestError(f"{name}={shown(given)}: it must be the name or the folder of a model")
+            if not str(given).isprintable():
+                raise RequestError(f"{name}={shown(str(given))}: there is no folder of such a name")
+        if isinstance(dtype, str):
             dtype = calibrate.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         options.setdefault("traits", built_in_traits(name_or_path))
@@ -168,7 +184,7 @@ class Engine:
 
         Args:
             request: a prompt or a `Request`.
-            id: the job's name; by default a number.
+            id: what the job is called in messages, anything; by default a number. Nothing looks at it.
             options: as of `generate`, with a prompt.
 
         Raises:
@@ -233,6 +249,9 @@ class Engine:
             RequestError: a request that cannot be honoured, before anything runs; of several, it says which.
             RollflowError: what a request failed with; its cause is the original error.
         """
+        return_exceptions = flag("return_exceptions", return_exceptions)
+        if on_progress is not None and not callable(on_progress):
+            raise RequestError(f"on_progress={shown(on_progress)}: it must be a function of a Progress, or None")
         if isinstance(requests, str | Request):
             found = self.generate([requests], return_exceptions=return_exceptions, on_progress=on_progress, **options)
             return found[0]
@@ -283,6 +302,9 @@ class Engine:
             options: as of `generate`.
         """
         concurrency = whole("concurrency", concurrency, 1)
+        return_exceptions = flag("return_exceptions", return_exceptions)
+        if isinstance(requests, str | bytes | Request | Mapping) or not isinstance(requests, Iterable):
+            raise RequestError(f"requests={shown(requests)}: they must be a list, or another iterable, of requests")
         self._host.check_waiting()
         return calls.mapped(
             iter(requests),
@@ -311,10 +333,10 @@ class Engine:
         Raises:
             RequestError: a prompt that the model cannot read.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
+        checked = checks.prompts(prompts)
+        for prompt in checked:
             self._door.check_prompt(prompt)
-        self._host.prepare(prompts, None)
+        self._host.prepare(checked, None)
 
     def warm_up(self, height: int | None = None, width: int | None = None) -> None:
         """Measures what batches of this image size cost, so that the first request does not have to wait for it.
@@ -322,12 +344,12 @@ class Engine:
         The measured batch sizes, and on a CPU the numbers of lanes and threads, hold for the engine from then on.
         Requests of other sizes go on meanwhile.
         """
-        self._host.prepare([], self.model.geometry(height, width))
+        self._host.prepare([], self._door.geometry(height, width))
 
     def buckets(self, height: int | None = None, width: int | None = None) -> Mapping[int, float]:
         """The batch sizes for an image size, and the seconds that a batch of each was measured to take."""
         self.warm_up(height, width)
-        return self._host.preparations.cost(self.model.geometry(height, width)).seconds
+        return self._host.preparations.cost(self._door.geometry(height, width)).seconds
 
     def release_text_encoders(self) -> None:
         """Frees the memory of the text encoders. From then on only prompts that were encoded before are accepted.
@@ -378,3 +400,7 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
+
+
+def _is_floating(dtype: object) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point

@@ -17,7 +17,7 @@ from PIL import Image
 
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Threads
-from rollflow.errors import EngineClosed, EngineDead, RollflowError
+from rollflow.errors import EngineClosed, EngineDead, RollflowError, said
 from rollflow.loop import Loop
 from rollflow.models import Geometry
 from rollflow.preparing import Preparations
@@ -167,9 +167,7 @@ def _run(loop: Loop, runner: Runner, preparations: Preparations, callbacks: Thre
             running = loop.step()
         except BaseException as error:
             LOG.exception("the loop of an engine met a fault of rollflow")
-            dead = EngineDead(
-                f"a fault of rollflow ended the engine ({type(error).__name__}: {error}): please report it"
-            )
+            dead = EngineDead(f"a fault of rollflow ended the engine ({said(error)}): please report it")
             dead.__cause__ = error
             loop.fail(dead)
     _end(runner, preparations)

@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
-from rollflow.errors import RequestError
+from rollflow.errors import FunctionError, RequestError, RollflowError, said, shown
+from rollflow.values import real
 
 
 def check_time(t: float) -> float:
     """Return `t` as a float, or raise `RequestError` where it is not a number in [0, 1]."""
-    t = float(t)
-    if not 0.0 <= t <= 1.0:  # also catches NaN
-        raise RequestError(f"time {t!r} is outside [0, 1]: times run from 1 (noise) to 0 (data)")
-    return t
+    given = t if type(t) is float else real(t)
+    if given is None or not 0.0 <= given <= 1.0:  # also catches NaN
+        raise RequestError(f"time {shown(t)} is outside [0, 1]: times run from 1 (noise) to 0 (data)")
+    return given
 
 
 class Interpolant(ABC):
@@ -104,11 +107,13 @@ class VP(Interpolant):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.beta_min < math.inf and 0.0 < self.beta_max < math.inf):
+        rates = [real(rate) for rate in (self.beta_min, self.beta_max)]
+        if not all(rate is not None and 0.0 <= rate < math.inf for rate in rates) or not rates[1]:
             raise RequestError(
-                f"VP(beta_min={self.beta_min!r}, beta_max={self.beta_max!r}): noise rates are finite, beta_min at "
-                "least 0 and beta_max above 0; the usual choice is VP(0.1, 20.0)"
+                f"VP(beta_min={shown(self.beta_min)}, beta_max={shown(self.beta_max)}): noise rates are finite, "
+                "beta_min at least 0 and beta_max above 0; the usual choice is VP(0.1, 20.0)"
             )
+        object.__setattr__(self, "beta_min", rates[0]), object.__setattr__(self, "beta_max", rates[1])
 
     def _integral(self, t: float) -> float:
         t = check_time(t)
@@ -168,11 +173,13 @@ class Polynomial(Interpolant):
     degree: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.degree < math.inf:
+        degree = real(self.degree)
+        if degree is None or not 1.0 <= degree < math.inf:
             raise RequestError(
-                f"Polynomial(degree={self.degree!r}): the degree is a finite number of at least 1; below 1 the "
+                f"Polynomial(degree={shown(self.degree)}): the degree is a finite number of at least 1; below 1 the "
                 "velocity is infinite at t = 1, where every sampler starts"
             )
+        object.__setattr__(self, "degree", degree)
 
     def alpha(self, t: float) -> float:
         return (1.0 - check_time(t)) ** self.degree
@@ -191,26 +198,97 @@ class Polynomial(Interpolant):
 _NAMED: dict[str, type[Interpolant]] = {"linear": Linear, "vp": VP, "cosine": Cosine, "polynomial": Polynomial}
 
 
+class Guarded(Interpolant):
+    """An interpolant of the user's own, whose values are checked whenever they are used.
+
+    What it raises comes back as the cause of a `FunctionError` that names it; errors of rollflow pass. A value that is
+    no finite number, or a negative coefficient, is a `RequestError`.
+    """
+
+    def __init__(self, path: Interpolant):
+        self.path = path
+
+    def __repr__(self) -> str:
+        return shown(self.path)
+
+    def alpha(self, t: float) -> float:
+        return self._value("alpha", t, 0.0)
+
+    def sigma(self, t: float) -> float:
+        return self._value("sigma", t, 0.0)
+
+    def alpha_dot(self, t: float) -> float:
+        return self._value("alpha_dot", t)
+
+    def sigma_dot(self, t: float) -> float:
+        return self._value("sigma_dot", t)
+
+    def scale(self, t: float) -> float:
+        """As `Interpolant.scale`; it is above 0."""
+        own = type(self.path).scale is not Interpolant.scale
+        function = partial(self.path.scale if own else partial(Interpolant.scale, self), t)
+        return called(f"scale of the interpolant {self!r}", function, t, 5e-324, math.inf)
+
+    def linear_time(self, t: float) -> float:
+        """As `Interpolant.linear_time`; it is in [0, 1]."""
+        own = type(self.path).linear_time is not Interpolant.linear_time
+        function = partial(self.path.linear_time if own else partial(Interpolant.linear_time, self), t)
+        return called(f"linear_time of the interpolant {self!r}", function, t, 0.0, 1.0)
+
+    def log_snr(self, t: float) -> float:
+        """As `Interpolant.log_snr`, of the checked coefficients."""
+        return Interpolant.log_snr(self, t)
+
+    def _value(self, name: str, t: float, least: float = -math.inf) -> float:
+        return called(f"{name} of the interpolant {self!r}", lambda: getattr(self.path, name)(t), t, least, math.inf)
+
+
+def called(
+    name: str, function: Callable[[], object], t: float, least: float, most: float, finite: bool = True
+) -> float:
+    """What a user's function gives at time `t`, as a plain float.
+
+    Raises:
+        FunctionError: the function raised; its error is the cause.
+        RequestError: it gave something else than a number from `least` to `most`, or an infinite one.
+    """
+    try:
+        value = function()
+    except RollflowError:
+        raise
+    except Exception as error:
+        raise FunctionError(f"{name} raised {said(error)} at t = {t!r}") from error
+    given = real(value)
+    if given is None or not least <= given <= most or (finite and math.isinf(given)):
+        kind = "a finite number" if finite else "a number, not NaN"
+        bounds = f", from {least:g} to {most:g}" if most < math.inf else ", not negative" if least >= 0.0 else ""
+        raise RequestError(f"{name} is {shown(value)} at t = {t!r}: it must be {kind}{bounds}")
+    return given
+
+
 def make(value: str | Interpolant) -> Interpolant:
     """Turn "linear", "vp", "cosine" or "polynomial" (degree 2) into an interpolant; check one that is an object.
 
     Raises `RequestError` for another name, for something that is no `Interpolant`, and for one of the user's own whose
-    ends are wrong or whose derivatives do not belong to its coefficients: its samples would be silently wrong.
+    ends are wrong or whose derivatives do not belong to its coefficients: its samples would be silently wrong. One of
+    the user's own comes back as a `Guarded` one. What it raises is the cause of a `FunctionError`.
     """
     if isinstance(value, str):
         if value not in _NAMED:
             raise RequestError(
-                f"unknown interpolant {value!r}: choose one of {', '.join(_NAMED)}, or pass an Interpolant"
+                f"unknown interpolant {shown(value)}: choose one of {', '.join(_NAMED)}, or pass an Interpolant"
             )
         return _NAMED[value]()
     if not isinstance(value, Interpolant):
         raise RequestError(
-            f"{value!r} is no interpolant: pass one of {', '.join(_NAMED)}, or an instance of a subclass of "
+            f"{shown(value)} is no interpolant: pass one of {', '.join(_NAMED)}, or an instance of a subclass of "
             "rollflow.interpolant.Interpolant"
         )
-    if type(value) not in _NAMED.values():
-        _check(value)
-    return value
+    if type(value) in _NAMED.values() or isinstance(value, Guarded):
+        return value
+    guarded = Guarded(value)
+    _check(guarded)
+    return guarded
 
 
 def _check(path: Interpolant) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
-from rollflow.errors import Cancelled
+from rollflow.errors import Cancelled, shown
 from rollflow.request import Request, Result
 from rollflow.search.record import History
 from rollflow.ticket import Evaluated, Finished, News, Refused, Started, Ticket
@@ -109,7 +109,7 @@ class Job:
         self._watchers = Watchers()
 
     def __repr__(self) -> str:
-        return f"Job({self.id!r}, {self._status}, {self.request.prompt[:60]!r})"
+        return f"Job({shown(self.id)}, {self._status}, {shown(self.request.prompt, 60)})"
 
     @property
     def status(self) -> Status:
@@ -175,7 +175,7 @@ class Job:
         if owner is None or ticket is None or not self._close("cancelled"):
             return False
         owner.cancel(ticket)
-        self._finish(error=Cancelled(f"the job {self.id!r} was cancelled"))
+        self._finish(error=Cancelled(f"the job {shown(self.id)} was cancelled"))
         return True
 
     def add_done_callback(self, function: Callable[[Job], object]) -> None:
@@ -193,7 +193,7 @@ class Job:
             except BaseException as error:  # SystemExit too: on a thread of the engine it would end everybody's work
                 if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                     raise
-                LOG.exception("a callback of the job %r raised", self.id)
+                LOG.exception("a callback of the job %s raised", shown(self.id))
 
         if (owner := self._owner) is None:
             call()
@@ -272,7 +272,7 @@ class Job:
             if (owner := self._owner) is not None:
                 owner.check_waiting()
             if not concurrent.futures.wait([future], timeout).done:
-                raise TimeoutError(f"the job {self.id!r} was not over within {timeout:g} s; it goes on")
+                raise TimeoutError(f"the job {shown(self.id)} was not over within {timeout:g} s; it goes on")
 
     def _image(self, timeout: float | None) -> Image.Image | None:
         owner, ticket = self._owner, self._ticket
@@ -282,7 +282,7 @@ class Job:
         owner.check_waiting()
         peeked = owner.peek(ticket)
         if not concurrent.futures.wait([peeked], timeout).done:
-            raise TimeoutError(f"the image of the job {self.id!r} was not there within {timeout:g} s")
+            raise TimeoutError(f"the image of the job {shown(self.id)} was not there within {timeout:g} s")
         image = peeked.result()
         if image is None and self.future.done():  # it ended in between
             return self._image(timeout)

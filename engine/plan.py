@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
-import numpy as np
 import torch
 
+from rollflow import checks, methods, rewards, sde
 from rollflow import interpolant as interpolants
-from rollflow import methods, rewards, sde
 from rollflow.draw import Draw
-from rollflow.errors import RequestError
-from rollflow.methods.budget import number, whole
+from rollflow.errors import FunctionError, RequestError, RollflowError, said, shown, titled
 from rollflow.models import Traits
 from rollflow.request import Request
 from rollflow.sde import Step
 
 PREVIEW_FINALISTS = 8
+LARGEST = 1e18  # of a coefficient: its square is a 32-bit float still
 
 
 @dataclass(frozen=True)
@@ -85,29 +84,41 @@ class Plan:
 
 
 def _grid(request: Request) -> tuple[float, ...]:
-    assert request.grid is not None, "plan() has filled it in"
-    if request.times is None:
-        return tuple(sde.time_grid(whole("steps", request.steps, 1), request.grid, number("shift", request.shift)))
-    if not isinstance(request.times, Sequence | torch.Tensor | np.ndarray) or isinstance(request.times, str):
-        raise RequestError(f"times={request.times!r}: they must be a list of decreasing numbers within (0, 1]")
-    given = times = [number("times", t) for t in request.times]
-    if times and times[-1] != 0.0:
-        times = [*times, 0.0]
-    pairs = list(itertools.pairwise(times))
-    if not pairs or not all(0.0 <= after < before <= 1.0 for before, after in pairs):
-        raise RequestError(f"times={given}: they must decrease strictly, within (0, 1], to an optional 0")
-    return tuple(times)
+    if request.times is not None:
+        return (*request.times,) if request.times[-1] == 0.0 else (*request.times, 0.0)
+    assert request.grid is not None and request.steps is not None, "plan() has filled them in"
+    return tuple(sde.time_grid(request.steps, request.grid, request.shift))
 
 
 def _steps(path: interpolants.Interpolant, times: Sequence[float], diffusion: sde.Diffusion, solver: str) -> list[Step]:
     """One step for each of `times`; the first is where the particle already is, or the prior: x = sigma z."""
     steps = []
     for i, time in enumerate(times):
-        a, b, k = (
-            sde.step_coefficients(path, times[i - 1], time, diffusion, solver) if i else (0.0, 0.0, path.sigma(time))
-        )
-        p, q = sde.posterior_coefficients(path, time)
-        steps.append(Step(time, path.linear_time(time), path.scale(time), a, b, k, p, q))
+        try:
+            a, b, k = (
+                sde.step_coefficients(path, times[i - 1], time, diffusion, solver)
+                if i
+                else (0.0, 0.0, path.sigma(time))
+            )
+            p, q = sde.posterior_coefficients(path, time)
+            step = Step(time, path.linear_time(time), path.scale(time), a, b, k, p, q)
+        except (ArithmeticError, ValueError) as error:
+            if isinstance(error, RollflowError):
+                raise
+            raise RequestError(f"{shown(path)} with {shown(diffusion)} has no step to t = {time!r}: {error}") from error
+        if not all(abs(value) < LARGEST for value in (step.tau, step.scale, a, b, k, p, q)):
+            raise RequestError(
+                f"{shown(path)} with {shown(diffusion)} has coefficients at t = {time!r} that no particle can follow: "
+                f"(a, b, k) = {(a, b, k)}"
+            )
+        steps.append(step)
+    if isinstance(path, interpolants.Guarded):
+        for before, after in pairwise(steps):
+            if not after.tau < before.tau:
+                raise RequestError(
+                    f"the linear time of {path!r} is {before.tau!r} at t = {before.time!r} and {after.tau!r} at "
+                    f"t = {after.time!r}: it must increase in time, sigma / alpha with it"
+                )
     return steps
 
 
@@ -125,18 +136,43 @@ def finish_times(path: interpolants.Interpolant, start: float, count: int) -> li
     return times
 
 
-def _latents(request: Request) -> torch.Tensor | None:
-    """Given initial noise as float32 [n, token, channel]; its sizes are checked against the model's later."""
-    latents = request.latents
-    if latents is None:
-        return None
-    if not isinstance(latents, torch.Tensor) or latents.ndim not in (2, 3) or not latents.isfinite().all():
-        raise RequestError("latents: they must be a finite tensor of shape [token, channel] or [n, token, channel]")
-    return latents.detach().float().reshape(-1, *latents.shape[-2:])
+def _check_method(made: Plan) -> None:
+    """Builds the search once: what its method says of its options and its budget."""
+    method = made.request.method
+    try:
+        search = made.search()
+    except RollflowError:
+        raise
+    except Exception as error:
+        if isinstance(method, str):
+            given = shown(dict(made.request.options))
+            raise RequestError(f"the method {method} cannot work with the options {given} ({said(error)})") from error
+        raise FunctionError(f"the method {titled(method)} raised {said(error)} when it was made") from error
+    if not all(callable(getattr(search, name, None)) for name in ("send", "close")):
+        raise RequestError(
+            f"the method {titled(method)} made {shown(search)}: it must make a generator, which yields lists of draws"
+        )
+
+
+def _held(made: Plan) -> int:
+    """How many particles the method says that it holds."""
+    request, method = made.request, made.request.method
+    try:
+        return methods.holds(method, request.nfe, len(made.steps), made.finish_nfe, **request.options)
+    except RollflowError:
+        raise
+    except Exception as error:
+        raise FunctionError(f"what the method {titled(method)} declares that it holds raised {said(error)}") from error
 
 
 def _whole_request(request: Request, traits: Traits) -> Request:
     """The request with what it leaves to the method and the model."""
+    method: object = request.method
+    if not callable(method) and (not isinstance(method, str) or method not in methods.names()):
+        raise RequestError(
+            f"unknown method {shown(method)}: choose one of {', '.join(methods.names())}, or give a function; see "
+            "rollflow.methods.make"
+        )
     given = {"steps": traits.steps, **methods.defaults(request.method)}
     return replace(request, **{name: value for name, value in given.items() if getattr(request, name) is None})
 
@@ -149,40 +185,20 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
     Raises:
         RequestError: what was given, what is allowed, what to do.
     """
-    if not isinstance(request.prompt, str) or not request.prompt.strip():
-        raise RequestError(f"prompt={request.prompt!r}: it must be a sentence")
     traits = traits or Traits()
-    request = _whole_request(request, traits)
-    if request.nfe is None:
-        request = replace(request, nfe=100)
-    whole("nfe", request.nfe, 1), whole("finish", request.finish, 0)
-    whole("seed", request.seed, -(2**63))
-    if request.seed >= 2**63:
-        raise RequestError(f"seed={request.seed!r}: it must be a whole number of 64 bits, below 2^63")
-    number("guidance", request.guidance)
-    whole("priority", request.priority, -(2**63))
-    for name in ("height", "width"):
-        if getattr(request, name) is not None:
-            whole(name, getattr(request, name), 1)
-    if not isinstance(request.options, Mapping):
-        raise RequestError(
-            f"options={request.options!r}: they must be a mapping of the method's option names to values"
-        )
+    request = _whole_request(checks.request(request), traits)
     reward = rewards.make(request.reward)
     assert request.interpolant is not None
     path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
     steps = _steps(path, times[:-1], diffusion, request.solver)
-    if request.stop_at is not None:
-        number("stop_at", request.stop_at)
     usual = 1 if request.finish else PREVIEW_FINALISTS if preview else 2
-    finalists = usual if request.finalists is None else whole("finalists", request.finalists, 1)
+    finalists = usual if request.finalists is None else request.finalists
     if (option := methods.trusts(request.method)) is not None:
         first = sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1])
         request = replace(request, options={option: first, **request.options})
-    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, _latents(request), traits.trusted_from)
-    made.search()  # a check
-    held = methods.holds(request.method, whole("nfe", request.nfe, 1), len(steps), made.finish_nfe, **request.options)
-    made = replace(made, held=held)
+    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, request.latents, traits.trusted_from)
+    _check_method(made)
+    made = replace(made, held=_held(made))
     title = methods.title(request.method)
     if methods.branches(request.method) and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
         raise RequestError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rollflow import methods
 from rollflow.admission import Admission
-from rollflow.errors import Cancelled, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError
+from rollflow.errors import Cancelled, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError, said
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.preparing import Preparations
@@ -309,6 +309,6 @@ def method_error(plan: Plan, error: BaseException) -> BaseException:
     if isinstance(error, RollflowError):
         return error
     name = methods.title(plan.request.method)
-    raised = FunctionError(f"the method {name} raised {type(error).__name__}: {error}")
+    raised = FunctionError(f"the method {name} raised {said(error)}")
     raised.__cause__ = error
     return raised

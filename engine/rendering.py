@@ -6,6 +6,7 @@ import warnings
 
 from PIL import Image
 
+from rollflow.errors import shown
 from rollflow.request import Result
 from rollflow.ticket import Finished
 
@@ -23,7 +24,7 @@ class Rendering:
             self._warned = True
             warnings.warn(
                 f"the reward {plan.reward.name} gave {history.invalid} of {len(history)} particles of "
-                f"{plan.request.prompt!r} a score that is no finite number: these count as worst. "
+                f"{shown(plan.request.prompt)} a score that is no finite number: these count as worst. "
                 "Result.invalid_rewards counts them; this engine warns once",
                 RuntimeWarning,
                 stacklevel=5,

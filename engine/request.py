@@ -28,7 +28,8 @@ class Request:
         reward: a name (`rollflow.rewards.names()`), a `Reward`, or a function `f(images, prompts) -> scores` of images
             `[row, 3, height, width]` in [0, 1].
         method: a name of `rollflow.methods.names()`, or a function that makes a search, see `rollflow.methods.make`.
-        nfe: the whole budget, finish included; an NFE is one velocity evaluation of one particle.
+        nfe: the whole budget, finish included; an NFE is one velocity evaluation of one particle. None is 100, or with
+            `seconds` or `deadline` as many as fit into that time by what batches were measured to cost.
         steps: points of the time grid that are evaluated.
         interpolant: the path that the particles follow, a name or an `Interpolant`.
         seed: of all noise of this request, any whole number of 64 bits.
@@ -49,12 +50,20 @@ class Request:
             one.
         stop_at: a reward that is good enough: the first particle that reaches it, where rewards can be trusted, ends
             the search, and the rest of the budget is not spent. A finish may still better it.
+        seconds: how long the search may take from when it is let in, above 0. When they are over it ends, within the
+            batches that run already, with the best so far, finished; with nothing so far, with the first that comes.
+        deadline: the same as a time of `time.monotonic()` (of the engine's `clock`), which waiting in the queue counts
+            towards. Where it passes before the search could begin, as one in the past does, the request fails with
+            `rollflow.errors.OutOfTime`.
         latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
             `[n, token, channel]` for the first n; further samples come from the seed.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
         height, width: image size in pixels; by default the model's own.
         options: the method's own options, such as `{"initial": 25}` for rbf.
+
+    Nothing is checked here, but when a request is handed in; see `rollflow.checks`. Numbers may be NumPy's, or tensors
+    of no dimension: the request of a `Result` holds Python's.
     """
 
     prompt: str
@@ -112,12 +121,12 @@ class Result:
         pixels: the same before rounding to 8 bits, float32 [3, height, width] in [0, 1], on the CPU.
         reward: the reward's score.
         held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
-        committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless `stop_at` ended
-            the search.
+        committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless something else
+            than the budget ended the search, see `stopped`.
         executed_nfe: what the device ran for this request, its share of padding included; a row counts as much as it is
             charged.
-        stopped: what ended the search: "budget" (all of it is spent, or the method had enough), "stop_at", "seconds",
-            "deadline" or "cancelled".
+        stopped: what ended the search: "budget" (all of it is spent, or the method had enough), "stop_at" (a reward was
+            good enough), "seconds" or "deadline" (its time was over), or "cancelled" (of `Job.best` after `cancel`).
         invalid_rewards: how many particles had a reward that is no finite number, and count as worst, or a gradient
             that is none, and were not guided.
         notes: what the method noted on its way, such as effective sample sizes; see `rollflow.draw.Note`.
@@ -141,5 +150,5 @@ class Result:
 
     @property
     def unspent_nfe(self) -> int:
-        """What `stop_at` saved of the budget."""
-        return self.request.nfe - self.committed_nfe
+        """What was saved of the budget."""
+        return (self.request.nfe or 0) - self.committed_nfe

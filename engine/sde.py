@@ -25,8 +25,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rollflow.errors import RequestError
-from rollflow.interpolant import Interpolant, check_time
+from rollflow.errors import RequestError, shown, titled
+from rollflow.interpolant import Interpolant, called, check_time
+from rollflow.values import plain, real
 
 GRIDS = ("paper", "uniform", "shifted")
 SOLVERS = ("euler", "cps")
@@ -43,12 +44,16 @@ def time_grid(steps: int, kind: str = "paper", shift: float = 3.0) -> tuple[floa
 
     Raises `RequestError` for fewer than one step, an unknown kind, or a shift that is not positive and finite.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise RequestError(f"a time grid of {steps!r} steps: the number of steps is a whole number of at least 1")
-    if kind not in GRIDS:
-        raise RequestError(f"unknown time grid {kind!r}: choose one of {', '.join(GRIDS)}")
-    if not 0.0 < shift < math.inf:
-        raise RequestError(f"a time grid shifted by {shift!r}: the shift is positive and finite; 1 is the uniform grid")
+    count, by = plain(steps), real(shift)
+    if type(count) is not int or count < 1:
+        raise RequestError(f"a time grid of {shown(steps)} steps: the number of steps is a whole number of at least 1")
+    if not isinstance(kind, str) or kind not in GRIDS:
+        raise RequestError(f"unknown time grid {shown(kind)}: choose one of {', '.join(GRIDS)}")
+    if by is None or not 0.0 < by < math.inf:
+        raise RequestError(
+            f"a time grid shifted by {shown(shift)}: the shift is positive and finite; 1 is the uniform grid"
+        )
+    steps, shift = count, by
     if kind == "paper":
         return tuple(math.sqrt((steps - i) * (steps + i)) / steps for i in range(steps + 1))
     uniform = [(steps - i) / steps for i in range(steps + 1)]
@@ -80,8 +85,10 @@ class Power(Diffusion):
 
     def __post_init__(self) -> None:
         _check_scale(self, self.scale)
-        if not 0.0 <= self.exponent < math.inf:
-            raise RequestError(f"{self}: the exponent is finite and not negative")
+        exponent = real(self.exponent)
+        if exponent is None or not 0.0 <= exponent < math.inf:
+            raise RequestError(f"{shown(self)}: the exponent is finite and not negative")
+        object.__setattr__(self, "exponent", exponent)
 
     def g(self, t: float, interpolant: Interpolant | None = None) -> float:
         return self.scale * check_time(t) ** self.exponent
@@ -158,8 +165,10 @@ class CPS(Diffusion):
     h: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.h <= 1.0:
-            raise RequestError(f"{self}: h is between 0 (no noise) and 1 (nothing but fresh noise)")
+        h = real(self.h)
+        if h is None or not 0.0 <= h <= 1.0:
+            raise RequestError(f"{shown(self)}: h is between 0 (no noise) and 1 (nothing but fresh noise)")
+        object.__setattr__(self, "h", h)
 
     def g(self, t: float, interpolant: Interpolant | None = None) -> float:
         raise RequestError(f"{self} sets the noise of a step, not a rate g: use it with solver 'cps'")
@@ -175,28 +184,55 @@ class Function(Diffusion):
     function: Callable[[float], float]
 
     def g(self, t: float, interpolant: Interpolant | None = None) -> float:
-        value = float(self.function(check_time(t)))
-        if not value >= 0.0:
-            raise RequestError(
-                f"the diffusion {self.function!r} is {value!r} at t = {t!r}: it must not be negative or NaN"
-            )
-        return value
+        time = check_time(t)
+        name = f"the diffusion {titled(self.function)}"
+        return called(name, lambda: self.function(time), time, 0.0, math.inf, finite=False)
+
+
+@dataclass(frozen=True)
+class Guarded(Diffusion):
+    """A diffusion of the user's own, whose values are checked whenever they are used.
+
+    What it raises comes back as the cause of a `FunctionError` that names it; errors of rollflow pass. A value that is
+    no number, NaN or negative is a `RequestError`.
+    """
+
+    diffusion: Diffusion
+
+    def __repr__(self) -> str:
+        return shown(self.diffusion)
+
+    def g(self, t: float, interpolant: Interpolant | None = None) -> float:
+        function = self.diffusion.g
+        return called(f"g of the diffusion {self!r}", lambda: function(t, interpolant), t, 0.0, math.inf, finite=False)
+
+    def std(self, interpolant: Interpolant, t: float, t_next: float) -> float:
+        """As `Diffusion.std`, checked."""
+        if type(self.diffusion).std is Diffusion.std:
+            return Diffusion.std(self, interpolant, t, t_next)
+        function = self.diffusion.std
+        name = f"std of the diffusion {self!r}"
+        return called(name, lambda: function(interpolant, t, t_next), t, 0.0, math.inf, finite=False)
+
+
+_OWN = (Power, Constant, Zero, SigmaProportional, Memoryless, CPS, Function, Guarded)
 
 
 def diffusion(value: float | Diffusion | Callable[[float], float]) -> Diffusion:
-    """A scale becomes `Power(scale)`, 0 `Zero()`, a plain function `g(t)` is wrapped, a `Diffusion` stays what it is.
+    """A scale becomes `Power(scale)`, 0 `Zero()`, a plain function `g(t)` is wrapped, a `Diffusion` stays what it is,
+    but that the values of one of the user's own are checked (`Guarded`).
 
     Raises `RequestError` for anything else: a negative or non-finite scale, a class in place of an instance.
     """
     if isinstance(value, Diffusion):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Power(float(value)) if value else Zero()
+        return value if type(value) in _OWN else Guarded(value)
+    if (scale := real(value)) is not None:
+        return Power(scale) if scale else Zero()
     if callable(value) and not isinstance(value, type):
         return Function(value)
-    hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) else ""
+    hint = f"; did you mean {titled(value)}()?" if isinstance(value, type) else ""
     raise RequestError(
-        f"{value!r} is no diffusion: pass a scale (3.0: g = 3 t^2), a Diffusion or a function g(t){hint}"
+        f"{shown(value)} is no diffusion: pass a scale (3.0: g = 3 t^2), a Diffusion or a function g(t){hint}"
     )
 
 
@@ -230,9 +266,9 @@ def step_coefficients(
     if not t_next < t:
         raise RequestError(f"a step from t = {t!r} to {t_next!r}: time runs from 1 (noise) down to 0 (data)")
     if not isinstance(diffusion, Diffusion):
-        raise RequestError(f"{diffusion!r} is no Diffusion: pass rollflow.sde.diffusion({diffusion!r})")
-    if solver not in SOLVERS:
-        raise RequestError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        raise RequestError(f"{shown(diffusion)} is no Diffusion: pass rollflow.sde.diffusion({shown(diffusion)})")
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        raise RequestError(f"unknown solver {shown(solver)}: choose one of {', '.join(SOLVERS)}")
     alpha, sigma, c = interpolant.alpha(t), interpolant.sigma(t), interpolant.scale(t)
     if sigma == 0.0:
         raise RequestError(f"no step can start at t = {t!r}: sigma is 0 and the score -eps_hat / sigma is singular")
@@ -251,8 +287,9 @@ def step_coefficients(
     b = length * (on_eps * (alpha / c) - on_x0 * (sigma / c))  # alpha / c is 1 - tau without cancellation
     if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(k)):
         raise RequestError(
-            f"the step from t = {t!r} to {t_next!r} of {interpolant} with {diffusion} and solver {solver!r} is "
-            f"singular: (a, b, k) = {(a, b, k)}; start elsewhere, take a diffusion that is finite there or solver 'cps'"
+            f"the step from t = {t!r} to {t_next!r} of {shown(interpolant)} with {shown(diffusion)} and solver "
+            f"{solver!r} is singular: (a, b, k) = {(a, b, k)}; start elsewhere, take a diffusion that is "
+            "finite there or solver 'cps'"
         )
     return a, b, k
 
@@ -292,5 +329,7 @@ def _given(diffusion: Diffusion, interpolant: Interpolant | None) -> Interpolant
 
 
 def _check_scale(diffusion: Diffusion, scale: float) -> None:
-    if not 0.0 <= scale < math.inf:
-        raise RequestError(f"{diffusion}: the scale of the noise is a finite number of at least 0")
+    given = real(scale)
+    if given is None or not 0.0 <= given < math.inf:
+        raise RequestError(f"{shown(diffusion)}: the scale of the noise is a finite number of at least 0")
+    object.__setattr__(diffusion, "scale", given)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 
-from rollflow.errors import RequestError
-from rollflow.methods.budget import whole
-from rollflow.models import Geometry
+from rollflow import checks
+from rollflow.errors import RequestError, shown
+from rollflow.models import Geometry, Traits
+from rollflow.values import number, whole
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
 CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 REPRODUCIBLE_BUCKET = 16
 MOST_LANES = 4  # on a CPU, where nothing was measured
+MOST_ROWS, MOST_SIZES = 4096, 256  # of a batch; of batch sizes
+MOST_THREADS = 256  # lanes, and cores of a lane
 POOL_SLOTS = 4096
 POOL_BYTES = 2**30
 
@@ -27,25 +31,43 @@ def batch_sizes(buckets: Any, reproducible: bool, on_cpu: bool) -> tuple[int, ..
     """
     if buckets is None:
         return (REPRODUCIBLE_BUCKET,) if reproducible else CPU_BUCKETS if on_cpu else BUCKETS
-    if not isinstance(buckets, Iterable) or isinstance(buckets, str):
-        raise RequestError(f"buckets={buckets!r}: they must be a list of ascending batch sizes of at least 1")
-    sizes = [whole("each of the buckets", bucket, 1) for bucket in buckets]
-    if not sizes or sizes != sorted(set(sizes)):
-        raise RequestError(f"buckets={sizes}: they must be ascending batch sizes of at least 1")
+    if not isinstance(buckets, Iterable) or isinstance(buckets, str | bytes | bytearray | Mapping):
+        raise RequestError(f"buckets={shown(buckets)}: they must be a list of ascending batch sizes of at least 1")
+    given = checks.listed(islice(buckets, MOST_SIZES + 1), "buckets")
+    sizes = [whole("each of the buckets", bucket, 1, MOST_ROWS) for bucket in given]
+    if not sizes or len(sizes) > MOST_SIZES or sizes != sorted(set(sizes)):
+        raise RequestError(
+            f"buckets={shown(sizes)}: they must be ascending batch sizes of at least 1, at most {MOST_SIZES} of them"
+        )
     if reproducible and (len(sizes) > 1 or sizes[0] % 8):
-        raise RequestError(f"buckets={sizes}: a reproducible engine has a single batch size, a multiple of 8")
+        raise RequestError(f"buckets={shown(sizes)}: a reproducible engine has a single batch size, a multiple of 8")
     return tuple(sizes)
 
 
 def lanes_and_threads(device: torch.device, lanes: int | None, threads: int | None) -> tuple[int, int]:
     """Lanes and threads of each: on a CPU all cores, on a GPU two cohorts that alternate."""
     if device.type != "cpu":
-        return whole("lanes", 2 if lanes is None else lanes, 1), 1
+        return whole("lanes", 2 if lanes is None else lanes, 1, MOST_THREADS), 1
     cores = torch.get_num_threads()
+    threads = None if threads is None else whole("threads", threads, 1, MOST_THREADS)
     if lanes is None:
-        lanes = min(MOST_LANES, cores if threads is None else max(1, cores // whole("threads", threads, 1)))
-    lanes = whole("lanes", lanes, 1)
-    return lanes, max(1, cores // lanes) if threads is None else whole("threads", threads, 1)
+        lanes = min(MOST_LANES, cores if threads is None else max(1, cores // threads))
+    lanes = whole("lanes", lanes, 1, MOST_THREADS)
+    return lanes, max(1, cores // lanes) if threads is None else threads
+
+
+def checked_traits(traits: Traits | None) -> Traits:
+    """What searches should know of the model; by default what holds for any.
+
+    Raises:
+        RequestError: they are none, or their numbers are out of range.
+    """
+    if traits is None:
+        return Traits()
+    if not isinstance(traits, Traits):
+        raise RequestError(f"traits={shown(traits)}: they must be rollflow.models.Traits")
+    trusted = number("traits.trusted_from", traits.trusted_from, 1)
+    return Traits(whole("traits.steps", traits.steps, 1, checks.MOST_STEPS), trusted)
 
 
 def slots_of(slots: int | None, geometry: Geometry) -> int:

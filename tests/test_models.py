@@ -7,7 +7,6 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FluxPipeline
 
 from rollflow.device import calibrate
-from rollflow.device.workers import Lanes
 from rollflow.errors import ModelError
 from rollflow.models import Capabilities, FlowModel, Geometry, adapt, folder
 from rollflow.models.flux import FluxModel
@@ -127,18 +126,22 @@ def test_declarations_that_are_not_kept():
 
 
 def test_measurements_are_kept_by_signature_and_never_without_one():
-    lanes, geometry = Lanes(torch.device("cpu"), 1, 1), Least().geometry()
+    geometry = Least().geometry()
 
     def forwards(signature):
         model = Least()
         model.capabilities = Capabilities(signature=signature)
-        calibrate.cost_model(model, geometry, None, (1, 2), lanes, False, True)
+        timing, seconds = calibrate.measured(model, geometry, None, (1, 2), 1, False, True), None
+        while True:  # as the loop does, on a lane
+            try:
+                work = timing.send(seconds)
+            except StopIteration as stop:
+                assert [*stop.value] == [1, 2]
+                break
+            seconds = work()
         calibrate.best_lanes(model, geometry, None, False)
         return model.forwards
 
-    try:
-        assert forwards(None) and forwards(None)
-        assert forwards("test_models: one") and not forwards("test_models: one")
-        assert forwards("test_models: two")
-    finally:
-        lanes.close()
+    assert forwards(None) and forwards(None)
+    assert forwards("test_models: one") and not forwards("test_models: one")
+    assert forwards("test_models: two")

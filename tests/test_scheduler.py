@@ -3,7 +3,6 @@
 import math
 import random
 import threading
-import time
 from collections import Counter, defaultdict, deque
 
 import pytest
@@ -251,13 +250,15 @@ def test_a_slow_reward_does_not_stall_the_others():
 def test_a_reward_is_called_by_one_thread_at_a_time_unless_it_says_so():
     def counting(concurrent):
         state = {"now": 0, "most": 0}
-        lock = threading.Lock()
+        lock, together = threading.Lock(), threading.Event()
 
         def reward(images, prompts):
             with lock:
                 state["now"] += 1
                 state["most"] = max(state["most"], state["now"])
-            time.sleep(0.01)
+                if state["now"] > 1:
+                    together.set()
+            assert not concurrent or together.wait(60), "no second call came while the first one waited"
             with lock:
                 state["now"] -= 1
             return images.mean((1, 2, 3))

@@ -172,14 +172,20 @@ def test_lanes_and_threads_that_cannot_be():
     assert Engine(Misleading(), lanes=3, threads=1).lanes.count == 3
 
 
-def test_measured_costs_rise_with_the_batch_and_are_kept_for_the_process(pipeline):
-    engine = Engine(pipeline, buckets=(1, 8, 32), lanes=1, threads=1)
-    engine.warm_up()
-    seconds = engine.buckets()
-    assert [*seconds] == [1, 8, 32] and 0 < seconds[1] < seconds[8] < seconds[32]
-    known = len(calibrate._seconds_by)
-    assert Engine(pipeline, buckets=(1, 8, 32), lanes=1, threads=1).buckets() == seconds
-    assert len(calibrate._seconds_by) == known
+def test_measured_costs_are_kept_for_the_process(pipeline, monkeypatch):
+    asked = []
+
+    def seconds(model, geometry, conditioning, bucket, *rest):
+        asked.append(bucket)
+        return 0.01 + bucket / 1000
+
+    monkeypatch.setattr(calibrate, "_seconds", seconds)
+    monkeypatch.setattr(calibrate, "_seconds_by", {})
+    for _ in range(2):
+        engine = Engine(pipeline, buckets=(1, 8, 32), lanes=1, threads=1)
+        engine.warm_up()
+        assert engine.buckets() == {1: 0.011, 8: 0.018, 32: 0.042}
+    assert asked == [1, 8, 32]
 
 
 def test_prompts_are_encoded_before_the_text_encoders_go():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import rollflow
-from rollflow.errors import BudgetError, RequestError, RollflowError
+from rollflow.errors import LONGEST, BudgetError, RequestError, RollflowError, line, shown
 
 if TYPE_CHECKING:
     from rollflow.cli.output import Bar
@@ -159,12 +159,12 @@ class ModelOptions:
         import torch
 
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise RequestError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+            raise RequestError(f"unknown dtype {shown(self.dtype)}: choose one of {', '.join(DTYPES)}")
         try:
             device = None if self.device is None else torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
             raise RequestError(
-                f"device {self.device!r}: choose cpu, or cuda or cuda:N where torch finds one"
+                f"device {shown(self.device)}: choose cpu, or cuda or cuda:N where torch finds one"
             ) from error
         from rollflow.models import silence
 
@@ -194,11 +194,14 @@ class Generate:
         """Runs the command."""
         if not self.prompts:
             raise RequestError('give at least one prompt, in quotes: rollflow generate "two red circles"')
-        results = _run([self.search.request(prompt) for prompt in self.prompts], self.runtime, self.out)
-
         from rollflow.cli import output
 
-        for name, result in zip(output.names(results), results, strict=True):
+        requests = [self.search.request(prompt) for prompt in self.prompts]
+        names = output.names(requests)
+        results = _run(
+            requests, self.runtime, self.out, [f"{name}.{kind}" for name in names for kind in ("png", "json")]
+        )
+        for name, result in zip(names, results, strict=True):
             image, record = self.out / f"{name}.png", self.out / f"{name}.json"
             result.image.save(image)
             content = {"model": self.runtime.model, **output.record(result)}
@@ -232,7 +235,7 @@ class Demo:
         plain = SearchOptions(method="bon", nfe=BASE_STEPS, steps=BASE_STEPS, seed=self.seed)
         search = SearchOptions(method=self.method, nfe=self.nfe, seed=self.seed)
         requests = [options.request(prompt) for prompt in self.prompts for options in (plain, search)]
-        results = _run(requests, self.runtime, self.out)
+        results = _run(requests, self.runtime, self.out, ["demo.png"])
 
         from rollflow.cli import output
 
@@ -250,7 +253,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     return {"generate": Generate, "demo": Demo, "study": Study}
 
 
-def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Result]:
+def _run(requests: list[Request], runtime: ModelOptions, out: Path, files: Sequence[str]) -> list[Result]:
     """Checks what it can before it loads the model, then searches under a progress bar."""
     from rollflow.cli.output import progress_bar
     from rollflow.models import traits
@@ -268,11 +271,14 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path) -> list[Resu
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):  # find out now, not after the work
             pass
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+        folders = [file for file in files if (out / file).is_dir()]
+    except (OSError, ValueError) as error:  # a ValueError: of a path that is none
+        reason = line(str(getattr(error, "strerror", None) or error), 100)
         raise RequestError(
-            f"the folder {str(out)!r} cannot be made or written to ({reason}): choose another --out"
+            f"the folder {shown(str(out))} cannot be made or written to ({reason}): choose another --out"
         ) from error
+    if folders:
+        raise RequestError(f"{shown(str(out / folders[0]))} is a folder: take it away, or choose another --out")
     with progress_bar() as bar:
         return _search(requests, runtime.load(), bar, None if timed else sum(budgets))
 
@@ -325,8 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parse(arguments)()
     except SystemExit as stop:  # a help was printed
         return int(stop.code or 0)
-    except RollflowError as error:
-        print(f"rollflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (RollflowError, OSError) as error:  # an OSError: of a file that could not be written
+        print(f"rollflow: error: {line(str(error), LONGEST)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -22,7 +22,7 @@ from rollflow.methods import title
 
 if TYPE_CHECKING:
     from rollflow.calls import Progress as State
-    from rollflow.request import Result
+    from rollflow.request import Request, Result
 
 IMAGE, MARGIN, LINE = 192, 16, 18  # pixels: an image's width in the grid, the space around it, a line of text
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
@@ -38,12 +38,12 @@ def number(value: float | None) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 
-def names(results: Sequence[Result]) -> list[str]:
-    """A file name for each result, made of its prompt and seed; distinct among `results`."""
+def names(requests: Sequence[Request]) -> list[str]:
+    """A file name for each request, made of its prompt and seed; distinct among `requests`."""
     taken: list[str] = []
-    for result in results:
-        slug = re.sub(r"[\W_]+", "-", result.request.prompt.lower()).strip("-")[:48].rstrip("-") or "image"
-        name = plain = f"{slug}-seed{result.request.seed}"
+    for request in requests:
+        slug = re.sub(r"[\W_]+", "-", request.prompt.lower()).strip("-")[:48].rstrip("-") or "image"
+        name = plain = f"{slug}-seed{request.seed}"
         copy = 1
         while name in taken:
             copy += 1

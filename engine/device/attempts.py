@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rollflow.errors import EngineDead, ModelError, RollflowError
+from rollflow.errors import EngineDead, ModelError, RollflowError, said
 from rollflow.models import Geometry
 from rollflow.row import Failed, Free, Report, Show, Shrunk
 
@@ -83,7 +83,7 @@ class Attempts:
             self._warned = True
             with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
                 warnings.warn(
-                    f"a batch of {rows} rows failed ({type(error).__name__}: {error}) and runs again request by "
+                    f"a batch of {rows} rows failed ({said(error)}) and runs again request by "
                     "request, which is slower; what fails then fails alone. This warning comes once",
                     RuntimeWarning,
                     stacklevel=2,
@@ -107,7 +107,7 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def _dead(error: BaseException) -> EngineDead:
-    dead = EngineDead(f"the device failed for good ({type(error).__name__}: {error}): make a new engine")
+    dead = EngineDead(f"the device failed for good ({said(error)}): make a new engine")
     dead.__cause__ = error
     return dead
 
@@ -116,7 +116,8 @@ def model_error(error: BaseException) -> BaseException:
     """What a request is told of an error of the model."""
     if isinstance(error, RollflowError):
         return error
-    raised = ModelError(f"the model raised {type(error).__name__} for a batch of this request: {error}")
+    kind, _, text = said(error).partition(": ")
+    raised = ModelError(f"the model raised {kind} for a batch of this request: {text}")
     raised.__cause__ = error
     return raised
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rollflow import rewards
 from rollflow.device.workers import Lanes, Locks
-from rollflow.errors import FunctionError, RollflowError
+from rollflow.errors import FunctionError, RollflowError, said
 from rollflow.profile.ledger import Ledger
 from rollflow.rewards import FunctionReward, Reward
 from rollflow.row import Again, Began, Brief, Event, Failed, Report, Row, Show
@@ -84,7 +84,7 @@ class Judge:
     def post(self, call: Call, report: Report) -> None:
         """Judges, on a thread of its own; reports an event of `call.then`, or of what went wrong."""
         judged = called(call.reward)
-        alone = None if getattr(judged, "concurrent", False) else judged
+        alone = None if _concurrent(call.reward) else judged
         self.threads.judge(self._run, call, report, one_at_a_time=alone)
 
     def abandon(self, call: Call, attempt: int) -> bool:
@@ -96,7 +96,7 @@ class Judge:
         judged = called(call.reward)
         self._locks.renew(judged)
         assert call.thread is not None
-        self.threads.abandon(call.thread, None if getattr(judged, "concurrent", False) else judged)
+        self.threads.abandon(call.thread, None if _concurrent(call.reward) else judged)
         return True
 
     @torch.no_grad()
@@ -118,9 +118,7 @@ class Judge:
         try:
             event = call.then(call.work, scores) if failure is None else self._failure(call, failure, report)
         except BaseException as error:  # such as of a `retry_on` that is no list of errors: nobody must wait for ever
-            unusable = FunctionError(
-                f"the answer of the reward {call.reward.name} could not be used ({type(error).__name__}: {error})"
-            )
+            unusable = FunctionError(f"the answer of the reward {call.reward.name} could not be used ({said(error)})")
             unusable.__cause__ = error
             event = Failed(call.work, unusable)
         if event is not None:
@@ -128,10 +126,11 @@ class Judge:
 
     def _failure(self, call: Call, error: BaseException, report: Report) -> Event | None:
         """Later again, each request by itself, or an error of the one request that it belongs to."""
-        if isinstance(error, rewards.retry_on(call.reward)) and call.attempts < rewards.retries(call.reward):
+        later, retries = isinstance(error, rewards.retry_on(call.reward)), rewards.retries(call.reward)
+        if later and call.attempts < retries:
             call.attempts += 1
-            return Again(call, min(LONGEST_RETRY, RETRY_SECONDS * 2 ** (call.attempts - 1)))
-        parts = [] if isinstance(error, rewards.retry_on(call.reward)) else call.split()
+            return Again(call, min(LONGEST_RETRY, RETRY_SECONDS * 2 ** min(30, call.attempts - 1)))
+        parts = [] if later else call.split()
         if len(parts) > 1:
             for part in parts:
                 self.post(part, report)
@@ -156,7 +155,7 @@ class Judge:
         images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
         judged = called(reward)
         free: AbstractContextManager[Any] = nullcontext()
-        with free if getattr(judged, "concurrent", False) else self._locks.of(judged):
+        with free if _concurrent(reward) else self._locks.of(judged):
             scores = reward(images, prompts + prompts[:1] * max(0, missing))
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             given = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -180,10 +179,18 @@ def grouped(judges: Sequence[Reward]) -> list[tuple[Reward, list[int]]]:
     return [*groups.values()]
 
 
+def _concurrent(reward: Reward) -> bool:
+    try:
+        return rewards.concurrent(reward)
+    except RollflowError:  # it was a flag at the door, and is none any more
+        return False
+
+
 def reward_error(reward: Reward, error: BaseException, images: int) -> BaseException:
     """What a request is told of an error that its reward raised."""
     if isinstance(error, RollflowError) and not isinstance(error, rewards.retry_on(reward)):
         return error
-    raised = FunctionError(f"the reward {reward.name} raised {type(error).__name__} for {images} images: {error}")
+    kind, _, text = said(error).partition(": ")
+    raised = FunctionError(f"the reward {reward.name} raised {kind} for {images} images: {text}")
     raised.__cause__ = error
     return raised

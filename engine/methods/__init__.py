@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rollflow.errors import BudgetError, RequestError
+from rollflow.errors import BudgetError, RequestError, shown, titled
 from rollflow.methods import catalog
 from rollflow.methods.beam import beam
 from rollflow.methods.bon import bon
@@ -52,7 +52,7 @@ def names() -> list[str]:
 
 def title(method: str | Callable[..., Search]) -> str:
     """What a method is called."""
-    return method if isinstance(method, str) else str(getattr(method, "__name__", type(method).__name__))
+    return method if isinstance(method, str) else titled(method)
 
 
 def _function(method: str | Callable[..., Search]) -> Callable[..., Search] | None:
@@ -125,14 +125,14 @@ def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **opti
         RequestError: an unknown method or option.
     """
     if isinstance(name, str) and name not in _METHODS:
-        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(names())}")
+        raise RequestError(f"unknown method {shown(name)}: choose one of {', '.join(names())}")
     if not isinstance(name, str) and not callable(name):
-        raise RequestError(f"method={name!r}: it must be a name of rollflow.methods.names() or a function")
+        raise RequestError(f"method={shown(name)}: it must be a name of rollflow.methods.names() or a function")
     build, allowed = _METHODS[name] if isinstance(name, str) else name, options_of(name)
     for option in options:
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
-            raise RequestError(f"the method {title(name)} has no option {option!r}: {known}")
+            raise RequestError(f"the method {title(name)} has no option {shown(option)}: {known}")
     whole("nfe", nfe, 1), whole("finish", finish, 0)
     given = {"seed": seed} if "seed" in inspect.signature(build).parameters else {}
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Generator, Sequence
 from typing import Any
 
 from rollflow.draw import Draw, Evaluated, Note
-from rollflow.errors import BudgetError, RequestError
+from rollflow.errors import BudgetError
+from rollflow.values import flag as flag
+from rollflow.values import number as number
+from rollflow.values import whole as whole
 
 Search = Generator[list[Draw] | Note, Any, Evaluated]  # it is sent the particles of its draws, and None for a note
 
@@ -18,28 +20,6 @@ def require(method: str, nfe: int, smallest: int, why: str) -> None:
     if nfe < smallest:
         message = f"{method} cannot work with nfe={nfe}: the smallest budget is {smallest} ({why})"
         raise BudgetError(message, smallest, why)
-
-
-def whole(name: str, value: object, least: int) -> int:
-    """`value` (an int, or a whole number of NumPy's or torch's) if it is at least `least`, else a `RequestError`."""
-    try:
-        given = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        given = least - 1
-    if given < least:
-        raise RequestError(f"{name}={value!r}: it must be a whole number of at least {least}")
-    return given
-
-
-def number(name: str, value: object) -> float:
-    """`value` as a finite float, else a `RequestError` that names it."""
-    try:
-        given = math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        given = math.nan
-    if not math.isfinite(given):
-        raise RequestError(f"{name}={value!r}: it must be a finite number")
-    return given
 
 
 def worth(particle: Evaluated) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 
 Scheme = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
@@ -52,8 +52,8 @@ SCHEMES: dict[str, Scheme] = {f.__name__: f for f in (multinomial, systematic, s
 
 def scheme(name: str) -> Scheme:
     """The scheme of a name; raises `RequestError` for an unknown one."""
-    if name not in SCHEMES:
-        raise RequestError(f"unknown resampling {name!r}: choose one of {', '.join(SCHEMES)}")
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise RequestError(f"unknown resampling {shown(name)}: choose one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rollflow.draw import Draw, Evaluated, Note
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 from rollflow.methods.budget import Search, best, number, require, whole, worth
 from rollflow.methods.catalog import method
 from rollflow.methods.paths import flat
@@ -81,8 +81,8 @@ def fk(
         RequestError: an option out of range, or a budget that does not pay for one particle.
     """
     whole("nfe", nfe, 1), whole("steps", steps, 1)
-    if potential not in POTENTIALS:
-        raise RequestError(f"unknown potential {potential!r}: choose one of {', '.join(POTENTIALS)}")
+    if not isinstance(potential, str) or potential not in POTENTIALS:
+        raise RequestError(f"unknown potential {shown(potential)}: choose one of {', '.join(POTENTIALS)}")
     if number("temperature", temperature) <= 0 or not 0 <= number("threshold", threshold) <= 1:
         raise RequestError(
             f"temperature={temperature!r}, threshold={threshold!r}: a temperature is above 0, a threshold in [0, 1]"

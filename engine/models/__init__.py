@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import ModelError
+from rollflow.errors import ModelError, shown
 from rollflow.models.layout import Layout
 
 BUILT_IN = ("shapes", "shapes-base")
@@ -190,7 +190,7 @@ def folder(name: str) -> Path:
     """
     path = Path(__file__).parent / name
     if name not in BUILT_IN:
-        raise ModelError(f"no built-in model {name!r}: choose one of {', '.join(BUILT_IN)}")
+        raise ModelError(f"no built-in model {shown(name)}: choose one of {', '.join(BUILT_IN)}")
     if not path.is_dir():
         raise ModelError(f"the built-in model {name!r} is not at {path}: install the package again, with its data")
     return path

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rollflow.errors import ModelError, RequestError
+from rollflow.errors import ModelError, RequestError, shown
 
 COMPILE = ("regional",)
 QUANTIZE = ("fp8",)
@@ -35,10 +35,10 @@ def compile_blocks(transformer: nn.Module, how: str | None) -> None:
     """
     if how is None:
         return
-    if how not in COMPILE:
-        raise RequestError(f"compile={how!r}: choose {', '.join(COMPILE)}, or None for no compilation")
+    if not isinstance(how, str) or how not in COMPILE:
+        raise RequestError(f"compile={shown(how)}: choose {', '.join(COMPILE)}, or None for no compilation")
     if not getattr(transformer, "_repeated_blocks", None):
-        raise ModelError(f"compile={how!r}: a {type(transformer).__name__} does not say which blocks it repeats")
+        raise ModelError(f"compile={shown(how)}: a {type(transformer).__name__} does not say which blocks it repeats")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILES)
     repeated: Any = transformer  # diffusers' own method
     repeated.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -53,15 +53,19 @@ def quantize(transformer: nn.Module, how: str | None) -> None:
     """
     if how is None:
         return
-    if how not in QUANTIZE:
-        raise RequestError(f"quantize={how!r}: choose {', '.join(QUANTIZE)}, or None for the weights as they are")
+    if not isinstance(how, str) or how not in QUANTIZE:
+        raise RequestError(f"quantize={shown(how)}: choose {', '.join(QUANTIZE)}, or None for the weights as they are")
     device = next(transformer.parameters()).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise ModelError(f"quantize={how!r}: it takes a GPU of compute capability 8.9 or later, and this is {device}")
+        raise ModelError(
+            f"quantize={shown(how)}: it takes a GPU of compute capability 8.9 or later, and this is {device}"
+        )
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
     except ImportError as error:
-        raise ModelError(f"quantize={how!r}: it takes torchao, which is not installed: pip install torchao") from error
+        raise ModelError(
+            f"quantize={shown(how)}: it takes torchao, which is not installed: pip install torchao"
+        ) from error
     quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(), _is_block_matrix)
 
 
@@ -73,8 +77,8 @@ def _is_block_matrix(module: nn.Module, name: str) -> bool:
 
 def check_attention(backend: str | None) -> None:
     """Raises `RequestError` for an unknown backend."""
-    if backend is not None and backend not in ATTENTION:
-        raise RequestError(f"attention={backend!r}: choose one of {', '.join(ATTENTION)}, or None")
+    if backend is not None and (not isinstance(backend, str) or backend not in ATTENTION):
+        raise RequestError(f"attention={shown(backend)}: choose one of {', '.join(ATTENTION)}, or None")
 
 
 def attention(backend: str | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import ModelError, RequestError
+from rollflow.errors import ModelError, RequestError, line, said, shown
 from rollflow.models import BUILT_IN, Capabilities, FlowModel, Geometry, acceleration, folder
 from rollflow.models.layout import Layout
 from rollflow.models.recorded import traced
@@ -47,7 +47,7 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> FluxPipe
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{str(name)!r} is no FluxPipeline that can be loaded ({reason}): pass a built-in model "
+            f"{shown(str(name))} is no FluxPipeline that can be loaded ({reason}): pass a built-in model "
             f"({', '.join(BUILT_IN)}), a folder that FluxPipeline.save_pretrained wrote, or a hub id"
         ) from error
     return pipeline.to(device)
@@ -64,16 +64,16 @@ def load_light(
     path = name or (folder(str(model)) if str(model) in BUILT_IN else Path(model)) / "preview"
     if not name and not Path(path).is_dir():
         raise ModelError(
-            f"the model {str(model)!r} has no folder 'preview' with a light decoder: pass the folder or hub id of an "
-            "AutoencoderTiny for its latents (madebyollin/taef1 for FLUX.1), or leave preview out"
+            f"the model {shown(str(model))} has no folder 'preview' with a light decoder: pass the folder or hub id "
+            "of an AutoencoderTiny for its latents (madebyollin/taef1 for FLUX.1), or leave preview out"
         )
     try:
         light = AutoModel.from_pretrained(str(path), torch_dtype=dtype).to(device)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise ModelError(f"{str(path)!r} is no autoencoder that can be loaded: {str(error)[:200]}") from error
+        raise ModelError(f"{shown(str(path))} is no autoencoder that can be loaded: {said(error)}") from error
     if not isinstance(light, AutoencoderKL | AutoencoderTiny):
         raise ModelError(
-            f"{str(path)!r} is a {type(light).__name__}: a light decoder is an AutoencoderTiny or AutoencoderKL"
+            f"{shown(str(path))} is a {type(light).__name__}: a light decoder is an AutoencoderTiny or AutoencoderKL"
         )
     return light
 
@@ -177,7 +177,7 @@ class FluxModel(FlowModel):
         """See `FlowModel.check_prompt`."""
         if self.pipeline.text_encoder is None:
             raise RequestError(
-                f"the prompt {prompt[:60]!r} was not encoded before the text encoders were released: encode all "
+                f"the prompt {shown(prompt, 60)} was not encoded before the text encoders were released: encode all "
                 "prompts first (Engine.encode), or make a new engine"
             )
         tokenizer = self.pipeline.tokenizer_2
@@ -186,11 +186,12 @@ class FluxModel(FlowModel):
             known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
             strange = [word for word in dict.fromkeys(re.findall(r"\w+|[^\w\s]+", prompt.lower())) if word not in known]
             raise RequestError(
-                f"the model does not know {', '.join(strange)} in {prompt!r}: its words are {' '.join(known)}"
+                f"the model does not know {line(', '.join(strange), 60)} in {shown(prompt, 60)}: its words are "
+                f"{line(' '.join(known), 320)}"
             )
         if len(ids) > self.text_tokens:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, the model reads {self.text_tokens}: shorten {prompt[:60]!r}..."
+                f"the prompt has {len(ids)} tokens, the model reads {self.text_tokens}: shorten {shown(prompt, 60)}"
             )
 
     def _position_ids(self, geometry: Geometry, text: int) -> tuple[Tensor, Tensor]:

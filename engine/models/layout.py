@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from rollflow.errors import ModelError, RequestError
+from rollflow.errors import ModelError, RequestError, shown
 
 SIDES = (1, 2, 4, 8)  # of a patch, in latent pixels: what `rollflow.kernels.finish` can turn
 
@@ -42,9 +42,9 @@ class Layout:
         for name in ("patch", "scaling", "shift"):
             given = getattr(self, name)
             if not isinstance(given, Sequence) or not all(isinstance(number, int | float) for number in given):
-                raise ModelError(f"Layout({name}={given!r}): it must be a tuple of numbers")
+                raise ModelError(f"Layout({name}={shown(given)}): it must be a tuple of numbers")
             if not all(math.isfinite(number) for number in given):
-                raise ModelError(f"Layout({name}={given}): its numbers must be finite")
+                raise ModelError(f"Layout({name}={shown(given)}): its numbers must be finite")
         _check_patch(self.patch)
         if not self.scaling or len(self.scaling) != len(self.shift):
             raise ModelError(
@@ -52,7 +52,9 @@ class Layout:
                 "one number a latent channel"
             )
         if not all(self.scaling):
-            raise ModelError(f"Layout(scaling={self.scaling}): its numbers must not be 0, latents are divided by them")
+            raise ModelError(
+                f"Layout(scaling={shown(self.scaling)}): its numbers must not be 0, latents are divided by them"
+            )
         object.__setattr__(self, "patch", tuple(self.patch))
         object.__setattr__(self, "scaling", tuple(map(float, self.scaling)))
         object.__setattr__(self, "shift", tuple(map(float, self.shift)))
@@ -133,11 +135,11 @@ class Layout:
 
 def _check_patch(patch: Sequence[float]) -> None:
     if len(patch) != 3:
-        raise ModelError(f"Layout(patch={patch}): it must be three numbers, (t, y, x)")
+        raise ModelError(f"Layout(patch={shown(patch)}): it must be three numbers, (t, y, x)")
     if patch[0] != 1:
-        raise ModelError(f"Layout(patch={patch}): t must be 1, video comes later")
+        raise ModelError(f"Layout(patch={shown(patch)}): t must be 1, video comes later")
     if not all(isinstance(side, int) and side in SIDES for side in patch):
-        raise ModelError(f"Layout(patch={patch}): y and x must each be one of {', '.join(map(str, SIDES))}")
+        raise ModelError(f"Layout(patch={shown(patch)}): y and x must each be one of {', '.join(map(str, SIDES))}")
 
 
 @cache

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 
 SIZE = 64
 CANVAS = (0.96, 0.95, 0.93)
@@ -96,13 +96,13 @@ def parse_prompt(text: str) -> list[Group]:
     mentioned = [len(re.findall(rf"\b(?:{'|'.join(names)})s?\b", text.lower())) for names in (COLORS, SHAPES)]
     if not groups or max(mentioned) > len(groups):
         raise RequestError(
-            f"the prompt {text!r} cannot be read as groups of shapes: write each as number, colour, shape, as in 'two "
-            f"red circles and one blue square' (numbers one to nine; colours {', '.join(COLORS)}; shapes "
+            f"the prompt {shown(text)} cannot be read as groups of shapes: write each as number, colour, shape, as in "
+            f"'two red circles and one blue square' (numbers one to nine; colours {', '.join(COLORS)}; shapes "
             f"{', '.join(SHAPES)})"
         )
     total = sum(count for count, _, _ in groups)
     if total > MAX_OBJECTS:
-        raise RequestError(f"the prompt {text!r} asks for {total} objects: a scene has at most {MAX_OBJECTS}")
+        raise RequestError(f"the prompt {shown(text)} asks for {total} objects: a scene has at most {MAX_OBJECTS}")
     return groups
 
 

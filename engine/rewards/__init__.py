@@ -10,31 +10,42 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import RequestError, RewardUnavailable
+from rollflow.errors import FunctionError, RequestError, RewardUnavailable, RollflowError, line, said, shown, titled
+from rollflow.values import flag, number, whole
 
 _BUILT_IN = {  # name -> module and class; imported when first asked for
     "count": ("rollflow.rewards.count", "CountReward"),
     "classifier": ("rollflow.rewards.classifier", "CountClassifier"),
     "soft_count": ("rollflow.rewards.classifier", "SoftCount"),
 }
+RETRIES = 3  # of a reward that says nothing else
+T = TypeVar("T")
 
 
 @runtime_checkable
 class Reward(Protocol):
     """Scores images for their prompts; higher is better.
 
-    A reward may also have the attributes `held_out: Reward | None`, a second judge of the final image, and
-    `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
-    and `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods; and
-    `concurrent: bool`, whether several threads may call it at a time. Rewards are called by threads of the engine, one
-    call at a time unless they say that they are concurrent; one that takes long (a service, say) holds up only the
-    requests that it judges.
+    A reward is called by threads of the engine, one call at a time unless it says that it is concurrent; one that takes
+    long (a service, say) holds up only the requests that it judges. It may also have these attributes, which `make`
+    checks, and a plain function may have those from the third on:
+
+    - `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
+    - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name;
+    - `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods;
+    - `concurrent: bool`, whether several threads may call it at a time;
+    - `timeout: float | None`, seconds that a call may take: one that takes longer fails its requests;
+    - `retry_on: tuple[type[Exception], ...]`, errors after which it is called again later, beside `RewardUnavailable`;
+    - `retries: int`, how often it is called again, by default 3.
+
+    Attributes:
+        name: what messages call it.
     """
 
     name: str
@@ -57,7 +68,7 @@ class FunctionReward(Reward):
     def __init__(self, function: Callable[..., Tensor], name: str | None = None):
         self.function = function
         self.differentiable: bool = differentiable(function)
-        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name: str = name or titled(function)
 
     def check(self, prompt: str) -> None:
         """Accepts every prompt."""
@@ -65,9 +76,9 @@ class FunctionReward(Reward):
     def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
         """The function's scores as a floating tensor; raises `RequestError` if they are not one number a row."""
         scores = torch.as_tensor(self.function(images, prompts))
-        if scores.shape != (len(images),):
+        if scores.shape != (len(images),) or scores.is_complex():
             raise RequestError(
-                f"the reward {self.name!r} returned a tensor of shape {tuple(scores.shape)} for {len(images)} images: "
+                f"the reward {self.name!r} returned {shown(scores)} for {len(images)} images: "
                 f"it must return one score an image, shape ({len(images)},)"
             )
         return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
@@ -82,21 +93,63 @@ def make(reward: str | Reward | Callable[..., Tensor]) -> Reward:
     """The reward of a name, a reward itself, or a plain function `f(images, prompts) -> scores` made one.
 
     Raises:
-        RequestError: no reward has this name, or the object is not callable.
+        RequestError: no reward has this name, the object is not callable, or an attribute is not what it should be.
+        FunctionError: an attribute raised; its error is the cause.
     """
+    made = _made(reward)
+    if not isinstance(reward, str):
+        _check_attributes(made)
+    return made
+
+
+def _made(reward: Any) -> Reward:
     if isinstance(reward, str):
         if reward not in _BUILT_IN:
             raise RequestError(
-                f"there is no reward {reward!r}: choose one of {', '.join(names())}, "
+                f"there is no reward {shown(reward)}: choose one of {', '.join(names())}, "
                 "or give a function f(images, prompts) that returns one score an image"
             )
         return _built_in(reward)
     if isinstance(reward, type) or not callable(reward):
         raise RequestError(
             f"a reward is a name ({', '.join(names())}), an instance with the methods of rollflow.rewards.Reward, or a "
-            f"function f(images, prompts), not {reward!r}"
+            f"function f(images, prompts), not {shown(reward)}"
         )
-    return reward if isinstance(reward, Reward) else FunctionReward(reward)
+    return reward if _asked(reward, lambda: isinstance(reward, Reward)) else FunctionReward(reward)
+
+
+def _check_attributes(reward: Reward) -> None:
+    """Reads every attribute that a reward may have, once: they are read again while requests run."""
+    name = _asked(reward, lambda: reward.name)
+    if not isinstance(name, str) or line(name, 100) != name or not name:
+        raise RequestError(f"the name of a reward is {shown(name)}: it must be a line of at most 100 characters")
+    size(reward), differentiable(reward), concurrent(reward), held_out(reward)
+    timeout(reward), retry_on(reward), retries(reward)
+
+
+def check(reward: Reward, prompt: str) -> None:
+    """Asks a reward whether it can judge a prompt.
+
+    Raises:
+        RequestError: it cannot.
+        FunctionError: its `check` raised something else, which is the cause.
+    """
+    _asked(reward, lambda: reward.check(prompt), "check")
+
+
+def _asked(reward: object, ask: Callable[[], T], what: str = "an attribute") -> T:
+    try:
+        return ask()
+    except RollflowError:
+        raise
+    except Exception as error:
+        raise FunctionError(f"{what} of the reward {titled(reward)} raised {said(error)}") from error
+
+
+def _attribute(reward: object, name: str, default: Any = None) -> Any:
+    """What a reward, or the function that it stands for, says."""
+    said_by = reward.function if isinstance(reward, FunctionReward) else reward
+    return _asked(reward, lambda: getattr(said_by, name, default))
 
 
 @lru_cache
@@ -108,29 +161,56 @@ def _built_in(name: str) -> Reward:
 
 def size(reward: Reward) -> tuple[int, int] | None:
     """The only (height, width) that `reward` can judge, or None."""
-    return getattr(reward, "size", None)
+    given = _asked(reward, lambda: getattr(reward, "size", None))
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise RequestError(f"the reward {titled(reward)} has size={shown(given)}: it must be (height, width), or None")
+    height, width = (whole(f"size of the reward {titled(reward)}", side, 1) for side in given)
+    return height, width
 
 
 def differentiable(reward: object) -> bool:
     """Whether a reward says that its scores have gradients with respect to the images."""
-    return bool(getattr(reward, "differentiable", False))
+    return flag(
+        f"differentiable of the reward {titled(reward)}",
+        _asked(reward, lambda: getattr(reward, "differentiable", False)),
+    )
+
+
+def concurrent(reward: object) -> bool:
+    """Whether a reward says that several threads may call it at a time."""
+    return flag(f"concurrent of the reward {titled(reward)}", _attribute(reward, "concurrent", False))
 
 
 def held_out(reward: Reward) -> Reward | None:
     """The second judge that `reward` names for the final image, or None."""
-    return getattr(reward, "held_out", None)
+    given = _asked(reward, lambda: getattr(reward, "held_out", None))
+    return None if given is None else _made(given)
 
 
 def timeout(reward: Reward) -> float | None:
     """Seconds that a call of `reward` may take, or None."""
-    return getattr(getattr(reward, "function", reward), "timeout", None)
+    given = _attribute(reward, "timeout")
+    if given is None:
+        return None
+    seconds = number(f"timeout of the reward {titled(reward)}", given, 1e9)
+    if seconds <= 0:
+        raise RequestError(f"timeout of the reward {titled(reward)}={shown(given)}: it must be above 0 seconds")
+    return seconds
 
 
 def retry_on(reward: Reward) -> tuple[type[BaseException], ...]:
     """The errors after which `reward` is called again."""
-    return (RewardUnavailable, *getattr(getattr(reward, "function", reward), "retry_on", ()))
+    given = _attribute(reward, "retry_on", ())
+    kinds = given if isinstance(given, tuple | list) else (given,)
+    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
+        raise RequestError(
+            f"retry_on of the reward {titled(reward)}={shown(given)}: it must be a tuple of exception types"
+        )
+    return (RewardUnavailable, *kinds)
 
 
 def retries(reward: Reward) -> int:
     """How often `reward` is called again."""
-    return getattr(getattr(reward, "function", reward), "retries", 3)
+    return whole(f"retries of the reward {titled(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from rollflow.draw import Draw, Note
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
 from rollflow.methods import title
 from rollflow.methods.budget import worth
 from rollflow.methods.paths import shared
@@ -247,12 +247,14 @@ class Search:
 
     def _begin(self, draws: Any) -> None:
         if not isinstance(draws, list | tuple) or not draws or not all(isinstance(draw, Draw) for draw in draws):
-            raise RequestError(f"the method {self._title} yielded {draws!r}: it must yield lists of at least one Draw")
+            raise RequestError(
+                f"the method {self._title} yielded {shown(draws)}: it must yield lists of at least one Draw"
+            )
         for particle in (p for draw in draws for p in (draw.parent, *draw.mix)):
             if particle is not None and not (isinstance(particle, Particle) and particle.kept):
                 raise RequestError(
-                    f"the method {self._title} draws from {particle!r}: it may draw from the particles that it was "
-                    "sent, but for those that a draw's `keep` let go"
+                    f"the method {self._title} draws from {shown(particle)}: it may draw from the particles that it "
+                    "was sent, but for those that a draw's `keep` let go"
                 )
         self._turns += 1
         self._turn = Turn([(d, *self._way(d)) for d in draws], self._turns, self._priors)
@@ -370,7 +372,9 @@ class Search:
     def _choose(self, chosen: Any) -> None:
         """The method is over: its choice competes with the best others that were judged."""
         if not isinstance(chosen, Particle) or not chosen.kept:
-            raise RequestError(f"the method {self._title} returned {chosen!r}: it must return one of its particles")
+            raise RequestError(
+                f"the method {self._title} returned {shown(chosen)}: it must return one of its particles"
+            )
         finalists = [chosen, *(p for p in self._best if p is not chosen)][: self.plan.finalists]
         if not self.plan.request.finish and chosen.reward is None:
             finalists = [chosen]  # it cannot be compared, and is what the method wants
