@@ -68,14 +68,13 @@ class Preparations:
         return self.costs.get(geometry, self._assumed)
 
     def shrink(self, geometry: Geometry, rows: int) -> bool:
-        """Batches of this many rows do not fit: takes the batch sizes away that hold them; says whether that is new."""
+        """Batches of this many rows, padding included, do not fit: takes their sizes away; says whether that is new."""
         known = self.cost(geometry).seconds
         if rows > max(known):  # it was on its way when another did not fit
             return False
-        limit = self.runner.bucket(rows, geometry)
-        fitting = {bucket: seconds for bucket, seconds in known.items() if bucket < limit}
+        fitting = {bucket: seconds for bucket, seconds in known.items() if bucket < rows}
         if not fitting:  # one batch size alone: from now on the rows of half of it
-            half = max(1, limit // 2)
+            half = max(1, rows // 2)
             fitting = {half: known[min(known)] * half / min(known)}
         if max(fitting) >= max(known):
             return False

@@ -8,10 +8,9 @@ import threading
 import weakref
 
 import pytest
-from tiny import PATIENCE, SIZE, Driven, Gate, Tiny, assert_sound, bon, engine, fingerprint, rbf
+from tiny import PATIENCE, SIZE, Clock, Driven, Gate, assert_sound, bon, engine, rbf
 
-from rollflow import Cancelled, EngineClosed, RollflowError
-from rollflow.plan import plan
+from rollflow import Cancelled, EngineClosed
 
 
 @pytest.fixture
@@ -132,6 +131,27 @@ def test_close_from_a_callback_or_a_reward_does_not_wait_for_itself():
     made = engine()
     assert made.generate(rbf(reward=closes)).committed_nfe == 12  # it drains
     made.close()
+    assert_over(made)
+
+
+def test_close_does_not_wait_for_a_reward_that_never_answers(gate, monkeypatch, caplog):
+    monkeypatch.setattr("rollflow.host.CLOSING", 0.0)
+    clock = Clock()
+    made = engine(clock=clock)
+    job = made.submit(bon(reward=gate))
+    assert gate.called.wait(PATIENCE)
+    closing = threading.Thread(target=made.close, args=[False])
+    closing.start()
+    while made.stats().healthy:
+        pass
+    clock.pass_in(made, 60.0)
+    closing.join(PATIENCE)
+    assert not closing.is_alive() and job.cancelled() and job.best(PATIENCE) is None
+    assert "threads of a closed engine are still in calls" in caplog.text
+    threads = made.lanes.alive
+    gate.open.set()  # it comes back after all
+    for thread in threads:
+        thread.join(PATIENCE)
     assert_over(made)
 
 
@@ -321,20 +341,3 @@ def test_the_end_of_the_interpreter_ends_running_requests_and_a_fork_is_told():
     assert found.stdout.split("\n")[-2] == "end True"
     assert not hasattr(os, "fork") or "child 0" in found.stdout, found.stdout + found.stderr
     assert "Traceback" not in found.stderr, found.stderr
-
-
-def test_results_are_the_same_in_every_engine():
-    found = set()
-    for _ in range(2):
-        with engine(Tiny()) as made:
-            found.add(fingerprint(made.generate(rbf(20))))
-    assert len(found) == 1
-
-
-def test_the_loop_and_the_plan_are_all_that_a_driver_needs():
-    driven = Driven()
-    ticket = driven.loop.submit(plan(bon()), SIZE, lambda news: None)
-    driven.loop.cancel(ticket)
-    driven.run()
-    driven.assert_empty()
-    assert issubclass(EngineClosed, RollflowError)

@@ -24,11 +24,11 @@ class Attempts:
     error of the device itself fails all.
 
     Args:
-        on_gpu: whether memory that is kept for later batches can be freed.
+        shrink: is told how many rows did not fit, and returns the size of their batch, padding included.
     """
 
-    def __init__(self, on_gpu: bool):
-        self._on_gpu, self._warned = on_gpu, False
+    def __init__(self, shrink: Callable[[int, Geometry], int]):
+        self._shrink, self._warned = shrink, False
 
     def run(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
         """Runs `work`, on a lane; reports a free lane once, and every row or search once.
@@ -55,7 +55,8 @@ class Attempts:
             elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
                 error = None  # and with it the frames that hold the batch's tensors
                 rows = sum(len(one.candidates) if isinstance(one, Show) else 1 for one in part)
-                self._shrink(part[0].brief.geometry, rows, report)
+                geometry = part[0].brief.geometry
+                report(Shrunk(geometry, self._shrink(rows, geometry)))
                 left += [part[len(part) // 2 :], part[: len(part) // 2]]
             elif len(parts := _by_request(part)) > 1:
                 self._warn_of(error, len(part))
@@ -72,11 +73,6 @@ class Attempts:
             report(Failed(part, _dead(error)))
             return False
         return True
-
-    def _shrink(self, geometry: Geometry, rows: int, report: Report) -> None:
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-        report(Shrunk(geometry, rows))
 
     def _warn_of(self, error: BaseException, rows: int) -> None:
         if not self._warned:

@@ -64,7 +64,8 @@ class Runner:
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
         self._affine = model.layout.affine(model.device)  # held: graphs keep their addresses
-        self._attempts = Attempts(on_gpu)
+        self._failed: dict[Geometry, int] = {}  # the smallest batch that did not fit into the memory
+        self._attempts = Attempts(self._shrink)
         self.use(lanes)
 
     def use(self, lanes: Lanes) -> None:
@@ -90,9 +91,19 @@ class Runner:
     def bucket(self, rows: int, geometry: Geometry) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
         buckets = self.buckets.get(geometry, self.usual)
+        if (failed := self._failed.get(geometry)) is not None:  # known here before the loop has heard of it
+            buckets = tuple(size for size in buckets if size < failed) or (max(1, failed // 2),)
         if rows > buckets[-1]:  # they were on their way when another batch did not fit into the memory
             buckets = self.usual
         return buckets[bisect_left(buckets, rows)]
+
+    def _shrink(self, rows: int, geometry: Geometry) -> int:
+        """A batch of that many rows does not fit into the memory: its size, which is not used again."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        bucket = self.bucket(rows, geometry)
+        self._failed[geometry] = min(bucket, self._failed.get(geometry, bucket))
+        return bucket
 
     # CUDA graphs.
 
