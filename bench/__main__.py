@@ -20,6 +20,7 @@ from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
+from rollflow.bench.versus import Versus
 from rollflow.errors import LONGEST, RollflowError, line
 from rollflow.models import silence
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "kernels": Kernels,
     "gpu": Gpu,
     "compare": Compare,
+    "versus": Versus,
     "study": Study,
 }
 

@@ -168,7 +168,7 @@ def sequential_rbf(
         raise RequestError(f"options={dict(request.options)!r}: the sequential loop has the option initial alone")
     checked = plan(request, traits)
     checked.reward.check(request.prompt)
-    nfe, steps = request.nfe, len(checked.steps)
+    nfe, steps = checked.nfe, len(checked.steps)
     initial = request.options.get("initial") or max(1, min(nfe // 10, nfe - (steps - 1)))
     loop = _Loop(pipeline, checked, noise)
     left = nfe - (initial := nfe if steps == 1 else initial)

@@ -45,7 +45,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float, within: Deadline | None = None, clock: Callable[[], float] = time.monotonic):
-        self.clock = clock if within is None else within.clock
+        self.clock: Callable[[], float] = clock if within is None else within.clock
         end = self.clock() + seconds
         self._end: float = end if within is None else min(end, within._end)
 

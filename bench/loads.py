@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -74,11 +75,12 @@ class Passage:
         self.ended: float | None = None
         self.error: BaseException | None = None
         self._clock, self._over, self._watch = clock, over, threading.Lock()
+        self._watching = ExitStack()
 
     def follow(self, job: Job) -> None:
         """Writes down the times of a job that was just submitted, as the engine's thread tells of them."""
         self.submitted = self._clock.now()
-        job.watched(lambda: self._see(job)).__enter__()  # for as long as the job lives
+        self._watching.enter_context(job.watched(lambda: self._see(job)))
         self._see(job)  # what it told before anybody watched
         job.add_done_callback(self._end)
 
@@ -93,6 +95,7 @@ class Passage:
 
     def _end(self, job: Job) -> None:
         self.ended, self.error = self._clock.now(), job.exception()
+        self._watching.close()
         self._see(job)
         if self.updated is None:
             self.updated = self.ended

@@ -116,6 +116,4 @@ def promise(plan: Plan) -> int:
 
     A finalist on its way to t = 0 takes up to three: itself, the step that it is at and the next one.
     """
-    nfe = plan.request.nfe
-    assert nfe is not None, "plan() has filled it in"
-    return min(nfe, max(plan.held + plan.finalists + 1, 3 * plan.finalists))
+    return min(plan.nfe, max(plan.held + plan.finalists + 1, 3 * plan.finalists))

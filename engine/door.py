@@ -74,7 +74,7 @@ class Door:
             needed = promise(checked)
         if needed > slots:
             raise RequestError(
-                f"nfe={checked.request.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
+                f"nfe={checked.nfe}: the method {methods.title(checked.request.method)} may hold {needed} "
                 f"particles at once then, and this engine holds {slots} of this size; lower it, or make the engine "
                 "with Engine(slots=...)"
             )

@@ -113,7 +113,8 @@ class VP(Interpolant):
                 f"VP(beta_min={shown(self.beta_min)}, beta_max={shown(self.beta_max)}): noise rates are finite, "
                 "beta_min at least 0 and beta_max above 0; the usual choice is VP(0.1, 20.0)"
             )
-        object.__setattr__(self, "beta_min", rates[0]), object.__setattr__(self, "beta_max", rates[1])
+        for name, rate in zip(("beta_min", "beta_max"), rates, strict=True):
+            object.__setattr__(self, name, rate)
 
     def _integral(self, t: float) -> float:
         t = check_time(t)

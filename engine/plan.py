@@ -41,6 +41,12 @@ class Plan:
     _arrivals: dict[tuple, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def nfe(self) -> int:
+        """The whole budget."""
+        assert self.request.nfe is not None, "plan() has filled it in"
+        return self.request.nfe
+
+    @property
     def finish_nfe(self) -> int:
         """What the finish of all finalists costs."""
         return self.request.finish * self.finalists
@@ -48,9 +54,7 @@ class Plan:
     def search(self) -> methods.Search:
         """The request's method, ready to begin."""
         request = self.request
-        return methods.make(
-            request.method, request.nfe, len(self.steps), self.finish_nfe, request.seed, **request.options
-        )
+        return methods.make(request.method, self.nfe, len(self.steps), self.finish_nfe, request.seed, **request.options)
 
     def arrival(self, draw: Draw) -> Step:
         """The coefficients of one of the draw's children; see `rollflow.draw.Draw.move`."""
@@ -158,7 +162,7 @@ def _held(made: Plan) -> int:
     """How many particles the method says that it holds."""
     request, method = made.request, made.request.method
     try:
-        return methods.holds(method, request.nfe, len(made.steps), made.finish_nfe, **request.options)
+        return methods.holds(method, made.nfe, len(made.steps), made.finish_nfe, **request.options)
     except RollflowError:
         raise
     except Exception as error:

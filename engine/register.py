@@ -139,7 +139,7 @@ class Register:
         """Evaluations that those who are here have yet to spend; of any thread."""
         tickets = [*self.tickets.values()]
         spent = sum(ticket.search.history.committed for ticket in tickets if ticket.search is not None)
-        return max(0, sum(ticket.plan.request.nfe or 0 for ticket in tickets) - spent)
+        return max(0, sum(ticket.plan.nfe for ticket in tickets) - spent)
 
     # How requests go on.
 

@@ -18,9 +18,9 @@ from rollflow.bench.overhead import Free, first_pixel
 from rollflow.engine import Engine
 from rollflow.errors import FunctionError, RequestError
 from rollflow.job import Job
-from rollflow.loop import Evaluated, Finished, Refused, Started
 from rollflow.request import Request
 from rollflow.search.record import History
+from rollflow.ticket import Evaluated, Finished, Refused, Started
 
 SERVICE = 2.0  # seconds
 BATCHES = 20  # of neighbours, whose means are nearly independent
@@ -66,6 +66,9 @@ class Server:
     def peek(self, ticket): ...
 
     def check_waiting(self): ...
+
+    def call_back(self, call):
+        call()
 
     def clock(self):
         return self.virtual.now()

@@ -262,7 +262,7 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path, files: Seque
     known, budgets = traits(runtime.model), list[int]()
     for request in requests:
         try:
-            budgets.append(plan(request, known, runtime.preview).request.nfe or 0)
+            budgets.append(plan(request, known, runtime.preview).nfe)
         except BudgetError:
             if request.nfe is not None or request.seconds is None:  # otherwise the engine takes the smallest
                 raise

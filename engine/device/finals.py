@@ -70,7 +70,8 @@ class Finals:
         outcomes, places = [], []
         for show, own in zip(shows, scores, strict=True):
             levels = [candidate.level for candidate in show.candidates]
-            best = max(range(len(own)), key=lambda i, own=own, levels=levels: (_worth(own[i]), levels[i]))
+            ranks = [(_worth(score), level) for score, level in zip(own, levels, strict=True)]
+            best = ranks.index(max(ranks))
             places.append(place := self._first[show.brief.ticket] + best)
             outcomes.append(Outcome(pixels[place], eight_bit[place], own[best], None))
         held_out = rewards.held_out(shows[0].brief.reward)

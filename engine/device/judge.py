@@ -45,7 +45,8 @@ class Call:
         images: Callable[[], Float[Tensor, "image 3 height width"]],
         then: Callable[[Any, list[list[float]]], Event | None],
     ):
-        self.reward, self.work, self.places, self.images, self.then = reward, work, places, images, then
+        self.reward, self.places, self.images, self.then = reward, places, images, then
+        self.work: Sequence[Any] = work
         self.attempts = 0
         self.state = "waiting"  # then "running"; in the end "over" or "abandoned"
         self.thread: threading.Thread | None = None

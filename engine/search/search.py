@@ -327,10 +327,8 @@ class Search:
     def _record(self, flight: Flight) -> None:
         particle, row = flight.particle, flight.row
         self.history.add(particle, flight.parent, row.kind, row.nfe, flight.invalid)
-        if self.history.committed > self.plan.request.nfe:
-            raise RequestError(
-                f"the method {self._title} drew more than its budget of {self.plan.request.nfe} evaluations"
-            )
+        if self.history.committed > self.plan.nfe:
+            raise RequestError(f"the method {self._title} drew more than its budget of {self.plan.nfe} evaluations")
         if flight.prior is not None:
             self._priors = max(self._priors, flight.prior + 1)
         if flight.turn is None:
