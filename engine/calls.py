@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -86,7 +86,7 @@ def collected(jobs: Jobs, return_exceptions: bool) -> list[Any]:
 
 
 def mapped(
-    requests: Iterator[Any],
+    requests: Iterable[Any],
     submit: Callable[[Any], Job],
     check_waiting: Callable[[], None],
     concurrency: int,
@@ -119,7 +119,7 @@ def mapped(
         cancel([job for _, job in running.values()])
 
 
-def _each(requests: Iterator[Any]) -> Iterator[Any]:
+def _each(requests: Iterable[Any]) -> Iterator[Any]:
     """The members of the caller's iterable; what it raises is the cause of a `FunctionError`."""
     try:
         yield from requests

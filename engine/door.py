@@ -80,7 +80,7 @@ class Door:
             )
 
         def affordable(nfe: int) -> Plan:  # a method may hold far fewer particles than it draws
-            found = for_budget(nfe)
+            found = for_budget(nfe := min(nfe, checks.MOST_NFE))
             return found if promise(found) <= slots else for_budget(min(nfe, slots))
 
         return Checked(checked, geometry, affordable if timed else None)

@@ -307,7 +307,7 @@ class Engine:
             raise RequestError(f"requests={shown(requests)}: they must be a list, or another iterable, of requests")
         self._host.check_waiting()
         return calls.mapped(
-            iter(requests),
+            requests,
             lambda request: self._submit(self._door.check(request, options), force=True),
             self._host.check_waiting,
             concurrency,

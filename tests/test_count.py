@@ -285,5 +285,5 @@ def test_a_function_is_a_reward():
     assert reward.name == "brightness" and rewards.held_out(reward) is None
     reward.check("anything at all")
     assert reward(torch.ones(2, 3, 8, 8), ["", ""]).tolist() == [1, 1]
-    with pytest.raises(RequestError, match=r"\(2, 3\)"):
+    with pytest.raises(RequestError, match=r"\[2, 3\]"):
         rewards.make(lambda images, prompts: images.mean((2, 3)))(torch.ones(2, 3, 8, 8), ["", ""])

@@ -295,6 +295,7 @@ def test_an_error_of_the_iterator_is_its_own_and_cancels_what_runs(shared):
         yield rbf(40)
         raise KeyError("no more")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(FunctionError, match="the iterable of requests raised KeyError: 'no more'") as found:
         list(shared.map(breaks()))
+    assert isinstance(found.value.__cause__, KeyError)
     assert_sound_soon(shared)

@@ -137,13 +137,22 @@ def check(reward: Reward, prompt: str) -> None:
     _asked(reward, lambda: reward.check(prompt), "check")
 
 
+def _title(reward: object) -> str:
+    """What messages call a reward: by its name, or where that is none, by its function or its class."""
+    try:
+        name = getattr(reward, "name", None)
+    except Exception:
+        name = None
+    return line(name, 60) if isinstance(name, str) and name else titled(reward)
+
+
 def _asked(reward: object, ask: Callable[[], T], what: str = "an attribute") -> T:
     try:
         return ask()
     except RollflowError:
         raise
     except Exception as error:
-        raise FunctionError(f"{what} of the reward {titled(reward)} raised {said(error)}") from error
+        raise FunctionError(f"{what} of the reward {_title(reward)} raised {said(error)}") from error
 
 
 def _attribute(reward: object, name: str, default: Any = None) -> Any:
@@ -165,22 +174,22 @@ def size(reward: Reward) -> tuple[int, int] | None:
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
-        raise RequestError(f"the reward {titled(reward)} has size={shown(given)}: it must be (height, width), or None")
-    height, width = (whole(f"size of the reward {titled(reward)}", side, 1) for side in given)
+        raise RequestError(f"the reward {_title(reward)} has size={shown(given)}: it must be (height, width), or None")
+    height, width = (whole(f"size of the reward {_title(reward)}", side, 1) for side in given)
     return height, width
 
 
 def differentiable(reward: object) -> bool:
     """Whether a reward says that its scores have gradients with respect to the images."""
     return flag(
-        f"differentiable of the reward {titled(reward)}",
+        f"differentiable of the reward {_title(reward)}",
         _asked(reward, lambda: getattr(reward, "differentiable", False)),
     )
 
 
 def concurrent(reward: object) -> bool:
     """Whether a reward says that several threads may call it at a time."""
-    return flag(f"concurrent of the reward {titled(reward)}", _attribute(reward, "concurrent", False))
+    return flag(f"concurrent of the reward {_title(reward)}", _attribute(reward, "concurrent", False))
 
 
 def held_out(reward: Reward) -> Reward | None:
@@ -194,9 +203,9 @@ def timeout(reward: Reward) -> float | None:
     given = _attribute(reward, "timeout")
     if given is None:
         return None
-    seconds = number(f"timeout of the reward {titled(reward)}", given, 1e9)
+    seconds = number(f"timeout of the reward {_title(reward)}", given, 1e9)
     if seconds <= 0:
-        raise RequestError(f"timeout of the reward {titled(reward)}={shown(given)}: it must be above 0 seconds")
+        raise RequestError(f"timeout of the reward {_title(reward)}={shown(given)}: it must be above 0 seconds")
     return seconds
 
 
@@ -206,11 +215,11 @@ def retry_on(reward: Reward) -> tuple[type[BaseException], ...]:
     kinds = given if isinstance(given, tuple | list) else (given,)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
         raise RequestError(
-            f"retry_on of the reward {titled(reward)}={shown(given)}: it must be a tuple of exception types"
+            f"retry_on of the reward {_title(reward)}={shown(given)}: it must be a tuple of exception types"
         )
     return (RewardUnavailable, *kinds)
 
 
 def retries(reward: Reward) -> int:
     """How often `reward` is called again."""
-    return whole(f"retries of the reward {titled(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)
+    return whole(f"retries of the reward {_title(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)
