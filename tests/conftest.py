@@ -53,12 +53,10 @@ class Checked:
         return thing
 
     def function(self, function: Any) -> Any:
+        if "<locals>" in function.__qualname__:  # made anew in each call; beartype would keep them all
+            return function
         text = " ".join(str(annotation) for annotation in function.__annotations__.values())
         text += " ".join(str(function.__globals__.get(word)) for word in set(re.findall(r"\w+", text)))  # of aliases
-        if (
-            "<locals>" in function.__qualname__
-        ):  # made anew at each call of what is around it, which beartype would keep
-            return function
         special = inspect.isgeneratorfunction(function) or function.__module__.startswith("rollflow.cli")
         if special or any(kind in text for kind in self.kinds):
             return self.shaped(function, typechecker=self.typechecker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -67,10 +67,23 @@ def record(result: Result) -> dict[str, Any]:
         "held_out": _finite(result.held_out),
         "committed_nfe": result.committed_nfe,
         "executed_nfe": result.executed_nfe,
+        "stopped": result.stopped,
         "seconds": round(result.seconds, 3),
         "versions": {"rollflow": rollflow.__version__, "torch": version("torch"), "diffusers": version("diffusers")},
         "history": [{**asdict(row), "reward": _finite(row.reward)} for row in result.history],
+        "notes": [{name: _plain(value) for name, value in note.items()} for note in result.notes],
     }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a method's note: numbers that are none become null, what it does not know becomes text."""
+    if isinstance(value, float):
+        return _finite(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _finite(value: float | None) -> float | None:
