@@ -39,7 +39,14 @@ def submitted(
             if not return_exceptions:
                 raise indexed(error, i, len(requests)) from error.__cause__
             asked.append(error)
-    return [submit(*one) if isinstance(one, tuple) else one for one in asked]
+    jobs: list[Job | RollflowError] = []
+    try:
+        for one in asked:
+            jobs.append(submit(*one) if isinstance(one, tuple) else one)
+    except BaseException:
+        cancel(jobs)
+        raise
+    return jobs
 
 
 def follow(jobs: Jobs, on_progress: Callable[[Progress], None] | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from tiny import PATIENCE, Lockstep, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
 
 from rollflow import Draw, EngineDead, FunctionError, ModelError, RollflowError, interpolant, sde
+from rollflow.models import Capabilities
 
 SURVIVORS = [rbf(12, seed=seed) for seed in (1, 2)]
 
@@ -268,6 +269,30 @@ def test_a_device_out_of_memory(buckets, lanes):
             small.generate(bon())
         small.model.most = 5
         assert_sound(small)
+
+
+def test_a_device_out_of_memory_makes_the_images_of_one_search_fewer_at_a_time():
+    class Small(Tiny):
+        capabilities, most, failed = Capabilities(preview=True), 3, 0
+
+        def preview(self, latents):
+            return latents
+
+        def decode(self, latents):
+            if len(latents) > self.most:
+                self.failed += 1
+                raise torch.OutOfMemoryError(f"{len(latents)} images do not fit")
+            return latents
+
+    with engine(Small(), preview=True, buckets=(1, 2, 4, 8)) as made:
+        with pytest.warns(RuntimeWarning, match="did not fit into the device's memory"):
+            assert made.generate(bon(40, finalists=7)).committed_nfe == 40
+        assert made.model.failed == 2  # 8 and 4; 2 go
+        made.model.most = 0
+        with pytest.raises(ModelError, match="raised OutOfMemoryError"):
+            made.generate(bon(40, finalists=7))
+        made.model.most = 3
+        assert_sound(made)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), torch.AcceleratorError])

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from rollflow.errors import EngineDead, ModelError, RollflowError, said
-from rollflow.models import Geometry
 from rollflow.row import Failed, Free, Report, Show, Shrunk
 
 After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
@@ -24,10 +23,10 @@ class Attempts:
     error of the device itself fails all.
 
     Args:
-        shrink: is told how many rows did not fit, and returns the size of their batch, padding included.
+        shrink: is told what did not fit, and returns the size of its batch, padding included.
     """
 
-    def __init__(self, shrink: Callable[[int, Geometry], int]):
+    def __init__(self, shrink: Callable[[Any], int]):
         self._shrink, self._warned = shrink, False
 
     def run(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
@@ -52,12 +51,16 @@ class Attempts:
                 for one in (part, *left):
                     report(Failed(one, _dead(error)))
                 break
-            elif isinstance(error, torch.OutOfMemoryError) and len(part) > 1:
+            elif isinstance(error, torch.OutOfMemoryError) and image_count(part) > 1:
                 error = None  # and with it the frames that hold the batch's tensors
-                rows = sum(len(one.candidates) if isinstance(one, Show) else 1 for one in part)
-                geometry = part[0].brief.geometry
-                report(Shrunk(geometry, self._shrink(rows, geometry)))
-                left += [part[len(part) // 2 :], part[: len(part) // 2]]
+                report(Shrunk(part[0].brief.geometry, size := self._shrink(part)))
+                half = len(part) // 2
+                if half:
+                    left += [part[half:], part[:half]]
+                elif size > 1:  # the images of one search, which are now made fewer at a time
+                    left.append(part)
+                else:
+                    report(Failed(part, model_error(torch.OutOfMemoryError("not even one image fits"))))
             elif len(parts := _by_request(part)) > 1:
                 self._warn_of(error, len(part))
                 left += parts[::-1]
@@ -84,6 +87,11 @@ class Attempts:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+
+def image_count(work: Sequence[Any]) -> int:
+    """How many images are made of rows, or of searches that are over."""
+    return sum(len(one.candidates) if isinstance(one, Show) else 1 for one in work)
 
 
 def _by_request(work: Sequence[Any]) -> list[list[Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rollflow import kernels, rewards
 from rollflow.device import batch, guided
-from rollflow.device.attempts import After, Attempts
+from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
 from rollflow.device.finals import Finals, rounded
@@ -90,15 +90,23 @@ class Runner:
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
-        buckets = self.buckets.get(geometry, self.usual)
-        if (failed := self._failed.get(geometry)) is not None:  # known here before the loop has heard of it
-            buckets = tuple(size for size in buckets if size < failed) or (max(1, failed // 2),)
+        buckets = self._sizes(geometry)
         if rows > buckets[-1]:  # they were on their way when another batch did not fit into the memory
             buckets = self.usual
         return buckets[bisect_left(buckets, rows)]
 
-    def _shrink(self, rows: int, geometry: Geometry) -> int:
-        """A batch of that many rows does not fit into the memory: its size, which is not used again."""
+    def _sizes(self, geometry: Geometry) -> tuple[int, ...]:
+        """The batch sizes that are used, but for those that did not fit into the memory."""
+        sizes = self.buckets.get(geometry, self.usual)
+        if (failed := self._failed.get(geometry)) is not None:  # known here before the loop has heard of it
+            sizes = tuple(size for size in sizes if size < failed) or (max(1, failed // 2),)
+        return sizes
+
+    def _shrink(self, work: Sequence[Row] | Sequence[Show]) -> int:
+        """A batch does not fit into the memory: its size, which is not used again."""
+        geometry, rows = work[0].brief.geometry, len(work)
+        if isinstance(work[0], Show):  # whose images are made in batches of at most the largest size
+            rows = min(image_count(work), self._sizes(geometry)[-1])
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         bucket = self.bucket(rows, geometry)
@@ -286,7 +294,7 @@ class Runner:
 
     def _images(self, candidates: Sequence[Candidate], geometry: Geometry) -> Float[Tensor, "row 3 height width"]:
         storage, decoded = self.storage(geometry), []
-        size = self.buckets.get(geometry, self.usual)[-1]
+        size = self._sizes(geometry)[-1]
         for start in range(0, len(candidates), size):
             part = candidates[start : start + size]
             padding = self.bucket(len(part), geometry) - len(part)
