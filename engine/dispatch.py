@@ -51,7 +51,7 @@ class Device(Protocol):
 
 
 class Dispatch:
-    """Starts chores, images and batches while lanes are free, in this order.
+    """Starts chores, images and batches while lanes are free: images before batches, and chores in turn with both.
 
     Args:
         device: runs them.
@@ -84,6 +84,7 @@ class Dispatch:
         self._timers, self._clock, self._report = timers, clock, report
         self.lanes = self.away = 0
         self._chore = False  # whether one is on a lane: no more than one is at a time
+        self._chores_first = True  # they alternate with batches, so that neither waits for all of the other
         self._reruns: deque[Rerun] = deque()
 
     @property
@@ -96,10 +97,9 @@ class Dispatch:
         device = self.device
         while self.lanes < device.lanes:
             free = device.lanes - self.lanes if device.parallel else 1
-            if self._preparations.chores and not self._chore:
-                self._chore = True
-                self.lanes += 1
-                device.submit_work(*self._preparations.chores.popleft(), self._report)
+            chores = bool(self._preparations.chores) and not self._chore
+            if chores and self._chores_first:
+                self._do_chore()
             elif self._reruns:
                 self._run_again(self._reruns.popleft())
             elif self._over:
@@ -108,6 +108,8 @@ class Dispatch:
                 self.away += len(rows)
                 for lane in range(lanes := min(free, len(rows))):
                     self._run(rows[lane::lanes])
+            elif chores:
+                self._do_chore()
             else:
                 return
 
@@ -115,9 +117,16 @@ class Dispatch:
         """Waits no longer for what is on the device."""
         self.lanes = self.away = 0
 
+    def _do_chore(self) -> None:
+        """Starts a chore; whatever else can run goes before the next one."""
+        self._chore, self._chores_first = True, False
+        self.lanes += 1
+        self.device.submit_work(*self._preparations.chores.popleft(), self._report)
+
     def _run(self, rows: Sequence[Row], attempt: int = 0) -> None:
         """Starts a batch and counts its rows; the bucket's padding is shared out in turns."""
         self.lanes += 1
+        self._chores_first = True
         nfe = rows[0].nfe
         for i in range(self.device.bucket(len(rows), rows[0].brief.geometry)):
             search = self._tickets[rows[i % len(rows)].brief.ticket].search
@@ -194,8 +203,11 @@ class Dispatch:
             self._run(rows, again.attempt)
 
     def _is_over(self, one: Row | Show) -> bool:
+        """Whether nobody needs it any more: its request failed, or its search ended and it is no step of a finish."""
         ticket = self._tickets.get(one.brief.ticket)
-        return ticket is None or ticket.error is not None
+        if ticket is None or ticket.error is not None or ticket.search is None:
+            return True
+        return isinstance(one, Row) and one.kind != "finish" and ticket.search.ending
 
 
 def _too_late() -> Cancelled:

@@ -151,6 +151,7 @@ class Loop:
         self._timers.run(self.clock())
         register, dispatch = self._register, self._dispatch
         register.admit()
+        self._scheduler.freed()
         if register.dead is None:
             dispatch.launch()
         else:
@@ -201,7 +202,6 @@ class Loop:
 
         def seen(image: Any, error: BaseException | None) -> None:
             unpin()
-            self._scheduler.freed()
             then(image, error)
 
         geometry, candidate = ticket.geometry, best.candidate
@@ -261,12 +261,18 @@ class Loop:
             ticket = self._register.tickets.get(one.brief.ticket)
             if ticket is None:
                 continue
-            if isinstance(one, Row):
-                assert ticket.search is not None
-                ticket.search.lost(one)
-            else:
+            search = ticket.search
+            assert search is not None
+            if not isinstance(one, Row):
                 ticket.shown = False
-            self._register.refuse(ticket, event.error)
+                self._register.refuse(ticket, event.error)
+            elif ticket.error is not None:
+                search.lost(one)
+            else:
+                try:
+                    search.failed(one, event.error)
+                except BaseException as error:
+                    self._register.refuse(ticket, method_error(ticket.plan, error))
             self._register.touched(ticket)
 
     def _on_shrunk(self, event: Shrunk) -> None:

@@ -159,7 +159,6 @@ class Register:
         if search.done and not ticket.shown and ticket not in self.over:
             ticket.ended = self._clock()
             self.over.append(ticket)
-        self._scheduler.freed()
 
     def _end_at(self, ticket: Ticket, when: float, reason: str) -> None:
         """Ends a request so early that its finish and its image are there at `when`."""
@@ -272,7 +271,6 @@ class Register:
                 ticket.search.close()
             except BaseException as raised:
                 ticket.error = ticket.error or method_error(ticket.plan, raised)
-            self._scheduler.freed()
         if ticket.error is not None:
             ticket.over = True
             ticket.tell(Refused(ticket.error, last=True))

@@ -22,7 +22,7 @@ from rollflow.plan import plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request
-from rollflow.row import Done, Free, Landed, Outcome, Shown
+from rollflow.row import Done, Failed, Free, Landed, Outcome, Shown
 from rollflow.schedule.cost import CostModel
 from rollflow.schedule.odds import Odds
 from rollflow.ticket import Finished, Refused
@@ -79,7 +79,10 @@ class Scripted:
 
     def release(self):
         rows = self.held.pop(self.random.randrange(len(self.held)))
-        self.report(Landed(rows, [self.script(row) if row.scored else None for row in rows]))
+        scores = [self.script(row) if row.scored else None for row in rows]
+        for row, score in zip(rows, scores, strict=True):
+            failed = isinstance(score, Exception)
+            self.report(Failed([row], score) if failed else Landed([row], [score]))
 
     def submit_images(self, shows, report):
         report(Free())
@@ -141,6 +144,48 @@ def test_decisions_are_the_same_however_far_rows_run_ahead(seed, success, lanes,
     ahead, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed))
     together, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed + 1, parallel=False))
     assert repr(sequential) == repr(ahead) == repr(together)  # repr, so that NaN equals NaN
+
+
+def test_an_error_of_a_row_that_is_not_needed_harms_nobody():
+    """Rewards that fail for every image that the sequential search does not see change nothing of it."""
+    script = script_of(5, 0.3)
+    requests = [Request("a", brightness, "rbf", 60, 6, seed=seed) for seed in range(4)]
+    expected, _ = drive(requests, Scripted(script, eager=False))
+    seen = set()
+    drive(requests, Scripted(lambda row: (seen.add((row.brief.seed, row.key)), script(row))[1], eager=False))
+    failed = []
+
+    def fragile(row):
+        if (row.brief.seed, row.key) in seen:
+            return script(row)
+        failed.append(row)
+        return FunctionError("the reward sees what it should not")
+
+    found, _ = drive(requests, Scripted(fragile))
+    assert found == expected and failed
+
+
+def test_chores_and_batches_take_turns():
+    """On one lane, ten new prompts are no reason to let a search wait for all of them."""
+    order = []
+
+    class Logged(Scripted):
+        def submit(self, rows, report, attempt=0):
+            order.append("batch")
+            super().submit(rows, report, attempt)
+
+    device = Logged(script_of(1, 0.3), lanes=1, parallel=False, eager=False)
+    loop = Loop(device, Prepared(device.cost), Ledger(), lambda geometry: 64)
+    told = []
+    loop.submit(plan(Request("a", brightness, "rbf", 12, 4)), SIZE, told.append)
+    loop.preparations.chores += [(lambda: order.append("chore"), lambda value, error: None)] * 10
+    while not (told and isinstance(told[-1], Finished)):
+        if loop.inbox.empty() and device.held:
+            device.release()
+        loop.step(0)
+    while not loop.inbox.empty():
+        loop.step(0)
+    assert order[:20] == ["chore", "batch"] * 10
 
 
 def test_rows_run_ahead_and_what_is_not_needed_is_wasted_and_counted():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,29 +57,25 @@ def tables(
     rows: Sequence[Row], bucket: int, storage: Storage, layout: Layout, to_device: Callable[[Tensor], Tensor]
 ) -> tuple[Tables, list[Any]]:
     """The batch's tables and conditionings; states that are more than a step are written to the children's slots."""
-    parents: list[int] = []
-    steps: list[float] = []
+    integers = np.full((4, bucket), NONE, dtype=np.int64)
+    floats = np.zeros((bucket, 8), dtype=np.float32)
+    floats[len(rows) :, 6] = 1.0  # the linear time of padding
+    numbers: list[tuple[int, int, int, int]] = []
+    steps: list[tuple[float, ...]] = []
     for row in rows:
-        state = moves.prepared(row, storage, layout)
-        if state is None:
-            parents.append(row.parent)
-            steps += (row.step.a, row.step.b, row.step.k, 1 / row.step.scale)
-        else:  # the child is there already, and its own parent
-            storage.x[row.slot].copy_(state)
-            parents.append(row.slot)
-            steps += (1.0, 0.0, 0.0, 1 / row.step.scale)
-    missing = bucket - len(rows)
-    filler = [NONE] * missing
-    integers = [
-        [*parents, *filler],
-        [*(row.slot for row in rows), *filler],
-        [*(row.brief.seed for row in rows), *filler],
-        [*(row.key for row in rows), *filler],
-    ]
-    floats = steps + [0.0] * 4 * missing
-    floats += [value for row in rows for value in (row.step.p, row.step.q)] + [0.0] * 2 * missing
-    floats += [row.step.tau for row in rows] + [1.0] * missing
-    floats += [row.brief.guidance for row in rows] + [0.0] * missing
+        step, brief, parent, slot = row.step, row.brief, row.parent, row.slot
+        way: tuple[float, ...] = (step.a, step.b, step.k)
+        if (state := moves.prepared(row, storage, layout)) is not None:  # the child is there already, its own parent
+            storage.x[slot].copy_(state)
+            parent, way = slot, (1.0, 0.0, 0.0)
+        numbers.append((parent, slot, brief.seed, row.key))
+        steps.append((*way, 1 / step.scale, step.p, step.q, step.tau, brief.guidance))
+    integers[:, : len(rows)] = np.array(numbers, dtype=np.int64).T
+    floats[: len(rows)] = steps
+    parts = [floats[:, :4].ravel(), floats[:, 4:6].ravel(), floats[:, 6], floats[:, 7]]
     conditioning = [row.brief.conditioning for row in rows]
-    conditioning += conditioning[:1] * missing
-    return Tables(to_device(torch.tensor(integers)), to_device(torch.tensor(floats))), conditioning
+    conditioning += conditioning[:1] * (bucket - len(rows))
+    return (
+        Tables(to_device(torch.from_numpy(integers)), to_device(torch.from_numpy(np.concatenate(parts)))),
+        conditioning,
+    )

@@ -5,7 +5,6 @@ Driving one takes no model: send it lists of objects with a `reward` and a `step
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,7 +133,7 @@ def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **opti
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
             raise RequestError(f"the method {title(name)} has no option {shown(option)}: {known}")
     whole("nfe", nfe, 1), whole("finish", finish, 0)
-    given = {"seed": seed} if "seed" in inspect.signature(build).parameters else {}
+    given = {"seed": seed} if "seed" in catalog.parameters_of(build) else {}
     try:
         search = build(max(1, nfe - finish), steps, **given, **options)
         smallest, why = 1, "one evaluation"

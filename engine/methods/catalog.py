@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from rollflow.errors import RequestError
 
 ENGINES = ("nfe", "steps", "seed")  # parameters that the engine fills in
 _ATTRIBUTE = "rollflow_method"
+_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -103,15 +105,25 @@ def declaration(function: Any) -> Declaration:
     return found if isinstance(found, Declaration) else Declaration()
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function; they are looked up at every request, and kept as long as the function."""
+    try:
+        if function not in _PARAMETERS:
+            _PARAMETERS[function] = inspect.signature(function).parameters
+        return _PARAMETERS[function]
+    except TypeError:  # of a callable that cannot be hashed or referred to weakly
+        return inspect.signature(function).parameters
+
+
 def option_names(function: Callable[..., Any]) -> list[str]:
     """The names of a function's own options, in order."""
-    return [name for name in inspect.signature(function).parameters if name not in ENGINES]
+    return [name for name in parameters_of(function) if name not in ENGINES]
 
 
 def options(function: Callable[..., Any]) -> list[Option]:
     """A function's own options: types and defaults of its signature, and what its docstring says."""
     kinds, entries = typing.get_type_hints(function), _entries(inspect.getdoc(function) or "")
-    parameters = inspect.signature(function).parameters
+    parameters = parameters_of(function)
     return [
         Option(name, _without_none(kinds.get(name, Any)), parameters[name].default, _sentence(entries.get(name, "")))
         for name in option_names(function)
@@ -120,7 +132,7 @@ def options(function: Callable[..., Any]) -> list[Option]:
 
 def filled_in(function: Callable[..., Any], given: Mapping[str, Any]) -> SimpleNamespace:
     """The options of a call as attributes, defaults included."""
-    parameters = inspect.signature(function).parameters
+    parameters = parameters_of(function)
     return SimpleNamespace(**{**{name: parameters[name].default for name in option_names(function)}, **given})
 
 

@@ -21,7 +21,7 @@ class Pool:
     def __init__(self, slots: int):
         self.slots, self.promised = slots, 0
         self._free = list(range(slots - 1, -1, -1))
-        self._dropped: deque[tuple[Lease, int]] = deque()
+        self.dropped: deque[tuple[Lease, int]] = deque()
 
     @property
     def live(self) -> int:
@@ -31,12 +31,12 @@ class Pool:
 
     def drop(self, lease: Lease, index: int) -> None:
         """Nobody refers to a slot any more; of any thread."""
-        self._dropped.append((lease, index))
+        self.dropped.append((lease, index))
 
     def collect(self) -> None:
         """Takes back the slots that were dropped."""
-        while self._dropped:
-            lease, index = self._dropped.popleft()
+        while self.dropped:
+            lease, index = self.dropped.popleft()
             lease.give_back(index)
 
     def lease(self, promise: int) -> Lease | None:
@@ -93,7 +93,8 @@ class Lease:
         Args:
             within: whether the slot may be one of the promised ones; rows that run ahead take spare slots alone.
         """
-        self._pool.collect()
+        if self._pool.dropped:
+            self._pool.collect()
         if not (within and len(self._held) < self.promise + self._extra):
             if not self._pool.reserve(1):
                 return None

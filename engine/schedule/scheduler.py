@@ -27,11 +27,13 @@ class Client(Protocol):
     Attributes:
         geometry: the image size of its rows.
         priority: searches of a higher one go first.
+        kinds: whether it has plain rows (False), guided ones (True) or both.
         queued: the scheduler's own: whether it stands in the queue of plain and of guided rows.
     """
 
     geometry: Geometry
     priority: int
+    kinds: Sequence[bool]
     queued: list[bool]
 
     def waiting(self, guided: bool) -> int:
@@ -40,6 +42,10 @@ class Client(Protocol):
 
     def take(self, guided: bool) -> Row | None:
         """The next of them, or None while there is no slot for it."""
+        ...
+
+    def may_run_ahead(self, guided: bool) -> bool:
+        """Whether there are rows that may run before it is known whether they are needed."""
         ...
 
     def chances(self, guided: bool, least: float = 0.0) -> Iterator[tuple[float, int]]:
@@ -75,8 +81,8 @@ class Scheduler:
 
     def add(self, search: Client) -> None:
         """Puts a search that has rows to run into the queue of their kind, once."""
-        for guided in (False, True):
-            if search.waiting(guided) and not search.queued[guided]:
+        for guided in search.kinds:
+            if not search.queued[guided] and search.waiting(guided):
                 kind = (search.geometry, guided)
                 if kind not in self._queues:
                     self._queues[kind], self._flying[kind] = [], 0
@@ -97,9 +103,10 @@ class Scheduler:
 
     def freed(self) -> None:
         """Slots came back that others may have waited for."""
-        blocked, self._blocked = self._blocked, {}
-        for search in blocked:
-            self.add(search)
+        if self._blocked:
+            blocked, self._blocked = self._blocked, {}
+            for search in blocked:
+                self.add(search)
 
     def landed(self, rows: Sequence[Row]) -> None:
         """Rows of one batch are no longer on the device."""
@@ -122,7 +129,7 @@ class Scheduler:
         heappush(self._queues[kind], (place, next(self._tickets), search))
 
     def _may_run_ahead(self, search: Client, guided: bool) -> None:
-        if next(search.chances(guided), None):
+        if search.may_run_ahead(guided):
             self._ahead[search] = None
 
     def _choose_of(self, kind: Batch, lanes: int) -> list[Row]:
@@ -175,6 +182,6 @@ class Scheduler:
                 continue
             chances = list(search.chances(guided, least))
             found += [(chance, -len(found) - i, search, draw) for i, (chance, draw) in enumerate(chances)]
-            if not chances and not next(search.chances(not guided), None):
+            if not chances and not search.may_run_ahead(not guided):
                 del self._ahead[search]
         return nlargest(most, found)

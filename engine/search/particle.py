@@ -7,6 +7,7 @@ and survival copy nothing. A slot is free again when no particle refers to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +36,7 @@ class Particle:
 
     Attributes:
         reward: the reward of its posterior mean; `None` when it was drawn with `scored=False`.
+        value: the reward as it is compared: one that is no finite number is worst.
         step: its place on the request's time grid, 0 for a sample of the prior.
         index: its place in the request's history; -1 until it is there.
         parent: the parent's place in the history, `None` for a sample of the prior.
@@ -44,13 +46,19 @@ class Particle:
         kept: whether the method may still draw from it or return it; see `rollflow.draw.Draw.keep`.
     """
 
-    __slots__ = ("__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step")
+    __slots__ = ("__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step", "value")
 
     def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False):
         self.step, self.arrival, self.slot, self.moved = step, arrival, slot, moved
         self.index, self.kept = -1, True
         self.parent: int | None = None
         self.reward: float | None = None
+        self.value = -math.inf
+
+    def judge(self, reward: float | None) -> None:
+        """Its reward came."""
+        self.reward = reward
+        self.value = worth(self)
 
     @property
     def time(self) -> float:
@@ -68,4 +76,4 @@ class Particle:
 
 def rank(particle: Particle) -> tuple[float, int]:
     """Better rewards first; of equal ones that of the later point of the grid, whose posterior mean is sharper."""
-    return worth(particle), particle.step
+    return particle.value, particle.step

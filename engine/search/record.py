@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rollflow.methods.budget import worth
 from rollflow.request import Record
 from rollflow.row import Kind
 from rollflow.search.particle import Particle
@@ -49,4 +48,4 @@ class History:
         self.committed += nfe
         self.level = particle.step
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))
-        self.best = max(self.best, worth(particle))
+        self.best = max(self.best, particle.value)

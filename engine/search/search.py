@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from rollflow.draw import Draw, Note
 from rollflow.errors import RequestError, shown
 from rollflow.methods import title
-from rollflow.methods.budget import worth
 from rollflow.methods.paths import shared
 from rollflow.plan import Plan
 from rollflow.profile.ledger import Ledger
@@ -78,6 +78,7 @@ class Search:
         history: what was committed so far.
         flying: the rows that are on their way, by number.
         stopped: why it ended: "budget", "stop_at" or what `stop` was given; None before the end.
+        kinds: whether its rows are plain (False), guided (True), or some of both.
         queued: for the scheduler: whether it stands in the queue of plain and of guided rows.
     """
 
@@ -86,12 +87,15 @@ class Search:
         self.geometry, self.priority = brief.geometry, plan.request.priority
         self.flying: dict[int, Flight] = {}
         self.queued = [False, False]
+        self.kinds: tuple[bool, ...] = (False,)
         self.stopped: str | None = None
         self._lease, self._ledger, self._odds = lease, ledger, odds
+        self._budget, self._stop_at, self._trusted = plan.nfe, plan.request.stop_at, plan.trusted_from + 1e-9
         self._title, self._method = title(plan.request.method), plan.search()
         self._turn: Turn | None = None
         self._finals: list[Final] | None = None
         self._best: list[Particle] = []  # those judged best where rewards can be trusted, one for each finalist
+        self._bar = (-math.inf, 0)  # the rank of the last of them
         self._latest: Particle | None = None  # until there is one of those: the last particle, judged or not
         self._turns = self._rows = self._priors = 0
         self._proceed(None)
@@ -102,7 +106,7 @@ class Search:
         """How many rows can run now and are needed whatever happens."""
         if self._finals is not None:
             return 0 if guided else sum(bool(final.steps) and not final.waiting for final in self._finals)
-        return self._turn.waiting(guided) if self._turn is not None else 0
+        return self._turn.waiting[guided] if self._turn is not None else 0
 
     def take(self, guided: bool) -> Row | None:
         """The next of the waiting rows, in draw order; taking it issues it. None while there is no slot for it."""
@@ -113,6 +117,11 @@ class Search:
             return self._finishing(slot)
         assert self._turn is not None, "only a search with waiting rows is asked for one"
         return self._issue(*self._turn.next(guided), slot)
+
+    def may_run_ahead(self, guided: bool) -> bool:
+        """Whether there are rows that could run before it is known whether they are needed."""
+        turn = self._turn
+        return turn is not None and bool(turn.sequential) and next(turn.open(guided), None) is not None
 
     def chances(self, guided: bool, least: float = 0.0) -> Iterator[tuple[float, int]]:
         """Of the rows that `take_ahead` would give, the chance of each to be needed, if at least `least`; its draw."""
@@ -135,7 +144,17 @@ class Search:
 
     # What the device answers.
 
-    def deliver(self, row: Row, reward: float | None, invalid: bool = False) -> None:
+    def failed(self, row: Row, error: BaseException) -> None:
+        """Takes a row back that could not be evaluated.
+
+        Raises:
+            BaseException: the error, as soon as it is known that the row is needed; one that ran ahead may not be.
+        """
+        self.deliver(row, None, error=error)
+
+    def deliver(
+        self, row: Row, reward: float | None, invalid: bool = False, error: BaseException | None = None
+    ) -> None:
         """Takes an evaluated row back, and goes on as far as the rows that are back allow.
 
         Raises:
@@ -143,15 +162,21 @@ class Search:
             Exception: whatever the method itself raises.
         """
         flight = self.flying.pop(row.number)
-        if invalid:
-            flight = flight._replace(invalid=True)
-        flight.particle.reward, turn = reward, flight.turn
+        if invalid or error is not None:
+            flight = flight._replace(invalid=invalid, error=error)
+        flight.particle.judge(reward)
+        turn = flight.turn
         if turn is None and self._finals:
+            if error is not None:
+                raise error
             self._finished(flight)
         elif self._finals is not None or turn is None or turn is not self._turn or turn.draws[flight.draw].closed:
             self._drop(flight)
         else:
             needed, unneeded, successes = turn.commit(flight)
+            for one in needed:
+                if one.error is not None:
+                    raise one.error
             for one, success in zip(needed, successes, strict=False):
                 self._odds.observe(self._title, one.particle.step, success)
             for one in unneeded:
@@ -256,6 +281,8 @@ class Search:
                     f"the method {self._title} draws from {shown(particle)}: it may draw from the particles that it "
                     "was sent, but for those that a draw's `keep` let go"
                 )
+        if len(self.kinds) == 1 and any(draw.guide is not None for draw in draws):
+            self.kinds = (False, True)
         self._turns += 1
         self._turn = Turn([(d, *self._way(d)) for d in draws], self._turns, self._priors)
 
@@ -327,13 +354,13 @@ class Search:
     def _record(self, flight: Flight) -> None:
         particle, row = flight.particle, flight.row
         self.history.add(particle, flight.parent, row.kind, row.nfe, flight.invalid)
-        if self.history.committed > self.plan.nfe:
-            raise RequestError(f"the method {self._title} drew more than its budget of {self.plan.nfe} evaluations")
+        if self.history.committed > self._budget:
+            raise RequestError(f"the method {self._title} drew more than its budget of {self._budget} evaluations")
         if flight.prior is not None:
             self._priors = max(self._priors, flight.prior + 1)
         if flight.turn is None:
             return
-        if particle.reward is not None and particle.arrival.tau <= self.plan.trusted_from + 1e-9:
+        if particle.reward is not None and particle.arrival.tau <= self._trusted:
             self._compete(particle)
             if self._finals is not None:
                 return
@@ -347,19 +374,23 @@ class Search:
 
     def _compete(self, particle: Particle) -> None:
         """A trusted reward: the particle may become a finalist, or be good enough to end the search."""
-        ranked = sorted([*self._best, particle], key=rank, reverse=True)
-        before, self._latest = self._latest, None
-        self._best = ranked[: self.plan.finalists]
-        for other in (before, *ranked[self.plan.finalists :]):
-            self._let_go(other)
-        stop_at = self.plan.request.stop_at
-        if stop_at is not None and worth(particle) >= stop_at:
+        finalists = self.plan.finalists
+        if len(self._best) < finalists or rank(particle) > self._bar:  # of equal ones the first stays
+            ranked = sorted([*self._best, particle], key=rank, reverse=True)
+            before, self._latest = self._latest, None
+            self._best = ranked[:finalists]
+            self._bar = rank(self._best[-1])
+            for other in (before, *ranked[finalists:]):
+                self._let_go(other)
+        stop_at = self._stop_at
+        if stop_at is not None and particle.value >= stop_at:
             self._end_with(particle, "stop_at", self.plan.request.finish)
 
     def _let_go(self, particle: Particle | None) -> None:
         """Frees the slot of a particle that neither the method keeps nor the final comparison."""
-        wanted = (self._latest, *self._best, *(final.particle for final in self._finals or ()))
-        if particle is not None and not particle.kept and particle not in wanted:
+        if particle is None or particle.kept:
+            return
+        if particle not in (self._latest, *self._best, *(final.particle for final in self._finals or ())):
             particle.slot.release()
 
     def _drop(self, flight: Flight) -> None:

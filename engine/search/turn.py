@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from heapq import heappush, heappushpop
+from heapq import heappush, heapreplace
 from typing import NamedTuple
 
 from rollflow.draw import Draw
-from rollflow.methods.budget import worth
 from rollflow.row import Row
 from rollflow.sde import Step
 from rollflow.search.particle import Particle
@@ -24,6 +23,7 @@ class Flight(NamedTuple):
 
     `prior` says which of the request's samples of the prior it is; `draw` and `child` are its place in the turn, or of
     a step of the finish the finalist's number and -1. `turn` is None for a step of the finish.
+    `error` says why it was not evaluated.
     """
 
     row: Row
@@ -34,6 +34,7 @@ class Flight(NamedTuple):
     child: int
     prior: int | None
     invalid: bool = False
+    error: BaseException | None = None
 
 
 class Asked:
@@ -64,11 +65,13 @@ class Asked:
         keep = self.draw.keep
         if keep is None:
             return None
-        entry = (worth(particle), -particle.index, particle)  # of equal ones the last drawn goes first
-        if len(self.best) < keep:
-            heappush(self.best, entry)
+        best = self.best
+        if len(best) < keep:
+            heappush(best, (particle.value, -particle.index, particle))  # of equal ones the last drawn goes first
             return None
-        return heappushpop(self.best, entry)[2]
+        if (value := particle.value) <= best[0][0]:
+            return particle
+        return heapreplace(best, (value, -particle.index, particle))[2]
 
 
 class Turn:
@@ -78,38 +81,39 @@ class Turn:
         draws: what it yielded, with the coefficients of the way there, and of guided ones their reach.
         number: which turn of the search this is; it is part of the noise keys.
         prior: how many samples of the prior were drawn before.
+
+    Attributes:
+        draws: in order.
+        sequential: the places of those that wait for answers one by one.
+        waiting: how many rows can run now and are needed whatever happens, plain and guided ones.
     """
 
     def __init__(self, draws: Sequence[tuple[Draw, Step, float]], number: int, prior: int):
         self.number, self.draws = number, list[Asked]()
         self._ready: tuple[deque[int], deque[int]] = deque(), deque()  # draws with rows that can run, plain and guided
-        self._waiting = [0, 0]  # how many rows those are
-        self._sequential: list[int] = []
+        self.waiting = [0, 0]
+        self.sequential: list[int] = []
         self._recorded = (0, 0)  # draw and child that the history continues with
         for i, (draw, step, reach) in enumerate(draws):
             asked = Asked(draw, prior, step, reach)
             self.draws.append(asked)
             prior += draw.count if draw.parent is None else 0
             self._ready[asked.guided].append(i)
-            self._waiting[asked.guided] += 1 if asked.sequential else draw.count
+            self.waiting[asked.guided] += 1 if asked.sequential else draw.count
             if asked.sequential:
-                self._sequential.append(i)
+                self.sequential.append(i)
 
     @property
     def complete(self) -> bool:
         """Whether every draw has all its children, and all are recorded."""
         return self._recorded[0] == len(self.draws)
 
-    def waiting(self, guided: bool) -> int:
-        """How many rows can run now and are needed whatever happens."""
-        return self._waiting[guided]
-
     def next(self, guided: bool) -> tuple[int, int]:
         """Draw and child of the next of the waiting rows, in draw order; it counts as issued."""
         ready = self._ready[guided]
         i = ready[0]
         asked = self.draws[i]
-        self._waiting[guided] -= 1
+        self.waiting[guided] -= 1
         if asked.sequential or asked.issued + 1 == asked.draw.count:
             ready.popleft()
         return i, self.ahead(i)
@@ -122,7 +126,7 @@ class Turn:
 
     def open(self, guided: bool) -> Iterator[tuple[int, Asked]]:
         """The sequential draws that wait for an answer and of which further rows could run ahead of it."""
-        for i in self._sequential:
+        for i in self.sequential:
             asked = self.draws[i]
             if asked.guided is guided and asked.unknown and asked.issued < asked.limit:
                 yield i, asked
@@ -136,14 +140,14 @@ class Turn:
         """
         asked = self.draws[flight.draw]
         asked.judged[flight.child] = flight
-        if asked.sequential and worth(flight.particle) > asked.draw.until:
+        if asked.sequential and flight.particle.value > asked.draw.until:
             asked.limit = min(asked.limit, flight.child + 1)
         needed: list[Flight] = []
         successes: list[bool] = []
         while not asked.closed and (following := asked.judged.pop(len(asked.children), None)) is not None:
             asked.children.append(following)
             needed.append(following)
-            success = asked.sequential and worth(following.particle) > asked.draw.until
+            success = asked.sequential and following.particle.value > asked.draw.until
             asked.closed = success or len(asked.children) == asked.draw.count
             if asked.sequential:
                 successes.append(success)
@@ -153,7 +157,7 @@ class Turn:
             asked.judged.clear()
         elif asked.sequential and asked.issued == len(asked.children):
             self._ready[asked.guided].append(flight.draw)
-            self._waiting[asked.guided] += 1
+            self.waiting[asked.guided] += 1
         return needed, unneeded, successes
 
     def recordable(self) -> Iterator[Flight]:
