@@ -185,7 +185,7 @@ def test_chores_and_batches_take_turns():
         loop.step(0)
     while not loop.inbox.empty():
         loop.step(0)
-    assert order[:20] == ["chore", "batch"] * 10
+    assert order[:8] == ["chore", "batch"] * 4  # further on the search waits for answers now and then
 
 
 def test_rows_run_ahead_and_what_is_not_needed_is_wasted_and_counted():
