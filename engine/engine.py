@@ -295,6 +295,8 @@ class Engine:
     ) -> Iterator[tuple[int, Any]]:
         """Yields `(index, Result)` of requests as they finish; takes from the iterable only as many as run.
 
+        What is done is yielded before more is taken: the iterable must not wait for what was not yielded yet.
+
         Args:
             requests: prompts or `Request`s, also without end.
             concurrency: how many are in the engine at a time.

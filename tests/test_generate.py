@@ -259,6 +259,22 @@ def test_map_takes_no_more_from_its_iterator_than_run_and_yields_as_they_finish(
     assert_sound_soon(shared)
 
 
+def test_map_yields_what_is_done_before_it_takes_more(shared):
+    found = []
+
+    def requests():
+        yield bon()
+        while shared.stats().queued or shared.stats().running:  # until the first is done
+            pass
+        yield bon(seed=1)
+        assert found[:1] == [0]
+        yield bon(seed=2)
+
+    for index, _ in shared.map(requests(), concurrency=3):
+        found.append(index)
+    assert sorted(found) == [0, 1, 2]
+
+
 def test_map_holds_no_result_that_was_taken(shared):
     held, most = weakref.WeakSet(), 0
     for _, result in shared.map((bon(seed=i) for i in range(30)), concurrency=2):

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import PATIENCE, Gate, Lockstep, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
+from tiny import PATIENCE, Clock, Gate, Lockstep, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
 
 import rollflow
 from rollflow import Cancelled, Draw, EngineBusy, FunctionError, Job, RollflowError
@@ -98,6 +98,35 @@ def test_cancel_says_whether_it_came_in_time(shared, gate):
     over = shared.submit(bon())
     over.result()
     assert over.cancel() is False and over.status == "done" and over.result().committed_nfe == 4
+
+
+def test_what_a_job_waits_with_cannot_be_ended_by_others(shared, gate):
+    """Only `Job.cancel` ends a job: else the loop could not tell it its result."""
+    job, early = shared.submit(bon(reward=gate)), shared.submit(bon(reward=gate, seed=1))
+    assert not hasattr(job, "future")
+    assert job._future.cancel() is False and not job.done()
+    early._future.set_exception(ValueError("from elsewhere"))
+    gate.open.set()
+    assert job.result(PATIENCE).committed_nfe == early.best(PATIENCE).committed_nfe == 4
+    assert_sound(shared)
+
+
+def test_the_seconds_of_a_cancelled_job_stand_when_it_is_over_before_its_cancel_returns(gate, monkeypatch):
+    clock = Clock()
+    with engine(clock=clock) as made:
+        job = made.submit(rbf(reward=gate))
+        assert gate.called.wait(PATIENCE)
+        clock.pass_in(made, 5.0)
+        cancel = made._host.cancel
+
+        def cancel_and_wait(ticket):
+            cancel(ticket)
+            gate.open.set()
+            ended(job)
+            made.stats()  # by now nothing of it is left
+
+        monkeypatch.setattr(made._host, "cancel", cancel_and_wait)
+        assert job.cancel() and job.update.seconds == 5.0
 
 
 def test_a_queued_job_is_cancelled_at_once(gate):
