@@ -116,7 +116,7 @@ class Engine:
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
         self._host, self._render = Host(loop, runner, preparations), Rendering()
-        weakref.finalize(self, self._host.close, False).atexit = False  # the host sees to that
+        weakref.finalize(self, self._host.close, False, False).atexit = False  # the host sees to that
 
     @classmethod
     def from_pretrained(

@@ -39,8 +39,8 @@ class Owner(Protocol):
         """Raises where waiting would never end."""
         ...
 
-    def call_back(self, call: Callable[[], None]) -> None:
-        """Makes a call that may take its time, and not on the loop's thread."""
+    def call_back(self, job: object, call: Callable[[], None]) -> None:
+        """Makes a call of a job that may take its time, after those that came before of it, on a thread for that."""
         ...
 
     def clock(self) -> float:
@@ -182,8 +182,9 @@ class Job:
     def add_done_callback(self, function: Callable[[Job], object]) -> None:
         """Calls `function(job)` when it is over, or at once if it is over already.
 
-        Callbacks of an engine follow one another on a thread of their own, so that a slow one holds up no search. An
-        error of the function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
+        Callbacks of a job follow one another on a thread for callbacks, so that a slow one holds up no search and no
+        other job's; when nothing of the job is left in its engine, they are called on this thread. An error of the
+        function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
         """
         self._future.add_done_callback(lambda _: self._call_back(function))
 
@@ -199,7 +200,7 @@ class Job:
         if (owner := self._owner) is None:
             call()
         else:
-            owner.call_back(call)
+            owner.call_back(self, call)
 
     # Updates.
 

@@ -67,7 +67,7 @@ class Server:
 
     def check_waiting(self): ...
 
-    def call_back(self, call):
+    def call_back(self, job, call):
         call()
 
     def clock(self):

@@ -5,6 +5,7 @@ import gc
 import itertools
 import logging
 import pickle
+import queue
 import threading
 import weakref
 
@@ -14,6 +15,7 @@ from tiny import PATIENCE, Clock, Gate, Lockstep, Tiny, assert_sound, bon, brigh
 
 import rollflow
 from rollflow import Cancelled, Draw, EngineBusy, FunctionError, Job, RollflowError
+from rollflow.callbacks import MOST
 
 
 @pytest.fixture(scope="module")
@@ -204,16 +206,60 @@ def test_a_callback_that_exits_ends_neither_the_engine_nor_its_thread(shared, ga
 
 
 def test_callbacks_of_a_cancelled_and_of_a_failed_job(shared, gate):
-    statuses = []
+    called = queue.SimpleQueue()
+
+    def note(job):
+        called.put((job.status, threading.current_thread()))
+
     cancelled = shared.submit(bon(reward=gate))
-    cancelled.add_done_callback(lambda job: statuses.append(job.status))
+    cancelled.add_done_callback(note)
     cancelled.cancel()
+    status, thread = called.get(timeout=PATIENCE)
+    assert status == "cancelled" and thread is not threading.current_thread()  # who cancels waits for no callback
     gate.open.set()
     failed = shared.submit(bon(reward=lambda images, prompts: 1 / 0))
-    over = threading.Event()
-    failed.add_done_callback(lambda job: (statuses.append(job.status), over.set()))
-    assert over.wait(PATIENCE)
-    assert statuses == ["cancelled", "failed"]
+    failed.add_done_callback(note)
+    assert called.get(timeout=PATIENCE)[0] == "failed"
+
+
+def test_a_slow_callback_holds_up_those_of_its_own_job_alone(shared, gate):
+    order, slow, others, last = [], threading.Event(), threading.Event(), threading.Event()
+
+    def waits(job):
+        slow.set()
+        order.append(others.wait(PATIENCE))
+
+    job = shared.submit(bon(reward=gate))
+    job.add_done_callback(waits)
+    job.add_done_callback(lambda job: (order.append(job.id), last.set()))
+    gate.open.set()
+    assert slow.wait(PATIENCE)
+    for seed in range(3):
+        over = threading.Event()
+        shared.submit(bon(seed=seed)).add_done_callback(lambda job, over=over: over.set())
+        assert over.wait(PATIENCE)
+    assert order == []
+    others.set()
+    assert last.wait(PATIENCE) and order == [True, job.id]
+
+
+def test_callbacks_that_hang_leave_no_more_threads_than_are_allowed(gate):
+    called, over = [], threading.Event()
+
+    def waits(job):
+        called.append(job)
+        assert gate.open.wait(PATIENCE)
+        if len(called) == 12:
+            over.set()
+
+    with engine() as made:
+        for seed in range(12):
+            made.submit(bon(seed=seed)).add_done_callback(waits)
+        while len(called) < MOST or made.stats().running or made.stats().queued:
+            pass
+        assert len(called) == MOST == len(made._host._callbacks.threads)
+        gate.open.set()
+        assert over.wait(PATIENCE)
 
 
 def test_updates_come_as_rewards_do_and_end_with_the_last(shared):

@@ -249,6 +249,37 @@ def test_an_engine_that_is_dropped_ends_its_threads():
         assert not thread.is_alive()
 
 
+def test_whoever_drops_an_engine_does_not_wait_for_its_threads(gate, monkeypatch):
+    monkeypatch.setattr("rollflow.host.CLOSING", PATIENCE)
+    made, called = engine(), threading.Event()
+    job = made.submit(bon())
+    assert job.result(PATIENCE).committed_nfe == 4
+
+    def waits(job):
+        called.set()
+        gate.open.wait(PATIENCE)
+
+    made.submit(bon()).add_done_callback(waits)
+    assert called.wait(PATIENCE)
+    made.stats()  # by now nothing of the request is left
+    loop = made._host._thread
+    del made, job
+    gc.collect()
+    assert loop.is_alive()  # it waits for the callback, and nobody for it
+    gate.open.set()
+    loop.join(PATIENCE)
+    assert not loop.is_alive()
+
+
+def test_a_callback_that_hangs_is_told_of_when_its_engine_closes(gate, monkeypatch, caplog):
+    monkeypatch.setattr("rollflow.host.CLOSING", 0.2)
+    called = threading.Event()
+    with engine() as made:
+        made.submit(bon()).add_done_callback(lambda job: (called.set(), gate.open.wait(PATIENCE)))
+        assert called.wait(PATIENCE)
+    assert "threads of a closed engine are still in calls" in caplog.text
+
+
 def test_an_idle_engine_does_nothing():
     """Not one step of its loop, once it has answered: it waits for its inbox and for no time."""
     with engine() as made:
