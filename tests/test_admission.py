@@ -147,6 +147,19 @@ def test_a_request_that_waits_for_slots_is_not_overtaken_by_smaller_ones():
     assert driven.device.served == [0] * 6 + [1] * 8 + [2] * 2
 
 
+def test_who_is_cancelled_in_line_is_not_kept_while_its_head_waits():
+    driven = Driven(slots=4)
+    running, head, last = driven.submit(bon(4)), driven.submit(bon(4, seed=1)), driven.submit(bon(4, seed=2))
+    driven.settle()
+    for seed in range(100):
+        driven.cancel(driven.submit(bon(4, seed=seed)))
+        (line,) = driven.loop._admission._lines.values()
+        assert len(line) <= 4  # the two that wait, and no more others than these
+    driven.run()
+    assert running.finished and head.finished and last.finished and driven.device.served[4::4] == [1, 2]
+    driven.assert_empty()
+
+
 def test_no_memory_for_the_pool_fails_the_request_alone():
     class Full(Hand):
         full = True
