@@ -38,6 +38,12 @@ def test_results_come_in_the_order_of_the_requests(shared):
     assert shared.generate([]) == []
 
 
+def test_a_result_holds_its_own_image_alone(shared):
+    """And not the batch in which the images of several requests were made."""
+    for result in shared.generate([bon(seed=seed) for seed in range(8)]):
+        assert result.pixels.untyped_storage().nbytes() == result.pixels.nbytes == 3 * 8 * 8 * 4
+
+
 def test_the_first_error_is_raised_with_its_place_when_the_others_have_finished(shared):
     spent = []
     requests = [rbf(20), bon(reward=ill), rbf(30, seed=2), bon(reward=lambda images, prompts: 1 / 0)]
