@@ -130,6 +130,7 @@ class Host:
         if os.getpid() != self._process:
             return  # a forked child has none of the threads
         with self._lock:
+            self.preparations.closing = self.preparations.closing or not drain
             first, self.closed = not self.closed, True
             thread = self._thread
         if thread is None:
@@ -158,7 +159,7 @@ class Host:
         seconds = CLOSING if wait else 0.0
         left = self.runner.threads.close(seconds)
         self.runner.free()
-        self.preparations.conditioning.clear()
+        self.preparations.end()
         if self._callbacks is not None:
             left += self._callbacks.close(seconds)
         if left and wait:

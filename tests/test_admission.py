@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import PATIENCE, Driven, Gate, Hand, Tiny, assert_sound, bon, engine, rbf
+from tiny import PATIENCE, Driven, Gate, Hand, Tiny, assert_sound, bon, brightness, engine, rbf
 
 from rollflow import Draw, EngineBusy, RequestError, RollflowError, methods
 from rollflow.admission import promise
@@ -199,6 +199,25 @@ def test_a_prompt_that_was_forgotten_while_its_request_waited_is_encoded_again(m
         made.forget_prompts()
         gate.open.set()
         assert all(job.result(PATIENCE).committed_nfe == 4 for job in (first, *jobs))
+        assert_sound(made)
+
+
+def test_a_burst_of_prompts_leaves_no_more_encodings_than_are_kept(monkeypatch):
+    monkeypatch.setattr("rollflow.preparing.ENCODED_PROMPTS", 2)
+    gate = Gate()
+
+    class Waiting(Tiny):
+        def encode(self, prompts):
+            gate.called.set()
+            assert gate.open.wait(PATIENCE)
+            return super().encode(prompts)
+
+    with engine(Waiting()) as made:
+        jobs = [made.submit(f"prompt {i}", method="bon", steps=1, nfe=4, reward=brightness) for i in range(8)]
+        assert gate.called.wait(PATIENCE) and made.stats().queued == 8  # all have asked
+        gate.open.set()
+        assert all(job.result(PATIENCE).committed_nfe == 4 for job in jobs)
+        assert len(made._host.preparations.conditioning) == 2
         assert_sound(made)
 
 
