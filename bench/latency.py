@@ -26,6 +26,7 @@ from rich.table import Table
 from rollflow.bench import figures, intervals, prompt_sets
 from rollflow.bench.environment import environment
 from rollflow.bench.loads import Clock, Passage, Wall, closed_loop, open_loop, poisson
+from rollflow.bench.outputs import check_file, check_picture
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.job import Job
@@ -83,9 +84,8 @@ class Latency:
     def __call__(self) -> None:
         """Runs the closed and the open loops, prints the table, writes the files."""
         self._check()
-        for file in (self.json, self.plot):
-            if file:
-                file.touch()  # find out now, not after the work
+        check_file(self.json)  # find out now, not after the work
+        check_picture(self.plot)
         engine = Engine.from_pretrained(
             self.model, self.device, DTYPES[self.dtype], preview=self.preview, lanes=self.lanes
         )

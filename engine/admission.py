@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from rollflow.errors import EngineBusy, RollflowError, said
 from rollflow.models import Geometry
@@ -32,6 +33,7 @@ class Admission:
         self._slots, self._allocate, self._most = slots, allocate, most
         self.pools: dict[Geometry, Pool] = {}
         self._lines: dict[Geometry, list[tuple[float, int, Ticket]]] = {}
+        self._gone = Counter[Geometry]()  # those who ceased to wait since a line was last cleared of them
         self._lock, self.waiting = threading.Lock(), 0
 
     def enter(self, force: bool, expected: Callable[[], float]) -> None:
@@ -61,6 +63,7 @@ class Admission:
             ticket.queued = False
             with self._lock:
                 self.waiting -= 1
+                self._gone[ticket.geometry] += 1
 
     def line_up(self, ticket: Ticket) -> None:
         """All that a request needs is prepared, but for its slots."""
@@ -76,7 +79,8 @@ class Admission:
             settle: makes the last change to a request's plan, or ends the request, before its slots are counted.
             refuse: ends a request with an error.
         """
-        for line in self._lines.values():
+        for geometry, line in self._lines.items():
+            self._clear(geometry, line)
             while line:
                 ticket = line[0][2]
                 if not ticket.over:
@@ -93,6 +97,13 @@ class Admission:
                 if lease is not None:
                     self.leave(ticket)
                     yield ticket, lease
+
+    def _clear(self, geometry: Geometry, line: list[tuple[float, int, Ticket]]) -> None:
+        """Takes those out of a line who are over, once they may be half of it: its head may wait for long."""
+        if line and 2 * self._gone[geometry] >= len(line):
+            line[:] = [place for place in line if not place[2].over]
+            heapify(line)
+            self._gone[geometry] = 0
 
     def _no_room(self, geometry: Geometry, error: Exception) -> RollflowError:
         size = f"{geometry.height}x{geometry.width}"

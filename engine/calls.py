@@ -53,7 +53,7 @@ def follow(jobs: Jobs, on_progress: Callable[[Progress], None] | None) -> None:
     """Waits for all jobs, and tells how far they are."""
     running = [job for job in jobs if isinstance(job, Job)]
     if on_progress is None:
-        concurrent.futures.wait([job.future for job in running])
+        concurrent.futures.wait([job._future for job in running])
         return
     changed, told = threading.Event(), None
     with ExitStack() as watches:
@@ -99,12 +99,21 @@ def mapped(
     concurrency: int,
     return_exceptions: bool,
 ) -> Iterator[tuple[int, Any]]:
-    """Yields `(index, result)` of requests as they finish, `concurrency` of them at a time; see `Engine.map`."""
+    """Yields `(index, result)` of requests as they finish, `concurrency` of them at a time; see `Engine.map`.
+
+    What is done is yielded before more is taken: what comes next may depend on it.
+    """
     running: dict[concurrent.futures.Future, tuple[int, Job]] = {}
     numbered = enumerate(_each(requests))
     try:
         while True:
-            while len(running) < concurrency and (one := next(numbered, None)) is not None:
+            for future in [future for future in running if future.done()]:
+                index, job = running.pop(future)
+                failure = job.exception()
+                if failure is not None and not return_exceptions:
+                    raise indexed(failure, index, 2) from failure.__cause__
+                yield index, job.result() if failure is None else failure
+            if len(running) < concurrency and (one := next(numbered, None)) is not None:
                 try:
                     job = submit(one[1])
                 except RollflowError as error:
@@ -112,16 +121,12 @@ def mapped(
                         raise indexed(error, one[0], 2) from error.__cause__
                     yield one[0], error
                 else:
-                    running[job.future] = one[0], job
-            if not running:
+                    running[job._future] = one[0], job
+            elif running:
+                check_waiting()
+                concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+            else:
                 return
-            check_waiting()
-            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
-                index, job = running.pop(future)
-                failure = job.exception()
-                if failure is not None and not return_exceptions:
-                    raise indexed(failure, index, 2) from failure.__cause__
-                yield index, job.result() if failure is None else failure
     finally:
         cancel([job for _, job in running.values()])
 

@@ -22,14 +22,8 @@ MOST_PIXELS = 2**16  # of a side
 MOST_SECONDS = 1e9
 MOST_GUIDANCE = 1e6
 MOST_NOISE = 1e4  # of an element of given noise, whose variance should be 1
-_RESERVED = (
-    "name",
-    "method",
-    "nfe",
-    "steps",
-    "finish",
-    "seed",
-)  # what `methods.make` and `holds` are given beside options
+# What `methods.make` and `holds` are given beside options.
+_RESERVED = ("name", "method", "nfe", "steps", "finish", "seed")
 
 
 def request(asked: Request) -> Request:

@@ -116,7 +116,7 @@ class Engine:
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
         self._host, self._render = Host(loop, runner, preparations), Rendering()
-        weakref.finalize(self, self._host.close, False).atexit = False  # the host sees to that
+        weakref.finalize(self, self._host.close, False, False).atexit = False  # the host sees to that
 
     @classmethod
     def from_pretrained(
@@ -294,6 +294,8 @@ class Engine:
         **options: Any,
     ) -> Iterator[tuple[int, Any]]:
         """Yields `(index, Result)` of requests as they finish; takes from the iterable only as many as run.
+
+        What is done is yielded before more is taken: the iterable must not wait for what was not yielded yet.
 
         Args:
             requests: prompts or `Request`s, also without end.

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from rollflow.callbacks import Callbacks
 from rollflow.device.runner import Runner
-from rollflow.device.workers import Threads
 from rollflow.errors import EngineClosed, EngineDead, RollflowError, said
 from rollflow.loop import Loop
 from rollflow.models import Geometry
@@ -41,7 +41,7 @@ class Host:
         self.loop, self.runner, self.preparations = loop, runner, preparations
         self.closed = False
         self._thread: threading.Thread | None = None
-        self._callbacks: Threads | None = None
+        self._callbacks: Callbacks | None = None
         self._lock, self._process = threading.Lock(), os.getpid()
         _HOSTS.add(self)
 
@@ -57,9 +57,8 @@ class Host:
             if self.closed:
                 raise EngineClosed("the engine was closed: make a new one")
             if self._thread is None:
-                self._callbacks = Threads(1, "rollflow-callbacks", _nothing)
-                arguments = (self.loop, self.runner, self.preparations, self._callbacks)
-                self._thread = threading.Thread(target=_run, args=arguments, name="rollflow-loop", daemon=True)
+                self._callbacks = Callbacks()
+                self._thread = threading.Thread(target=self._run, name="rollflow-loop", daemon=True)
                 self._thread.start()
 
     def do(self, work: Callable[[], T]) -> T:
@@ -106,11 +105,10 @@ class Host:
         """Seconds, as the loop counts them."""
         return self.loop.clock()
 
-    def call_back(self, call: Callable[[], None]) -> None:
-        """Makes a call on this thread, or if that is the loop's, which nobody may hold up, on one for callbacks."""
-        if self._callbacks is not None and threading.current_thread() is self._thread:
-            self._callbacks.post(call)
-        else:
+    def call_back(self, job: object, call: Callable[[], None]) -> None:
+        """Makes a call of a job on a thread for callbacks, or where there is none, on this one."""
+        callbacks = self._callbacks if os.getpid() == self._process else None  # a forked child has none
+        if callbacks is None or not callbacks.post(job, call):
             call()
 
     @property
@@ -127,20 +125,45 @@ class Host:
                 "`submit`, and wait for them on a thread of your own"
             )
 
-    def close(self, drain: bool) -> None:
-        """See `rollflow.Engine.close`."""
+    def close(self, drain: bool, wait: bool = True) -> None:
+        """See `rollflow.Engine.close`; without `wait` it only begins, and the threads end by themselves."""
         if os.getpid() != self._process:
             return  # a forked child has none of the threads
         with self._lock:
+            self.preparations.closing = self.preparations.closing or not drain
             first, self.closed = not self.closed, True
             thread = self._thread
         if thread is None:
             if first:
-                _end(self.runner, self.preparations)
+                self._end(wait)
             return
         self.loop.close(drain)
-        if threading.current_thread() not in self._own_threads:
+        if wait and threading.current_thread() not in self._own_threads:
             thread.join()
+
+    def _run(self) -> None:
+        """What its thread does; a host whose engine was dropped is there until it is done."""
+        running = True
+        while running:
+            try:
+                running = self.loop.step()
+            except BaseException as error:
+                LOG.exception("the loop of an engine met a fault of rollflow")
+                dead = EngineDead(f"a fault of rollflow ended the engine ({said(error)}): please report it")
+                dead.__cause__ = error
+                self.loop.fail(dead)
+        self._end(wait=True)
+
+    def _end(self, wait: bool) -> None:
+        """Gives threads and memory back; where it waits for the threads, it says how many did not end."""
+        seconds = CLOSING if wait else 0.0
+        left = self.runner.threads.close(seconds)
+        self.runner.free()
+        self.preparations.end()
+        if self._callbacks is not None:
+            left += self._callbacks.close(seconds)
+        if left and wait:
+            LOG.warning("%d threads of a closed engine are still in calls that do not come back", len(left))
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -160,28 +183,6 @@ def _close_all() -> None:
         host.close(drain=False)
 
 
-def _run(loop: Loop, runner: Runner, preparations: Preparations, callbacks: Threads) -> None:
-    running = True
-    while running:
-        try:
-            running = loop.step()
-        except BaseException as error:
-            LOG.exception("the loop of an engine met a fault of rollflow")
-            dead = EngineDead(f"a fault of rollflow ended the engine ({said(error)}): please report it")
-            dead.__cause__ = error
-            loop.fail(dead)
-    _end(runner, preparations)
-    callbacks.close(CLOSING)
-
-
-def _end(runner: Runner, preparations: Preparations) -> None:
-    left = runner.threads.close(CLOSING)
-    if left:
-        LOG.warning("%d threads of a closed engine are still in calls that do not come back", len(left))
-    runner.free()
-    preparations.conditioning.clear()
-
-
 def _into(future: concurrent.futures.Future[T], work: Callable[[], T]) -> None:
     try:
         _settle(future, work(), None)
@@ -194,7 +195,3 @@ def _settle(future: concurrent.futures.Future, value: Any, error: BaseException 
         future.set_result(value)
     else:
         future.set_exception(error)
-
-
-def _nothing() -> None:
-    pass

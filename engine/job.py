@@ -7,7 +7,7 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -39,8 +39,8 @@ class Owner(Protocol):
         """Raises where waiting would never end."""
         ...
 
-    def call_back(self, call: Callable[[], None]) -> None:
-        """Makes a call that may take its time, and not on the loop's thread."""
+    def call_back(self, job: object, call: Callable[[], None]) -> None:
+        """Makes a call of a job that may take its time, after those that came before of it, on a thread for that."""
         ...
 
     def clock(self) -> float:
@@ -100,7 +100,8 @@ class Job:
         self._owner: Owner | None = owner  # until nothing more will come: a job does not keep its engine alive
         self._render, self._rendered = render, dict[int, Result]()
         self._ticket: Ticket | None = None
-        self.future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
+        self._future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
+        self._future.set_running_or_notify_cancel()  # it ends by `cancel` of the job alone
         self._best: concurrent.futures.Future[Finished | None] = concurrent.futures.Future()
         self._status: Status = "queued"
         self._lock = threading.Lock()
@@ -118,7 +119,7 @@ class Job:
 
     def done(self) -> bool:
         """Whether it is over, however it ended."""
-        return self.future.done()
+        return self._future.done()
 
     def cancelled(self) -> bool:
         """Whether it was cancelled."""
@@ -139,8 +140,8 @@ class Job:
             Cancelled: the job was cancelled.
             RollflowError: what made this request fail; its cause is the original error.
         """
-        self._wait(self.future, timeout)
-        return self._result(self.future.result())
+        self._wait(self._future, timeout)
+        return self._result(self._future.result())
 
     def _result(self, finished: Finished) -> Result:
         """Made when it is first asked for, on the caller's thread: a long history takes its time."""
@@ -151,8 +152,8 @@ class Job:
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Waits for the end; the error that `result` would raise, or None."""
-        self._wait(self.future, timeout)
-        return self.future.exception()
+        self._wait(self._future, timeout)
+        return self._future.exception()
 
     def best(self, timeout: float | None = None) -> Result | None:
         """Of a job that is over its result; of a cancelled one the best that it had found, None if there was nothing.
@@ -181,10 +182,11 @@ class Job:
     def add_done_callback(self, function: Callable[[Job], object]) -> None:
         """Calls `function(job)` when it is over, or at once if it is over already.
 
-        Callbacks of an engine follow one another on a thread of their own, so that a slow one holds up no search. An
-        error of the function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
+        Callbacks of a job follow one another on a thread for callbacks, so that a slow one holds up no search and no
+        other job's; when nothing of the job is left in its engine, they are called on this thread. An error of the
+        function is logged and harms nobody. It must not wait for the engine: `submit` works in it.
         """
-        self.future.add_done_callback(lambda _: self._call_back(function))
+        self._future.add_done_callback(lambda _: self._call_back(function))
 
     def _call_back(self, function: Callable[[Job], object]) -> None:
         def call() -> None:
@@ -198,7 +200,7 @@ class Job:
         if (owner := self._owner) is None:
             call()
         else:
-            owner.call_back(call)
+            owner.call_back(self, call)
 
     # Updates.
 
@@ -209,7 +211,7 @@ class Job:
         if history is None:
             return None
         owner = self._owner
-        now = self._ended if owner is None or self.future.done() else owner.clock()
+        now = self._ended if owner is None or self._future.done() else owner.clock()
         seconds = max(0.0, now - self._started)
         return Update(history.committed, history.executed, history.best, history.level, seconds, self)
 
@@ -218,7 +220,7 @@ class Job:
         changed = threading.Event()
         with self.watched(changed.set):
             while True:
-                over = self.future.done()
+                over = self._future.done()
                 if (update := self.update) is not None:
                     yield update
                 if over:
@@ -232,7 +234,7 @@ class Job:
         wake = Wake(asyncio.get_running_loop())
         with self.watched(wake):
             while True:
-                over = self.future.done()
+                over = self._future.done()
                 if (update := self.update) is not None:
                     yield update
                 if over:
@@ -249,13 +251,13 @@ class Job:
         except asyncio.CancelledError:
             self.cancel()
             raise
-        return self._result(self.future.result())
+        return self._result(self._future.result())
 
     async def over(self) -> None:
         """Waits until it is over, however it ends."""
         wake = Wake(asyncio.get_running_loop())
-        self.future.add_done_callback(lambda _: wake())
-        while not self.future.done():
+        self._future.add_done_callback(lambda _: wake())
+        while not self._future.done():
             self._check()
             await wake.wait()
 
@@ -264,7 +266,7 @@ class Job:
         return self._watchers.watched(wake)
 
     def _check(self) -> None:
-        if (owner := self._owner) is not None and not self.future.done():
+        if (owner := self._owner) is not None and not self._future.done():
             owner.check_waiting()
 
     def _wait(self, future: concurrent.futures.Future, timeout: float | None) -> None:
@@ -276,7 +278,7 @@ class Job:
 
     def _image(self, timeout: float | None) -> Image.Image | None:
         owner, ticket = self._owner, self._ticket
-        if owner is None or ticket is None or self.future.done():
+        if owner is None or ticket is None or self._future.done():
             best = self.best(timeout) if self._status in ("done", "cancelled") else None
             return None if best is None else best.image
         owner.check_waiting()
@@ -284,7 +286,7 @@ class Job:
         if not concurrent.futures.wait([peeked], timeout).done:
             raise TimeoutError(f"the image of the job {shown(self.id)} was not there within {timeout:g} s")
         image = peeked.result()
-        if image is None and self.future.done():  # it ended in between
+        if image is None and self._future.done():  # it ended in between
             return self._image(timeout)
         return image
 
@@ -334,6 +336,8 @@ class Job:
             if self._status not in ("queued", "running"):
                 return False
             self._status = status
+            if (owner := self._owner) is not None:
+                self._ended = owner.clock()  # before anybody can see that it is over
             return True
 
     def _settled(self) -> None:
@@ -341,10 +345,9 @@ class Job:
         self._owner = self._ticket = self._keep = None
 
     def _finish(self, result: Finished | None = None, error: BaseException | None = None) -> None:
-        if (owner := self._owner) is not None:
-            self._ended = owner.clock()
-        if result is not None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+        with suppress(concurrent.futures.InvalidStateError):  # on the loop's thread an error would end the engine
+            if result is not None:
+                self._future.set_result(result)
+            else:
+                self._future.set_exception(error)
         self._watchers.wake()

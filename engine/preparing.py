@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from functools import partial
+from threading import Thread
 from typing import Any
 
 from rollflow.device import calibrate
 from rollflow.device.attempts import model_error
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
+from rollflow.errors import EngineClosed
 from rollflow.models import Geometry
 from rollflow.schedule.cost import CostModel
 
@@ -42,6 +45,7 @@ class Preparations:
         chores: work for a lane.
         changed: called when the lanes were chosen.
         pinned: whether no encoding may be forgotten, because the encoders are gone.
+        closing: whether nothing more is to be prepared; of any thread.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Preparations:
         self.costs: dict[Geometry, CostModel] = {}
         self.chores: deque[Chore] = deque()
         self.changed: Callable[[], None] = lambda: None
-        self.pinned = False
+        self.pinned = self.closing = False
         self._assumed = CostModel.assumed(runner.usual)
         self._waiting: dict[Need, list[Callable[[BaseException | None], None]]] = {}
 
@@ -113,7 +117,16 @@ class Preparations:
             for prompt in list(self.conditioning)[: max(0, len(self.conditioning) - keep)]:
                 del self.conditioning[prompt]
 
+    def end(self) -> None:
+        """Prepares nothing more, and tells those who still wait."""
+        self.closing = True
+        for need in [*self._waiting]:
+            self._tell(need, _closed())
+        self.conditioning.clear()
+
     def _advance(self, need: Need, steps: Steps, value: Any, error: BaseException | None) -> None:
+        if self.closing:
+            error = error or _closed()
         try:
             work = steps.send(value) if error is None else steps.throw(error)
         except StopIteration:
@@ -129,18 +142,22 @@ class Preparations:
 
     def _encoding(self, prompt: str) -> Steps:
         """A prompt is encoded alone, so that its bits do not depend on its company."""
-        self.forget(ENCODED_PROMPTS)
         (self.conditioning[prompt],) = yield partial(self.runner.model.encode, [prompt])
+        self.forget(ENCODED_PROMPTS)
 
     def _measuring(self, geometry: Geometry, prompt: str) -> Steps:
         runner, model = self.runner, self.runner.model
         if prompt not in self.conditioning:
-            yield _nothing  # its encoding, which was asked for before, is the chore in front of this one
-        conditioning = self.conditioning[prompt]
+            yield _nothing  # its encoding was asked for before this
+        if prompt not in self.conditioning:  # and forgotten again
+            (conditioning,) = yield partial(model.encode, [prompt])
+        else:
+            conditioning = self.conditioning[prompt]
         if model.device.type == "cpu" and model.capabilities.recordable:
             yield partial(model.record, geometry, conditioning)  # type: ignore[attr-defined]
         if self._choose:
-            self._choose_lanes(geometry, conditioning)
+            chosen = yield partial(self._best_lanes, geometry, conditioning)
+            self._choose_lanes(*chosen)
         known = (model, geometry, conditioning)
         seconds = yield from calibrate.measured(
             *known, runner.usual, runner.threads.threads, runner.preview, self._keep
@@ -152,11 +169,31 @@ class Preparations:
             seconds = yield from calibrate.replayed([*seconds], *known, runner.preview, replay)
         self._set(geometry, seconds)  # last: what failed is tried again, not skipped
 
-    def _choose_lanes(self, geometry: Geometry, conditioning: Any) -> None:
-        """Before anything runs: how many lanes of how many threads are fastest."""
+    def _best_lanes(self, geometry: Geometry, conditioning: Any) -> tuple[int, int]:
+        """How many lanes of how many threads are fastest; on a lane, before any batch runs.
+
+        The lane waits for a thread that has all cores, as lanes have only theirs.
+        """
+        chosen: Future[tuple[int, int]] = Future()
+
+        def check() -> None:
+            if self.closing:
+                raise _closed()
+
+        def choose() -> None:
+            try:
+                model, preview = self.runner.model, self.runner.preview
+                chosen.set_result(calibrate.best_lanes(model, geometry, conditioning, preview, check))
+            except BaseException as error:
+                chosen.set_exception(error)
+
+        Thread(target=choose, name="rollflow-choice", daemon=True).start()
+        return chosen.result()
+
+    def _choose_lanes(self, count: int, threads: int) -> None:
+        """Works on so many lanes from now on; nothing runs yet, and the lane that measured is at its end."""
         runner = self.runner
-        count, threads = calibrate.best_lanes(runner.model, geometry, conditioning, runner.preview)
-        if (count, threads) != (runner.threads.count, runner.threads.threads):
+        if self._choose and (count, threads) != (runner.threads.count, runner.threads.threads):
             runner.threads.close()
             runner.use(Lanes(runner.model.device, count, threads))
             self.changed()
@@ -165,6 +202,10 @@ class Preparations:
     def _set(self, geometry: Geometry, seconds: dict[int, float]) -> None:
         self.costs[geometry] = CostModel(seconds)
         self.runner.buckets[geometry] = tuple(sorted(seconds))
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine was closed: make a new one")
 
 
 def _nothing() -> None:

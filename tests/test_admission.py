@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import PATIENCE, Driven, Gate, Hand, Tiny, assert_sound, bon, engine, rbf
+from tiny import PATIENCE, Driven, Gate, Hand, Tiny, assert_sound, bon, brightness, engine, rbf
 
 from rollflow import Draw, EngineBusy, RequestError, RollflowError, methods
 from rollflow.admission import promise
@@ -147,6 +147,19 @@ def test_a_request_that_waits_for_slots_is_not_overtaken_by_smaller_ones():
     assert driven.device.served == [0] * 6 + [1] * 8 + [2] * 2
 
 
+def test_who_is_cancelled_in_line_is_not_kept_while_its_head_waits():
+    driven = Driven(slots=4)
+    running, head, last = driven.submit(bon(4)), driven.submit(bon(4, seed=1)), driven.submit(bon(4, seed=2))
+    driven.settle()
+    for seed in range(100):
+        driven.cancel(driven.submit(bon(4, seed=seed)))
+        (line,) = driven.loop._admission._lines.values()
+        assert len(line) <= 4  # the two that wait, and no more others than these
+    driven.run()
+    assert running.finished and head.finished and last.finished and driven.device.served[4::4] == [1, 2]
+    driven.assert_empty()
+
+
 def test_no_memory_for_the_pool_fails_the_request_alone():
     class Full(Hand):
         full = True
@@ -186,6 +199,25 @@ def test_a_prompt_that_was_forgotten_while_its_request_waited_is_encoded_again(m
         made.forget_prompts()
         gate.open.set()
         assert all(job.result(PATIENCE).committed_nfe == 4 for job in (first, *jobs))
+        assert_sound(made)
+
+
+def test_a_burst_of_prompts_leaves_no_more_encodings_than_are_kept(monkeypatch):
+    monkeypatch.setattr("rollflow.preparing.ENCODED_PROMPTS", 2)
+    gate = Gate()
+
+    class Waiting(Tiny):
+        def encode(self, prompts):
+            gate.called.set()
+            assert gate.open.wait(PATIENCE)
+            return super().encode(prompts)
+
+    with engine(Waiting()) as made:
+        jobs = [made.submit(f"prompt {i}", method="bon", steps=1, nfe=4, reward=brightness) for i in range(8)]
+        assert gate.called.wait(PATIENCE) and made.stats().queued == 8  # all have asked
+        gate.open.set()
+        assert all(job.result(PATIENCE).committed_nfe == 4 for job in jobs)
+        assert len(made._host.preparations.conditioning) == 2
         assert_sound(made)
 
 

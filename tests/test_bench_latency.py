@@ -67,7 +67,7 @@ class Server:
 
     def check_waiting(self): ...
 
-    def call_back(self, call):
+    def call_back(self, job, call):
         call()
 
     def clock(self):
@@ -264,3 +264,10 @@ def test_options_are_checked_before_anything_is_loaded(options, capsys, monkeypa
     monkeypatch.setattr(Engine, "from_pretrained", None)
     assert main(["latency", *options]) == 2
     assert "above 0" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    for options, why in (({"json": tmp_path}, "cannot be written"), ({"plot": tmp_path / "a.txt"}, "must end in")):
+        with pytest.raises(RequestError, match=why):
+            Latency(**options)()
+    assert not [*tmp_path.iterdir()]

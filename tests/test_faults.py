@@ -271,6 +271,26 @@ def test_a_device_out_of_memory(buckets, lanes):
         assert_sound(small)
 
 
+@pytest.mark.parametrize("fits", [7, 3, 1])
+def test_a_row_whose_padding_does_not_fit_is_padded_less(fits):
+    class Small(Tiny):
+        def __init__(self):
+            self.sizes = []
+
+        def velocity(self, x, tau, conditioning, guidance, geometry):
+            self.sizes.append(len(x))
+            if len(x) > fits:
+                raise torch.OutOfMemoryError(f"{len(x)} rows do not fit")
+            return super().velocity(x, tau, conditioning, guidance, geometry)
+
+    with engine(Small(), buckets=(16,)) as made:
+        with pytest.warns(RuntimeWarning, match="did not fit into the device's memory"):
+            assert made.generate(bon(1)).committed_nfe == 1
+        sizes = made.model.sizes
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] == 16 and 0 < sizes[-1] <= fits < sizes[-2]
+        assert_sound(made)
+
+
 def test_a_device_out_of_memory_makes_the_images_of_one_search_fewer_at_a_time():
     class Small(Tiny):
         capabilities, most, failed = Capabilities(preview=True), 3, 0

@@ -38,6 +38,12 @@ def test_results_come_in_the_order_of_the_requests(shared):
     assert shared.generate([]) == []
 
 
+def test_a_result_holds_its_own_image_alone(shared):
+    """And not the batch in which the images of several requests were made."""
+    for result in shared.generate([bon(seed=seed) for seed in range(8)]):
+        assert result.pixels.untyped_storage().nbytes() == result.pixels.nbytes == 3 * 8 * 8 * 4
+
+
 def test_the_first_error_is_raised_with_its_place_when_the_others_have_finished(shared):
     spent = []
     requests = [rbf(20), bon(reward=ill), rbf(30, seed=2), bon(reward=lambda images, prompts: 1 / 0)]
@@ -257,6 +263,22 @@ def test_map_takes_no_more_from_its_iterator_than_run_and_yields_as_they_finish(
     assert len(found) > 10 and found.index(1) >= 10  # the others were not held up
     running.close()
     assert_sound_soon(shared)
+
+
+def test_map_yields_what_is_done_before_it_takes_more(shared):
+    found = []
+
+    def requests():
+        yield bon()
+        while shared.stats().queued or shared.stats().running:  # until the first is done
+            pass
+        yield bon(seed=1)
+        assert found[:1] == [0]
+        yield bon(seed=2)
+
+    for index, _ in shared.map(requests(), concurrency=3):
+        found.append(index)
+    assert sorted(found) == [0, 1, 2]
 
 
 def test_map_holds_no_result_that_was_taken(shared):

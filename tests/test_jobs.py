@@ -5,15 +5,17 @@ import gc
 import itertools
 import logging
 import pickle
+import queue
 import threading
 import weakref
 
 import pytest
 import torch
-from tiny import PATIENCE, Gate, Lockstep, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
+from tiny import PATIENCE, Clock, Gate, Lockstep, Tiny, assert_sound, bon, brightness, ended, engine, fingerprint, rbf
 
 import rollflow
 from rollflow import Cancelled, Draw, EngineBusy, FunctionError, Job, RollflowError
+from rollflow.callbacks import MOST
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,35 @@ def test_cancel_says_whether_it_came_in_time(shared, gate):
     assert over.cancel() is False and over.status == "done" and over.result().committed_nfe == 4
 
 
+def test_what_a_job_waits_with_cannot_be_ended_by_others(shared, gate):
+    """Only `Job.cancel` ends a job: else the loop could not tell it its result."""
+    job, early = shared.submit(bon(reward=gate)), shared.submit(bon(reward=gate, seed=1))
+    assert not hasattr(job, "future")
+    assert job._future.cancel() is False and not job.done()
+    early._future.set_exception(ValueError("from elsewhere"))
+    gate.open.set()
+    assert job.result(PATIENCE).committed_nfe == early.best(PATIENCE).committed_nfe == 4
+    assert_sound(shared)
+
+
+def test_the_seconds_of_a_cancelled_job_stand_when_it_is_over_before_its_cancel_returns(gate, monkeypatch):
+    clock = Clock()
+    with engine(clock=clock) as made:
+        job = made.submit(rbf(reward=gate))
+        assert gate.called.wait(PATIENCE)
+        clock.pass_in(made, 5.0)
+        cancel = made._host.cancel
+
+        def cancel_and_wait(ticket):
+            cancel(ticket)
+            gate.open.set()
+            ended(job)
+            made.stats()  # by now nothing of it is left
+
+        monkeypatch.setattr(made._host, "cancel", cancel_and_wait)
+        assert job.cancel() and job.update.seconds == 5.0
+
+
 def test_a_queued_job_is_cancelled_at_once(gate):
     with engine(slots=8) as small:
         first = small.submit(bon(8, reward=gate))
@@ -175,16 +206,60 @@ def test_a_callback_that_exits_ends_neither_the_engine_nor_its_thread(shared, ga
 
 
 def test_callbacks_of_a_cancelled_and_of_a_failed_job(shared, gate):
-    statuses = []
+    called = queue.SimpleQueue()
+
+    def note(job):
+        called.put((job.status, threading.current_thread()))
+
     cancelled = shared.submit(bon(reward=gate))
-    cancelled.add_done_callback(lambda job: statuses.append(job.status))
+    cancelled.add_done_callback(note)
     cancelled.cancel()
+    status, thread = called.get(timeout=PATIENCE)
+    assert status == "cancelled" and thread is not threading.current_thread()  # who cancels waits for no callback
     gate.open.set()
     failed = shared.submit(bon(reward=lambda images, prompts: 1 / 0))
-    over = threading.Event()
-    failed.add_done_callback(lambda job: (statuses.append(job.status), over.set()))
-    assert over.wait(PATIENCE)
-    assert statuses == ["cancelled", "failed"]
+    failed.add_done_callback(note)
+    assert called.get(timeout=PATIENCE)[0] == "failed"
+
+
+def test_a_slow_callback_holds_up_those_of_its_own_job_alone(shared, gate):
+    order, slow, others, last = [], threading.Event(), threading.Event(), threading.Event()
+
+    def waits(job):
+        slow.set()
+        order.append(others.wait(PATIENCE))
+
+    job = shared.submit(bon(reward=gate))
+    job.add_done_callback(waits)
+    job.add_done_callback(lambda job: (order.append(job.id), last.set()))
+    gate.open.set()
+    assert slow.wait(PATIENCE)
+    for seed in range(3):
+        over = threading.Event()
+        shared.submit(bon(seed=seed)).add_done_callback(lambda job, over=over: over.set())
+        assert over.wait(PATIENCE)
+    assert order == []
+    others.set()
+    assert last.wait(PATIENCE) and order == [True, job.id]
+
+
+def test_callbacks_that_hang_leave_no_more_threads_than_are_allowed(gate):
+    called, over = [], threading.Event()
+
+    def waits(job):
+        called.append(job)
+        assert gate.open.wait(PATIENCE)
+        if len(called) == 12:
+            over.set()
+
+    with engine() as made:
+        for seed in range(12):
+            made.submit(bon(seed=seed)).add_done_callback(waits)
+        while len(called) < MOST or made.stats().running or made.stats().queued:
+            pass
+        assert len(called) == MOST == len(made._host._callbacks.threads)
+        gate.open.set()
+        assert over.wait(PATIENCE)
 
 
 def test_updates_come_as_rewards_do_and_end_with_the_last(shared):

@@ -8,9 +8,11 @@ import threading
 import weakref
 
 import pytest
-from tiny import PATIENCE, SIZE, Clock, Driven, Gate, assert_sound, bon, engine, rbf
+import torch
+from tiny import PATIENCE, SIZE, Clock, Driven, Gate, Tiny, assert_sound, bon, engine, rbf
 
-from rollflow import Cancelled, EngineClosed
+from rollflow import Cancelled, Engine, EngineClosed
+from rollflow.models import Capabilities
 
 
 @pytest.fixture
@@ -247,6 +249,110 @@ def test_an_engine_that_is_dropped_ends_its_threads():
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def test_whoever_drops_an_engine_does_not_wait_for_its_threads(gate, monkeypatch):
+    monkeypatch.setattr("rollflow.host.CLOSING", PATIENCE)
+    made, called = engine(), threading.Event()
+    job = made.submit(bon())
+    assert job.result(PATIENCE).committed_nfe == 4
+
+    def waits(job):
+        called.set()
+        gate.open.wait(PATIENCE)
+
+    made.submit(bon()).add_done_callback(waits)
+    assert called.wait(PATIENCE)
+    made.stats()  # by now nothing of the request is left
+    loop = made._host._thread
+    del made, job
+    gc.collect()
+    assert loop.is_alive()  # it waits for the callback, and nobody for it
+    gate.open.set()
+    loop.join(PATIENCE)
+    assert not loop.is_alive()
+
+
+class Measured(Tiny):
+    """A model that can be measured, and says when it is called first, and answers when it is let go."""
+
+    def __init__(self, gate, signature):
+        self.gate, self.capabilities, self.calls = gate, Capabilities(signature=signature), 0
+
+    def velocity(self, x, tau, conditioning, guidance, geometry):
+        self.calls += 1
+        self.gate.called.set()
+        assert self.gate.open.wait(PATIENCE)
+        return super().velocity(x, tau, conditioning, guidance, geometry)
+
+
+def test_while_lanes_are_chosen_the_engine_answers(gate):
+    """The first measurement takes its time; meanwhile requests are cancelled, and `stats` and `close` are served."""
+    made = Engine(Measured(gate, "answers"))
+    job, other = made.submit(bon()), made.submit(bon())
+    assert gate.called.wait(PATIENCE)
+    found = []
+    asks = threading.Thread(target=lambda: found.append(made.stats()), daemon=True)
+    asks.start()
+    asks.join(PATIENCE)
+    assert found and found[0].queued == 2
+    assert job.cancel() and job.best(PATIENCE) is None
+    gate.open.set()
+    assert other.result(PATIENCE).committed_nfe == 4
+    assert made.buckets()
+    made.close()
+    assert_over(made)
+
+
+def test_an_engine_that_closes_measures_no_more(gate):
+    made = Engine(Measured(gate, "closes"))
+    job = made.submit(bon())
+    assert gate.called.wait(PATIENCE)
+    closing = threading.Thread(target=made.close, args=[False])
+    closing.start()
+    with pytest.raises(Cancelled):
+        job.result(PATIENCE)
+    gate.open.set()
+    closing.join(PATIENCE)
+    assert_over(made)
+    assert made.model.calls == 1
+
+
+def test_who_waits_for_an_encoding_that_never_comes_is_told_of_the_end(gate, monkeypatch):
+    monkeypatch.setattr("rollflow.host.CLOSING", 0.0)
+
+    class Hangs(Tiny):
+        def encode(self, prompts):
+            return [float(one) for one in gate(torch.zeros(len(prompts), 3, 1, 1), prompts)]
+
+    clock, errors = Clock(), []
+    made = engine(Hangs(), clock=clock)
+
+    def encodes():
+        try:
+            made.encode("a")
+        except EngineClosed as error:
+            errors.append(error)
+
+    waits, closing = threading.Thread(target=encodes, daemon=True), threading.Thread(target=made.close, args=[False])
+    waits.start()
+    assert gate.called.wait(PATIENCE)
+    closing.start()
+    while made.stats().healthy:
+        pass
+    clock.pass_in(made, 60.0)
+    for thread in (closing, waits):
+        thread.join(PATIENCE)
+    assert len(errors) == 1
+
+
+def test_a_callback_that_hangs_is_told_of_when_its_engine_closes(gate, monkeypatch, caplog):
+    monkeypatch.setattr("rollflow.host.CLOSING", 0.2)
+    called = threading.Event()
+    with engine() as made:
+        made.submit(bon()).add_done_callback(lambda job: (called.set(), gate.open.wait(PATIENCE)))
+        assert called.wait(PATIENCE)
+    assert "threads of a closed engine are still in calls" in caplog.text
 
 
 def test_an_idle_engine_does_nothing():

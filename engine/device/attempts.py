@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rollflow.errors import EngineDead, ModelError, RollflowError, said
+from rollflow.models import Geometry
 from rollflow.row import Failed, Free, Report, Show, Shrunk
 
 After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
@@ -19,15 +20,16 @@ After = Callable[[Callable[[], None]], None]  # what is to be done last; it is g
 class Attempts:
     """Runs batches, whole if that goes, and in parts if it does not.
 
-    A batch that does not fit into the device's memory is halved. For any other error each request runs by itself. An
-    error of the device itself fails all.
+    A batch that does not fit into the device's memory is halved, and one row, if it was padded, is padded less. For any
+    other error each request runs by itself. An error of the device itself fails all.
 
     Args:
-        shrink: is told what did not fit, and returns the size of its batch, padding included.
+        size: gives the size of the batch that work makes, padding included.
+        shrink: is told the image size and the batch size that did not fit.
     """
 
-    def __init__(self, shrink: Callable[[Any], int]):
-        self._shrink, self._warned = shrink, False
+    def __init__(self, size: Callable[[Any], int], shrink: Callable[[Geometry, int], None]):
+        self._size, self._shrink, self._warned = size, shrink, False
 
     def run(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
         """Runs `work`, on a lane; reports a free lane once, and every row or search once.
@@ -40,6 +42,7 @@ class Attempts:
         left, free = [work], partial(report, Free())
         while left:
             part, error = left.pop(), None
+            size = self._size(part)  # before it runs: what others find not to fit meanwhile makes later batches smaller
             try:
                 after = run(part, report)
             except BaseException as caught:
@@ -51,16 +54,12 @@ class Attempts:
                 for one in (part, *left):
                     report(Failed(one, _dead(error)))
                 break
-            elif isinstance(error, torch.OutOfMemoryError) and image_count(part) > 1:
+            elif isinstance(error, torch.OutOfMemoryError) and size > 1:
                 error = None  # and with it the frames that hold the batch's tensors
-                report(Shrunk(part[0].brief.geometry, size := self._shrink(part)))
-                half = len(part) // 2
-                if half:
-                    left += [part[half:], part[:half]]
-                elif size > 1:  # the images of one search, which are now made fewer at a time
-                    left.append(part)
-                else:
-                    report(Failed(part, model_error(torch.OutOfMemoryError("not even one image fits"))))
+                geometry, half = part[0].brief.geometry, len(part) // 2
+                self._shrink(geometry, size)
+                report(Shrunk(geometry, size))
+                left += [part[half:], part[:half]] if half else [part]
             elif len(parts := _by_request(part)) > 1:
                 self._warn_of(error, len(part))
                 left += parts[::-1]

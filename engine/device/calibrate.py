@@ -75,22 +75,37 @@ def replayed(
     return seconds
 
 
-def best_lanes(model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool) -> tuple[int, int]:
-    """How many lanes and threads a lane compute the most rows a second on this CPU."""
+def best_lanes(
+    model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool, check: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
+    """How many lanes and threads a lane compute the most rows a second on this CPU.
+
+    It waits for the lanes, and takes the cores of the thread that calls it.
+
+    Args:
+        model: the model.
+        geometry: of the batches.
+        conditioning: of any prompt.
+        preview: whether the light decoder is the one that counts.
+        check: called before each timing; what it raises ends the comparison.
+    """
     cores = torch.get_num_threads()
     key = (*_key(model), geometry, cores, preview)
     if key not in _lanes:
         options = [Lanes(model.device, count, cores // count) for count in (1, 2, 4, 8) if count <= cores]
         work = (model, geometry, conditioning, PROBE, preview)
         rates = [0.0] * len(options)
-        for _ in range(1 + ROUNDS):
-            for i, lanes in enumerate(options):
-                start = time.perf_counter()
-                for running in [lanes.run(_seconds, *work) for _ in range(lanes.count)]:
-                    running.result()
-                rates[i] = max(rates[i], lanes.count / (time.perf_counter() - start))
-        for lanes in options:
-            lanes.close()
+        try:
+            for _ in range(1 + ROUNDS):
+                for i, lanes in enumerate(options):
+                    check()
+                    start = time.perf_counter()
+                    for running in [lanes.run(_seconds, *work) for _ in range(lanes.count)]:
+                        running.result()
+                    rates[i] = max(rates[i], lanes.count / (time.perf_counter() - start))
+        finally:
+            for lanes in options:
+                lanes.close()
         chosen = options[rates.index(max(rates))]
         if model.capabilities.signature is None:
             return chosen.count, chosen.threads

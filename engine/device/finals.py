@@ -73,7 +73,8 @@ class Finals:
             ranks = [(_worth(score), level) for score, level in zip(own, levels, strict=True)]
             best = ranks.index(max(ranks))
             places.append(place := self._first[show.brief.ticket] + best)
-            outcomes.append(Outcome(pixels[place], eight_bit[place], own[best], None))
+            own_pixels = pixels[place].clone(), eight_bit[place].clone()  # a view would keep everybody's images
+            outcomes.append(Outcome(*own_pixels, own[best], None))
         held_out = rewards.held_out(shows[0].brief.reward)
         if held_out is None:
             return Shown(shows, outcomes)

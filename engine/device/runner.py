@@ -65,7 +65,7 @@ class Runner:
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
         self._affine = model.layout.affine(model.device)  # held: graphs keep their addresses
         self._failed: dict[Geometry, int] = {}  # the smallest batch that did not fit into the memory
-        self._attempts = Attempts(self._shrink)
+        self._attempts = Attempts(self._size, self._shrink)
         self.use(lanes)
 
     def use(self, lanes: Lanes) -> None:
@@ -102,16 +102,18 @@ class Runner:
             sizes = tuple(size for size in sizes if size < failed) or (max(1, failed // 2),)
         return sizes
 
-    def _shrink(self, work: Sequence[Row] | Sequence[Show]) -> int:
-        """A batch does not fit into the memory: its size, which is not used again."""
+    def _size(self, work: Sequence[Row] | Sequence[Show]) -> int:
+        """The size of the batch that rows make, or of the largest that the images of searches are made in."""
         geometry, rows = work[0].brief.geometry, len(work)
         if isinstance(work[0], Show):  # whose images are made in batches of at most the largest size
             rows = min(image_count(work), self._sizes(geometry)[-1])
+        return self.bucket(rows, geometry)
+
+    def _shrink(self, geometry: Geometry, size: int) -> None:
+        """A batch of this size does not fit into the memory: it is not used again."""
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        bucket = self.bucket(rows, geometry)
-        self._failed[geometry] = min(bucket, self._failed.get(geometry, bucket))
-        return bucket
+        self._failed[geometry] = min(size, self._failed.get(geometry, size))
 
     # CUDA graphs.
 

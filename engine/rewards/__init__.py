@@ -37,7 +37,8 @@ class Reward(Protocol):
     checks, and a plain function may have those from the third on:
 
     - `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
-    - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name;
+    - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name, whose own
+      attributes `make` does not check: they are read when it is called;
     - `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods;
     - `concurrent: bool`, whether several threads may call it at a time;
     - `timeout: float | None`, seconds that a call may take: one that takes longer fails its requests;

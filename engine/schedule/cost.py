@@ -11,7 +11,6 @@ from itertools import accumulate
 WORTHWHILE = 1.02  # by how much the expected time must fall before rows run ahead of the answer
 NEGLIGIBLE = 0.02  # rows run ahead only if they will be needed with at least this chance ...
 SURE = 0.25  # ... and where nothing else runs on their lane, with this
-_PRIOR = (0.5, 8.0)  # successes and trials that every level starts with
 
 
 @dataclass(frozen=True)
