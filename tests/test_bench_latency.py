@@ -266,7 +266,8 @@ def test_options_are_checked_before_anything_is_loaded(options, capsys, monkeypa
     assert "above 0" in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("the work began"))
     for options, why in (({"json": tmp_path}, "cannot be written"), ({"plot": tmp_path / "a.txt"}, "must end in")):
         with pytest.raises(RequestError, match=why):
             Latency(**options)()
