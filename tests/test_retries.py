@@ -216,6 +216,7 @@ def test_a_reward_with_a_timeout_that_answers_is_not_given_up():
             jobs = [made.submit(rbf(12, reward=reward, seed=seed)) for seed in range(3)]
             for job in jobs:
                 assert job.result(PATIENCE).committed_nfe == 12
+            assert not made._host.loop._timers  # a call that is over takes its time limit along
             clock.pass_in(made, 60.0)
             assert made.stats().abandoned == 0
             assert_sound(made)

@@ -194,8 +194,8 @@ class Judge:
         if isinstance(error, call.terms.retry_on) and call.attempts < call.terms.retries:
             call.attempts += 1
             return Again(call, back_off(call.attempts))
-        if len(parts := call.split()) > 1:  # it may have been one request's prompt that it was not available for
-            for part in parts:
+        if len({one.brief.ticket for one in call.work}) > 1:  # one request's prompt may be all that it cannot judge now
+            for part in call.split():
                 self.post(part, report)
             return None
         return Failed(call.work, reward_error(call, error))

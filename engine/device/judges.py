@@ -75,6 +75,11 @@ class Judges:
         self._pool, self._lock, self._busy = pool, threading.Lock(), 0
         self._lines: dict[tuple[int, bool], _Line] = {}
 
+    @property
+    def needed(self) -> int:
+        """How many threads there should be."""
+        return min(MOST, max(JUDGES, self._busy))
+
     def post(self, target: Any, concurrent: bool, work: Callable[..., Any], *args: Any) -> None:
         """Does `work(turn, *args)` on a thread when it is its turn; `work` calls `end` when the target is free again.
 
@@ -84,8 +89,8 @@ class Judges:
         turn = Turn((id(target), concurrent), target, self._pool)
         turn.start = partial(self._pool.post, self._do, turn, work, args)
         self._enter(turn)
-        if self._busy > len(self._pool.threads):
-            self._pool.fill(min(MOST, self._busy))
+        if self.needed > len(self._pool.threads):
+            self._pool.fill(self.needed)
 
     def hold(self, target: Any, concurrent: bool, pool: Pool) -> Turn:
         """Waits, on a thread of another pool, until it is its turn; the caller must call `end`."""

@@ -187,7 +187,7 @@ class Lanes:
             return False
         self.abandoned += 1
         self._lanes.fill(self.count if self.parallel else 1)
-        self._judges.fill(JUDGES)
+        self._judges.fill(self._judging.needed)
         return True
 
     def watch(self, work: Callable[..., Any], *args: Any) -> None:

@@ -39,7 +39,7 @@ class Reward(Protocol):
     - `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
     - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name;
     - `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods;
-    - `concurrent: bool`, whether several threads may call it at a time;
+    - `concurrent: bool`, whether several threads (at most eight) may call it, or the methods of its object, at a time;
     - `timeout: float | None`, seconds that a call may take: one that takes longer fails its requests;
     - `retry_on: tuple[type[Exception], ...]`, errors after which it is called again later, beside `RewardUnavailable`;
     - `retries: int`, how often it is called again, by default 3.
