@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from rollflow.errors import Cancelled, FunctionError
+from rollflow.errors import Cancelled
 from rollflow.models import Geometry
 from rollflow.preparing import Preparations
 from rollflow.row import Again, Began, Candidate, Done, Failed, Free, Report, Rerun, Row, Show
@@ -164,9 +163,13 @@ class Dispatch:
         event.then(event.value, event.error)
 
     def on_began(self, event: Began) -> None:
-        """A call of a reward began that has a time limit."""
-        when, call = self._clock() + event.seconds, weakref.ref(event.call)
-        self._timers.at(when, self._abandon, call, event.seconds, event.attempt)
+        """A call of a reward that has a time limit began, or is over."""
+        call, seconds, turn = event
+        if seconds is None:
+            self._timers.cancel(call.timer)
+            call.timer = None
+        else:
+            call.timer = self._timers.at(self._clock() + seconds, self._abandon, call, seconds, turn)
 
     def on_again(self, event: Again) -> None:
         """A reward was not available: its call is made again later, while others run."""
@@ -176,16 +179,10 @@ class Dispatch:
         """The same of guided rows, whose reward is called on a lane."""
         self._timers.at(self._clock() + event.seconds, self._reruns.append, event)
 
-    def _abandon(self, call_of: Callable[[], Any], seconds: float, attempt: int) -> None:
+    def _abandon(self, call: Any, seconds: float, turn: Any) -> None:
         """A call of a reward takes too long: its requests fail, and its thread is given up."""
-        call = call_of()  # a call that is over is gone
-        if call is not None and self.device.judge.abandon(call, attempt):
-            error = FunctionError(
-                f"the reward {call.reward.name} did not answer for {len(call.briefs)} images within its timeout of "
-                f"{seconds:g} s"
-            )
-            error.__cause__ = TimeoutError(f"{seconds:g} s")
-            self._report(Failed(call.work, error))
+        if self.device.judge.abandon(turn):
+            call.give_up(seconds, self._report)
 
     def _judge_again(self, call: Any) -> None:
         if all(self._is_over(one) for one in call.work):

@@ -161,11 +161,17 @@ class Shrunk(NamedTuple):
 
 
 class Began(NamedTuple):
-    """The `attempt`-th repetition of a call of a reward, which may take `seconds`, has begun."""
+    """A call of a reward that has a time limit began; with None for `seconds`, it is over.
+
+    Attributes:
+        call: see `rollflow.device.judge.Call`.
+        seconds: how many it may take.
+        turn: what is given up if it takes longer; see `rollflow.device.judges.Turn`.
+    """
 
     call: Any
-    seconds: float
-    attempt: int = 0
+    seconds: float | None
+    turn: Any
 
 
 class Again(NamedTuple):

@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny, FluxPipeline
 
 from rollflow.bench import shapes_networks as networks
 from rollflow.device import calibrate
-from rollflow.device.workers import Lanes, Locks
+from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.errors import ModelError, RequestError
 from rollflow.models import Capabilities, FlowModel, Geometry, folder
@@ -153,7 +153,7 @@ def test_a_reproducible_engine_has_one_bucket_and_its_results_do_not_depend_on_t
 def test_the_callers_number_of_threads_stays_as_it_is():
     usual, seen, judging = torch.get_num_threads(), [], SimpleQueue()
     lanes = Lanes(torch.device("cpu"), 2, 1)
-    lanes.judge(lambda: judging.put(torch.get_num_threads()))
+    lanes.judge(judging, False, lambda turn: judging.put(torch.get_num_threads()))
     assert lanes.run(torch.get_num_threads).result() == judging.get(timeout=60) == 1
     later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     later.start()
@@ -283,18 +283,3 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning():
     assert torch.equal(
         traced(torch.sin, nothing, (torch.ones(2),), (torch.ones(3),), "thing")(torch.ones(5)), torch.ones(5).sin()
     )
-
-
-def test_locks_know_objects_apart():
-    locks = Locks()
-
-    class Judge:
-        def __call__(self):
-            pass
-
-        def method(self):
-            pass
-
-    one, other = Judge(), Judge()
-    assert locks.of(one) is locks.of(one.method) is not locks.of(other)
-    assert locks.of((1, 2)) is locks.of([3])  # neither can be referred to weakly

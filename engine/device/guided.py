@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rollflow import rewards
 from rollflow.device import moves
 from rollflow.device.batch import Tables
-from rollflow.device.judge import Judge, grouped, reward_error
+from rollflow.device.judge import Judge, Timed, grouped
 from rollflow.device.storage import Storage
 from rollflow.errors import RequestError
 from rollflow.models import FlowModel, Geometry
 from rollflow.profile.ledger import Ledger
-from rollflow.row import Landed, Row
+from rollflow.rewards import Reward
+from rollflow.row import Event, Failed, Free, Landed, Report, Rerun, Row
 
 
 @runtime_checkable
@@ -43,11 +46,69 @@ class Steps(Protocol):
         ...
 
 
-def run(runner: Steps, rows: Sequence[Row]) -> Landed:
+class Answers:
+    """What a batch of guided rows reports, which its lane's thread may be given up in the middle of.
+
+    Args:
+        rows: the batch.
+        report: takes the events.
+        attempt: how often they were run again.
+
+    Attributes:
+        over: whether it was given up; then nothing that its thread still reports counts.
+    """
+
+    def __init__(self, rows: Sequence[Row], report: Report, attempt: int):
+        self._left = {id(row): row for row in rows}  # not answered yet
+        self._report, self._attempt, self._lock = report, attempt, threading.Lock()
+        self.over = False
+
+    def __call__(self, event: Event) -> None:
+        """Reports what came of rows, or what else is to be known."""
+        with self._lock:
+            if self.over:
+                return
+            if isinstance(event, Landed | Failed | Rerun):
+                for row in event.rows if not isinstance(event, Failed) else event.work:
+                    self._left.pop(id(row), None)
+            self._report(event)
+
+    def give_up(self, failed: Failed) -> None:
+        """Some rows failed, and the thread with them: the others run again, on another, and the lane is free."""
+        with self._lock:
+            self.over = True
+        own = {id(row) for row in failed.work}
+        rest = [row for key, row in self._left.items() if key not in own]
+        self._report(failed)
+        if rest:
+            self._report(Rerun(rest, 0.0, self._attempt))
+        self._report(Free())
+
+
+class OnLane(Timed):
+    """A call of a reward on a lane: if it is given up, so is the batch.
+
+    Args:
+        reward, work: see `rollflow.device.judge.Timed`.
+        answers: of the batch.
+    """
+
+    def __init__(self, reward: Reward, work: Sequence[Row], answers: Answers):
+        super().__init__(reward, work)
+        self._answers = answers
+
+    def _fail(self, error: BaseException, report: Report) -> None:
+        self._answers.give_up(Failed(self.work, error))
+
+
+def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
     """Evaluates guided rows; the velocities that their children start from move by the gradient of the rewards.
 
     The move of the posterior mean is that of `rollflow.draw.Guide`; `x0_hat = p x + q u` makes it one of `u`. The
     particle itself stays what was judged. The full decoder judges: its gradients are the faithful ones.
+
+    Raises:
+        GivenUp: a reward took longer than it may; nothing was written by then.
     """
     geometry, model = rows[0].brief.geometry, runner.model
     storage = runner.storage(geometry)
@@ -67,7 +128,7 @@ def run(runner: Steps, rows: Sequence[Row]) -> Landed:
         x0_hat = model.layout.unpack(p * x + q * u, geometry.latent_height, geometry.latent_width)
         latents = model.layout.denormalise(x0_hat)
         images = runner.decode(latents.to(model.dtype), len(rows), geometry, preview=False)
-        scores, total = _judged(runner, rows, images, torch.zeros((), device=x.device))
+        scores, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):
             (gradient,) = torch.autograd.grad(total, x)
     storage.u[live] = u.detach()[: len(rows)]
@@ -81,19 +142,17 @@ def run(runner: Steps, rows: Sequence[Row]) -> Landed:
     return Landed(rows, scores, invalid)
 
 
-def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, total: Tensor) -> tuple[list[float], Tensor]:
+def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers) -> tuple[list[float], Tensor]:
     """Each row's score, and the sum of all, which has a gradient."""
-    scores = [0.0] * len(rows)
+    scores, total = [0.0] * len(rows), torch.zeros((), device=images.device)
     for reward, group in grouped([row.brief.reward for row in rows]):
         with runner.ledger.span("reward", runner.model.device):
-            try:
-                values = runner.judge.score(reward, images[group], [rows[i].brief.prompt for i in group])
-            except Exception as error:
-                raise reward_error(reward, error, len(group)) from error
+            call, prompts = OnLane(reward, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
+            values = runner.judge.here(call, images[group], prompts, answers)
         if not values.requires_grad:
             raise RequestError(
-                f"the gradient of the reward {reward.name} does not reach the latents: reward, decoder and model must "
-                "be differentiable for a guided method"
+                f"the gradient of the reward {rewards.title(reward)} does not reach the latents: reward, decoder and "
+                "model must be differentiable for a guided method"
             )
         total = total + values.sum().to(images.device)
         for i, value in zip(group, values.detach().tolist(), strict=True):

@@ -6,35 +6,77 @@ prompt or image harms no other.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import rewards
-from rollflow.device.workers import Lanes, Locks
+from rollflow.device.judges import Turn
+from rollflow.device.workers import Lanes
 from rollflow.errors import FunctionError, RollflowError, said
 from rollflow.profile.ledger import Ledger
 from rollflow.rewards import FunctionReward, Reward
 from rollflow.row import Again, Began, Brief, Event, Failed, Report, Row, Show
+from rollflow.timers import Timer
 
 RETRY_SECONDS = 0.2  # before the second call of a reward that was not available; doubled for each further one
 LONGEST_RETRY = 30.0
+T = TypeVar("T")
 
 
-class Call:
-    """One call of a reward.
+class GivenUp(Exception):
+    """A call on a lane took too long, and its rows have been told so."""
+
+
+class Timed:
+    """One call of a reward, which may have a time limit.
 
     Args:
         reward: what is called.
         work: rows, or searches that are over; all images of one belong to one request.
+
+    Attributes:
+        terms: what the reward says of how it is called.
+        timer: of its time limit, while it runs.
+    """
+
+    def __init__(self, reward: Reward, work: Sequence[Row] | Sequence[Show]):
+        self.reward, self.terms = reward, rewards.terms(reward)
+        self.work: Sequence[Any] = work
+        self.timer: Timer | None = None
+
+    @property
+    def images(self) -> int:
+        """How many are judged."""
+        return len(self.work)
+
+    def give_up(self, seconds: float, report: Report) -> None:
+        """Fails what it judges: it did not answer in time, and nobody waits for it any more."""
+        error = FunctionError(
+            f"the reward {rewards.title(self.reward)} did not answer for {self.images} images within its timeout of "
+            f"{seconds:g} s"
+        )
+        error.__cause__ = TimeoutError(f"{seconds:g} s")
+        self._fail(error, report)
+
+    def _fail(self, error: BaseException, report: Report) -> None:
+        report(Failed(self.work, error))
+
+
+class Call(Timed):
+    """A call of a reward on a judge's thread.
+
+    Args:
+        reward, work: see `Timed`.
         places: which of the images belong to each.
-        images: makes the images, on the thread that judges.
+        make: makes the images, on the thread that judges.
         then: from the work and the scores of each one's images to what is reported.
+        attempts: how often it was made again.
     """
 
     def __init__(
@@ -42,14 +84,17 @@ class Call:
         reward: Reward,
         work: Sequence[Row] | Sequence[Show],
         places: Sequence[Sequence[int]],
-        images: Callable[[], Float[Tensor, "image 3 height width"]],
+        make: Callable[[], Float[Tensor, "image 3 height width"]],
         then: Callable[[Any, list[list[float]]], Event | None],
+        attempts: int = 0,
     ):
-        self.reward, self.places, self.images, self.then = reward, places, images, then
-        self.work: Sequence[Any] = work
-        self.attempts = 0
-        self.state = "waiting"  # then "running"; in the end "over" or "abandoned"
-        self.thread: threading.Thread | None = None
+        super().__init__(reward, work)
+        self.places, self.make, self.then, self.attempts = places, make, then, attempts
+
+    @property
+    def images(self) -> int:
+        """How many are judged."""
+        return sum(map(len, self.places))
 
     @property
     def briefs(self) -> list[Brief]:
@@ -62,9 +107,12 @@ class Call:
         for i, one in enumerate(self.work):
             tickets.setdefault(one.brief.ticket, []).append(i)
         return [
-            Call(self.reward, [self.work[i] for i in own], [self.places[i] for i in own], self.images, self.then)
+            Call(
+                self.reward, [self.work[i] for i in own], [self.places[i] for i in own],
+                self.make, self.then, self.attempts,
+            )
             for own in tickets.values()
-        ]
+        ]  # fmt: skip
 
 
 class Judge:
@@ -72,97 +120,108 @@ class Judge:
 
     Args:
         threads: on which it calls.
-        report: where answers go.
         ledger: where time is written.
         bucket: calls are padded to that many images, so that a network's scores depend on no other image; None: not.
+        device: where the images are.
         stream: on a GPU, the stream that rewards run on.
     """
 
     def __init__(self, threads: Lanes, ledger: Ledger, bucket: int | None, device: torch.device, stream: Any = None):
         self.threads, self._ledger, self._bucket, self._device = threads, ledger, bucket, device
-        self._stream, self._locks, self._state = stream, Locks(), threading.Lock()
+        self._stream = stream
 
     def post(self, call: Call, report: Report) -> None:
         """Judges, on a thread of its own; reports an event of `call.then`, or of what went wrong."""
-        judged = called(call.reward)
-        alone = None if _concurrent(call.reward) else judged
-        self.threads.judge(self._run, call, report, one_at_a_time=alone)
+        self.threads.judge(called(call.reward), call.terms.concurrent, self._run, call, report)
 
-    def abandon(self, call: Call, attempt: int) -> bool:
-        """Gives up a call that takes too long; False if this attempt of it is over."""
-        with self._state:
-            if call.state != "running" or call.attempts != attempt:
-                return False
-            call.state = "abandoned"
-        judged = called(call.reward)
-        self._locks.renew(judged)
-        assert call.thread is not None
-        self.threads.abandon(call.thread, None if _concurrent(call.reward) else judged)
-        return True
+    def here(
+        self, call: Timed, images: Float[Tensor, "row 3 height width"], prompts: list[str], report: Report
+    ) -> Tensor:
+        """The rewards of images, judged on this thread, which is a lane: [row].
+
+        Raises:
+            GivenUp: it took longer than it may; this thread was replaced, and must do nothing more.
+            FunctionError: the reward raised, or returned no scores.
+        """
+        turn = self.threads.hold(called(call.reward), call.terms.concurrent)
+        scores, failure = self._timed(turn, call, report, lambda: self.score(call.reward, images, prompts))
+        if turn.state == "abandoned":
+            raise GivenUp
+        if failure is not None:
+            raise reward_error(call, failure) from failure
+        assert scores is not None
+        return scores
+
+    def abandon(self, turn: Turn) -> bool:
+        """Gives up a call that takes too long; False if it is over."""
+        return self.threads.abandon(turn)
 
     @torch.no_grad()
-    def _run(self, call: Call, report: Report) -> None:
-        call.thread, call.state = threading.current_thread(), "running"
-        scores: list[list[float]] = []
-        failure: BaseException | None = None
-        try:
-            if (seconds := rewards.timeout(call.reward)) is not None:
-                report(Began(call, float(seconds), call.attempts))
-            scores = self._scores(call)
-        except BaseException as error:
-            failure = error
-        with self._state:  # whoever gave it up has told its requests so: nothing of it counts any more
-            if call.state == "abandoned":
-                return
-            call.state = "over"
+    def _run(self, turn: Turn, call: Call, report: Report) -> None:
+        scores, failure = self._timed(turn, call, report, lambda: self._scores(call))
+        if turn.state == "abandoned":  # whoever gave it up has told its requests so: nothing of it counts any more
+            return
         event: Event | None
         try:
-            event = call.then(call.work, scores) if failure is None else self._failure(call, failure, report)
-        except BaseException as error:  # such as of a `retry_on` that is no list of errors: nobody must wait for ever
-            unusable = FunctionError(f"the answer of the reward {call.reward.name} could not be used ({said(error)})")
+            event = self._failure(call, failure, report) if scores is None else call.then(call.work, scores)
+        except BaseException as error:  # nobody must wait for ever
+            name = rewards.title(call.reward)
+            unusable = FunctionError(f"the answer of the reward {name} could not be used ({said(error)})")
             unusable.__cause__ = error
             event = Failed(call.work, unusable)
         if event is not None:
             report(event)
 
-    def _failure(self, call: Call, error: BaseException, report: Report) -> Event | None:
+    def _timed(
+        self, turn: Turn, call: Timed, report: Report, judge: Callable[[], T]
+    ) -> tuple[T | None, BaseException | None]:
+        """What `judge` returns, or what it raises; the turn is over then."""
+        scores, failure, seconds = None, call.terms.fault, call.terms.timeout
+        if failure is None:
+            if seconds is not None:
+                report(Began(call, seconds, turn))
+            try:
+                scores = judge()
+            except BaseException as error:
+                failure = error
+        if self.threads.end(turn) and seconds is not None:
+            report(Began(call, None, turn))
+        return scores, failure
+
+    def _failure(self, call: Call, error: BaseException | None, report: Report) -> Event | None:
         """Later again, each request by itself, or an error of the one request that it belongs to."""
-        later, retries = isinstance(error, rewards.retry_on(call.reward)), rewards.retries(call.reward)
-        if later and call.attempts < retries:
+        assert error is not None
+        if isinstance(error, call.terms.retry_on) and call.attempts < call.terms.retries:
             call.attempts += 1
-            return Again(call, min(LONGEST_RETRY, RETRY_SECONDS * 2 ** min(30, call.attempts - 1)))
-        parts = [] if later else call.split()
-        if len(parts) > 1:
-            for part in parts:
+            return Again(call, back_off(call.attempts))
+        if len({one.brief.ticket for one in call.work}) > 1:  # one request's prompt may be all that it cannot judge now
+            for part in call.split():
                 self.post(part, report)
             return None
-        return Failed(call.work, reward_error(call.reward, error, len(call.briefs)))
+        return Failed(call.work, reward_error(call, error))
 
     def _scores(self, call: Call) -> list[list[float]]:
         apart = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)  # not behind the next decode
         with apart, self._ledger.span("reward", self._device):
             wanted = [place for places in call.places for place in places]
-            images = call.images()
+            images = call.make()
             if wanted != [*range(len(images))]:
                 images = images[torch.tensor(wanted, device=images.device)]
             scores = iter(self.score(call.reward, images, [brief.prompt for brief in call.briefs]).tolist())
         return [[next(scores) for _ in places] for places in call.places]
 
     def score(self, reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Tensor:
-        """The rewards of images: [row]; one call at a time for a reward that does not say that it is `concurrent`."""
+        """The rewards of images: [row]; the caller has its turn at the reward."""
         missing = 0 if self._bucket is None else self._bucket - len(prompts)
         if missing > 0:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
         images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
-        judged = called(reward)
-        free: AbstractContextManager[Any] = nullcontext()
-        with free if _concurrent(reward) else self._locks.of(judged):
-            scores = reward(images, prompts + prompts[:1] * max(0, missing))
+        scores = reward(images, prompts + prompts[:1] * max(0, missing))
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             given = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise FunctionError(
-                f"the reward {reward.name} returned {given} for {len(images)} images: it must return one score an "
-                f"image, shape ({len(images)},)"
+                f"the reward {rewards.title(reward)} returned {given} for {len(images)} images: it must return one "
+                f"score an image, shape ({len(images)},)"
             )
         return scores[: len(prompts)]
 
@@ -174,24 +233,27 @@ def called(reward: Reward) -> Any:
 
 def grouped(judges: Sequence[Reward]) -> list[tuple[Reward, list[int]]]:
     """Places grouped by reward, so that each reward is called once a batch."""
-    groups: dict[int, tuple[Reward, list[int]]] = {}
+    groups: dict[tuple[int, int], tuple[Reward, list[int]]] = {}
     for i, reward in enumerate(judges):
-        groups.setdefault(id(called(reward)), (reward, []))[1].append(i)
+        groups.setdefault(_identity(called(reward)), (reward, []))[1].append(i)
     return [*groups.values()]
 
 
-def _concurrent(reward: Reward) -> bool:
-    try:
-        return rewards.concurrent(reward)
-    except RollflowError:  # it was a flag at the door, and is none any more
-        return False
+def _identity(target: Any) -> tuple[int, int]:
+    """Of a method its object and its function: the method itself is another object each time it is asked for."""
+    return (id(target.__self__), id(target.__func__)) if isinstance(target, MethodType) else (id(target), 0)
 
 
-def reward_error(reward: Reward, error: BaseException, images: int) -> BaseException:
+def back_off(attempt: int) -> float:
+    """Seconds before a reward that was not available is called for the `attempt`-th time again."""
+    return min(LONGEST_RETRY, RETRY_SECONDS * 2 ** min(30, attempt - 1))
+
+
+def reward_error(call: Timed, error: BaseException) -> BaseException:
     """What a request is told of an error that its reward raised."""
-    if isinstance(error, RollflowError) and not isinstance(error, rewards.retry_on(reward)):
+    if isinstance(error, RollflowError) and not isinstance(error, call.terms.retry_on):
         return error
     kind, _, text = said(error).partition(": ")
-    raised = FunctionError(f"the reward {reward.name} raised {kind} for {images} images: {text}")
+    raised = FunctionError(f"the reward {rewards.title(call.reward)} raised {kind} for {call.images} images: {text}")
     raised.__cause__ = error
     return raised

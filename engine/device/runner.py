@@ -18,7 +18,7 @@ from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
 from rollflow.device.finals import Finals, rounded
-from rollflow.device.judge import RETRY_SECONDS, Call, Judge, grouped
+from rollflow.device.judge import Call, GivenUp, Judge, back_off, grouped
 from rollflow.device.storage import Storage
 from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
@@ -153,6 +153,8 @@ class Runner:
     def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
         """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
         self.ledger.rows(rows, self.bucket(len(rows), rows[0].brief.geometry))
+        if rows[0].kind == "guided":
+            report = guided.Answers(rows, report, attempt)
         self.threads.post(self._attempts.run, partial(self._run, attempt=attempt), rows, report)
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
@@ -194,19 +196,25 @@ class Runner:
         return None if images is None else partial(self._judge_rows, [rows[i] for i in judged], images, report)
 
     def _run_guided(self, rows: Sequence[Row], report: Report, attempt: int) -> None:
+        assert isinstance(report, guided.Answers)
+        if report.over:  # this thread was replaced
+            return
         try:
-            report(guided.run(self, rows))
+            report(guided.run(self, rows, report))
+        except GivenUp:
+            report.over = True
         except Exception as error:
-            own = [row.brief.reward for row in rows]
-            later = isinstance(error.__cause__ or error, tuple(kind for r in own for kind in rewards.retry_on(r)))
-            if not later or attempt >= max(map(rewards.retries, own)):
+            if len({row.brief.ticket for row in rows}) > 1:
+                raise  # each request then runs, and waits for its reward, by itself
+            terms = rewards.terms(rows[0].brief.reward)
+            if attempt >= terms.retries or not isinstance(error.__cause__ or error, terms.retry_on):
                 raise
-            report(Rerun(rows, RETRY_SECONDS * 2**attempt, attempt + 1))
+            report(Rerun(rows, back_off(attempt + 1), attempt + 1))
 
     def _judge_rows(self, rows: Sequence[Row], images: Tensor, report: Report, free: Callable[[], None]) -> None:
-        wait = self._hand_over(images, free)
+        ready = self._hand_over(images, free)
         for reward, group in grouped([row.brief.reward for row in rows]):
-            call = Call(reward, [rows[i] for i in group], [[i] for i in group], partial(_after, wait, images), _landed)
+            call = Call(reward, [rows[i] for i in group], [[i] for i in group], partial(_after, ready, images), _landed)
             self.judge.post(call, report)
 
     def _hand_over(self, images: Tensor, free: Callable[[], None]) -> Callable[[], None]:

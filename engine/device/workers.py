@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
 
-JUDGES = 8  # rewards that may be waited for at a time
+from rollflow.device.judges import JUDGES, Judges, Turn
+
 LOG = logging.getLogger("rollflow")
 T = TypeVar("T")
 Work = tuple[Callable[..., Any], tuple[Any, ...]]
+_SETTING = threading.Lock()
 
 
 class Threads:
@@ -30,19 +32,19 @@ class Threads:
 
     def __init__(self, count: int, name: str, start: Callable[[], None]):
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
-        self._replaced: set[threading.Thread] = set()
-        self._start, self._name, self._started = start, name, 0
+        self._given_up: set[threading.Thread] = set()
+        self._start, self._name, self._started, self._growing = start, name, 0, threading.Lock()
         self.threads: list[threading.Thread] = []
         self._ready = [self._add() for _ in range(count)]
         self._finalizer = weakref.finalize(self, _end, self._queue, self.threads)
 
     def _add(self) -> Future[None]:
         ready: Future[None] = Future()
-        arguments = (self._queue, self._start, ready, self._replaced)
+        arguments = (self._queue, self._start, ready, self._given_up)
         thread = threading.Thread(target=_work, args=arguments, name=f"{self._name}-{self._started}", daemon=True)
+        thread.start()
         self._started += 1
         self.threads.append(thread)
-        thread.start()
         return ready
 
     def wait(self) -> None:
@@ -54,15 +56,22 @@ class Threads:
         """Does `work` on one of the threads."""
         self._queue.put((work, args))
 
-    def replace(self, thread: threading.Thread) -> None:
-        """Gives up on a thread that may never come back: it ends when it does, and another takes its place."""
-        self._replaced.add(thread)
-        self.threads.remove(thread)
-        self._add().result()
+    def fill(self, count: int) -> None:
+        """Starts threads until there are `count`, unless they were told to end."""
+        with self._growing, suppress(RuntimeError):  # the system has no more: work waits for a thread that is free
+            while self._finalizer.alive and len(self.threads) < count:
+                self._add()
+
+    def give_up(self, thread: threading.Thread) -> None:
+        """Counts no more on a thread, which ends when its work comes back, if it ever does."""
+        self._given_up.add(thread)
+        if thread in self.threads:
+            self.threads.remove(thread)
 
     def close(self, seconds: float | None = None) -> list[threading.Thread]:
         """Ends the threads when all work is done; waits that long, and returns those that are still at work."""
-        self._finalizer()
+        with self._growing:
+            self._finalizer()
         waiting = [thread for thread in self.threads if thread is not threading.current_thread()]
         for thread in waiting:
             thread.join(seconds)
@@ -70,7 +79,7 @@ class Threads:
 
 
 def _work(
-    queue: SimpleQueue[Work | None], start: Callable[[], None], ready: Future[None], replaced: set[threading.Thread]
+    queue: SimpleQueue[Work | None], start: Callable[[], None], ready: Future[None], given_up: set[threading.Thread]
 ) -> None:
     try:
         start()
@@ -85,13 +94,25 @@ def _work(
         except BaseException:  # work reports its own errors: this one is a fault, and nobody else would see it
             LOG.exception("a thread of rollflow met an error that its work should have reported")
         del item  # an idle thread holds nothing
-        if threading.current_thread() in replaced:
+        if threading.current_thread() in given_up:
+            given_up.discard(threading.current_thread())
             return
 
 
 def _end(queue: SimpleQueue[Work | None], threads: list[threading.Thread]) -> None:
     for _ in threads:
         queue.put(None)
+
+
+def _set_threads(count: int) -> None:
+    """Sets how many cores an operation of this thread uses, and of no thread that others start later."""
+    with _SETTING:
+        usual = torch.get_num_threads()  # asked first, or the first operation would set this thread's number to it
+        torch.set_num_threads(count)
+        if count != usual:
+            restores = threading.Thread(target=torch.set_num_threads, args=(usual,), daemon=True)
+            restores.start()  # torch sets the number of the thread that calls, and of all that have none yet
+            restores.join()
 
 
 class Lanes:
@@ -112,22 +133,19 @@ class Lanes:
     def __init__(self, device: torch.device, count: int, threads: int):
         self.count, self.threads, self.abandoned = count, threads, 0
         self.parallel = device.type == "cpu"
-        self._usual = torch.get_num_threads()
 
         def start() -> None:
             if device.type == "cuda":
                 torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
             else:
-                torch.get_num_threads()  # or the first operation would set the thread's number to the usual one
-                torch.set_num_threads(threads)  # of this thread ...
+                _set_threads(threads)
 
         self._lanes = Threads(count if self.parallel else 1, "rollflow-lane", start)
         self._judges = Threads(JUDGES, "rollflow-judge", start)
         self._watcher = Threads(1, "rollflow-watcher", start) if device.type == "cuda" else self._judges
-        self._turn, self._queues = threading.Lock(), dict[int, deque[Work]]()
+        self._judging = Judges(self._judges)
         for pool in self._pools:
             pool.wait()
-        torch.set_num_threads(self._usual)  # ... and not of threads that others start later
 
     def __repr__(self) -> str:
         return f"Lanes(count={self.count}, threads={self.threads})"
@@ -151,46 +169,26 @@ class Lanes:
         """Does `work`, which reports its own result, on a lane."""
         self._lanes.post(work, *args)
 
-    def judge(self, work: Callable[..., Any], *args: Any, one_at_a_time: Any = None) -> None:
-        """Does `work`, which may take its time, on a judge's thread.
+    def judge(self, target: Any, concurrent: bool, work: Callable[..., Any], *args: Any) -> None:
+        """Does `work`, which may take its time, on a judge's thread when it is its turn at `target`; see `Judges`."""
+        self._judging.post(target, concurrent, work, *args)
 
-        Works of the same `one_at_a_time` follow one another, in order, on one thread: others do not wait for them.
-        """
-        if one_at_a_time is None:
-            self._judges.post(work, *args)
-            return
-        with self._turn:
-            queue = self._queues.setdefault(id(one_at_a_time), deque())
-            queue.append((work, args))
-            if len(queue) == 1:  # nobody works on it
-                self._judges.post(self._work_off, id(one_at_a_time), one_at_a_time)
+    def hold(self, target: Any, concurrent: bool) -> Turn:
+        """Waits, on a lane, for its turn at `target`."""
+        return self._judging.hold(target, concurrent, self._lanes)
 
-    def _work_off(self, key: int, target: Any) -> None:
-        """The queue of a target, which stays alive, and its id its own, until the queue is empty."""
-        while True:
-            item = self._queues[key][0]
-            item[0](*item[1])
-            with self._turn:
-                queue = self._queues.get(key)
-                if not queue or queue[0] is not item:  # it was given up: another thread works on the queue
-                    return
-                queue.popleft()
-                if not queue:
-                    del self._queues[key]
-                    return
+    def end(self, turn: Turn) -> bool:
+        """A turn is over; False if it was given up before, and nothing of it counts any more."""
+        return self._judging.end(turn)
 
-    def abandon(self, thread: threading.Thread, one_at_a_time: Any = None) -> None:
-        """Gives up a judge's thread that does not come back; what waits behind it goes on, on another."""
+    def abandon(self, turn: Turn) -> bool:
+        """Gives up a turn whose thread does not come back, and replaces the thread; False if the turn is over."""
+        if not self._judging.abandon(turn):
+            return False
         self.abandoned += 1
-        with self._turn:
-            if one_at_a_time is not None and (queue := self._queues.get(id(one_at_a_time))):
-                queue.popleft()
-                if queue:
-                    self._judges.post(self._work_off, id(one_at_a_time), one_at_a_time)
-                else:
-                    del self._queues[id(one_at_a_time)]
-        self._judges.replace(thread)
-        torch.set_num_threads(self._usual)
+        self._lanes.fill(self.count if self.parallel else 1)
+        self._judges.fill(self._judging.needed)
+        return True
 
     def watch(self, work: Callable[..., Any], *args: Any) -> None:
         """Does `work`, which waits for a GPU, on a thread of its own."""
@@ -206,27 +204,3 @@ def _into(future: Future[T], work: Callable[..., T], args: tuple[Any, ...]) -> N
         future.set_result(work(*args))
     except BaseException as error:
         future.set_exception(error)
-
-
-class Locks:
-    """A lock for each object that may be called by one thread at a time only."""
-
-    def __init__(self) -> None:
-        self._locks: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
-        self._any = threading.Lock()
-
-    def of(self, target: Any) -> threading.Lock:
-        """The target's lock; objects that cannot be told apart weakly share one."""
-        target = getattr(target, "__self__", target)
-        try:
-            return self._locks.setdefault(target, threading.Lock())
-        except TypeError:
-            return self._any
-
-    def renew(self, target: Any) -> None:
-        """Gives the target a new lock: who holds the old one will not come back."""
-        target = getattr(target, "__self__", target)
-        try:
-            self._locks[target] = threading.Lock()
-        except TypeError:
-            self._any = threading.Lock()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ class Reward(Protocol):
     - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name, whose own
       attributes `make` does not check: they are read when it is called;
     - `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods;
-    - `concurrent: bool`, whether several threads may call it at a time;
+    - `concurrent: bool`, whether several threads (at most eight) may call it, or the methods of its object, at a time;
     - `timeout: float | None`, seconds that a call may take: one that takes longer fails its requests;
     - `retry_on: tuple[type[Exception], ...]`, errors after which it is called again later, beside `RewardUnavailable`;
     - `retries: int`, how often it is called again, by default 3.
@@ -138,7 +138,7 @@ def check(reward: Reward, prompt: str) -> None:
     _asked(reward, lambda: reward.check(prompt), "check")
 
 
-def _title(reward: object) -> str:
+def title(reward: object) -> str:
     """What messages call a reward: by its name, or where that is none, by its function or its class."""
     try:
         name = getattr(reward, "name", None)
@@ -153,7 +153,7 @@ def _asked(reward: object, ask: Callable[[], T], what: str = "an attribute") -> 
     except RollflowError:
         raise
     except Exception as error:
-        raise FunctionError(f"{what} of the reward {_title(reward)} raised {said(error)}") from error
+        raise FunctionError(f"{what} of the reward {title(reward)} raised {said(error)}") from error
 
 
 def _attribute(reward: object, name: str, default: Any = None) -> Any:
@@ -175,22 +175,22 @@ def size(reward: Reward) -> tuple[int, int] | None:
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
-        raise RequestError(f"the reward {_title(reward)} has size={shown(given)}: it must be (height, width), or None")
-    height, width = (whole(f"size of the reward {_title(reward)}", side, 1) for side in given)
+        raise RequestError(f"the reward {title(reward)} has size={shown(given)}: it must be (height, width), or None")
+    height, width = (whole(f"size of the reward {title(reward)}", side, 1) for side in given)
     return height, width
 
 
 def differentiable(reward: object) -> bool:
     """Whether a reward says that its scores have gradients with respect to the images."""
     return flag(
-        f"differentiable of the reward {_title(reward)}",
+        f"differentiable of the reward {title(reward)}",
         _asked(reward, lambda: getattr(reward, "differentiable", False)),
     )
 
 
 def concurrent(reward: object) -> bool:
     """Whether a reward says that several threads may call it at a time."""
-    return flag(f"concurrent of the reward {_title(reward)}", _attribute(reward, "concurrent", False))
+    return flag(f"concurrent of the reward {title(reward)}", _attribute(reward, "concurrent", False))
 
 
 def held_out(reward: Reward) -> Reward | None:
@@ -204,9 +204,9 @@ def timeout(reward: Reward) -> float | None:
     given = _attribute(reward, "timeout")
     if given is None:
         return None
-    seconds = number(f"timeout of the reward {_title(reward)}", given, 1e9)
+    seconds = number(f"timeout of the reward {title(reward)}", given, 1e9)
     if seconds <= 0:
-        raise RequestError(f"timeout of the reward {_title(reward)}={shown(given)}: it must be above 0 seconds")
+        raise RequestError(f"timeout of the reward {title(reward)}={shown(given)}: it must be above 0 seconds")
     return seconds
 
 
@@ -216,11 +216,44 @@ def retry_on(reward: Reward) -> tuple[type[BaseException], ...]:
     kinds = given if isinstance(given, tuple | list) else (given,)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
         raise RequestError(
-            f"retry_on of the reward {_title(reward)}={shown(given)}: it must be a tuple of exception types"
+            f"retry_on of the reward {title(reward)}={shown(given)}: it must be a tuple of exception types"
         )
     return (RewardUnavailable, *kinds)
 
 
 def retries(reward: Reward) -> int:
     """How often `reward` is called again."""
-    return whole(f"retries of the reward {_title(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)
+    return whole(f"retries of the reward {title(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)
+
+
+class Terms(NamedTuple):
+    """How a reward is called: what it says of it, or the defaults, and then perhaps what is wrong with what it says."""
+
+    timeout: float | None = None
+    retry_on: tuple[type[BaseException], ...] = (RewardUnavailable,)
+    retries: int = RETRIES
+    concurrent: bool = False
+    fault: BaseException | None = None
+
+
+_USUAL = Terms()
+
+
+def terms(reward: Reward) -> Terms:
+    """How `reward` is to be called; never raises."""
+    declares = reward.function if isinstance(reward, FunctionReward) else reward
+    try:
+        if (
+            getattr(declares, "timeout", None) is None
+            and getattr(declares, "retry_on", ()) == ()
+            and getattr(declares, "retries", RETRIES) == RETRIES
+            and getattr(declares, "concurrent", False) is False
+        ):
+            return _USUAL  # nearly every reward: nothing is to be checked
+        return Terms(timeout(reward), retry_on(reward), retries(reward), concurrent(reward))
+    except BaseException as error:  # they were as they should be at the door, and are not any more
+        if isinstance(error, RollflowError):
+            return Terms(fault=error)
+        fault = FunctionError(f"an attribute of the reward {title(reward)} raised {said(error)}")
+        fault.__cause__ = error
+        return Terms(fault=fault)
