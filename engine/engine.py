@@ -30,7 +30,7 @@ from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.rendering import Rendering
 from rollflow.request import Request, Result
-from rollflow.settings import batch_sizes, checked_traits, keep_pages, lanes_and_threads, slots_of
+from rollflow.settings import batch_sizes, checked_traits, floats, keep_pages, lanes_and_threads, on_device, slots_of
 from rollflow.stats import Stats
 from rollflow.values import flag, whole
 
@@ -148,20 +148,7 @@ class Engine:
             ModelError: there is no such model, or it is no FluxPipeline.
             RequestError: a device that is neither cpu nor cuda.
         """
-        if not (device is None or isinstance(device, str | torch.device)):
-            raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N")
-        try:
-            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-            raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N") from error
-        if device.type not in ("cpu", "cuda"):
-            raise RequestError(f"device {str(device)!r}: choose cpu, cuda or cuda:N")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RequestError(f"device {str(device)!r}: torch finds no CUDA device here; choose cpu")
-        if not (dtype is None or (isinstance(dtype, str) and dtype == "auto") or _is_floating(dtype)):
-            raise RequestError(
-                f"dtype={shown(dtype)}: it must be a torch.dtype of floats, such as torch.bfloat16, or 'auto'"
-            )
+        device, dtype = on_device(device), floats(dtype)
         for name, given in (("name_or_path", name_or_path), ("preview", preview)):
             if not isinstance(given, str | Path) and not (name == "preview" and isinstance(given, bool)):
                 raise RequestError(f"{name}={shown(given)}: it must be the name or the folder of a model")
@@ -402,7 +389,3 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
-
-
-def _is_floating(dtype: object) -> bool:
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point

@@ -83,3 +83,35 @@ def keep_pages() -> None:
     is trimmed above 64 MiB only (mallopt(3), M_MMAP_THRESHOLD). Elsewhere it does nothing.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def on_device(device: Any) -> torch.device:
+    """The device of a name; by default CUDA where there is one.
+
+    Raises:
+        RequestError: it is neither a CPU nor a CUDA device that torch finds.
+    """
+    if not (device is None or isinstance(device, str | torch.device)):
+        raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N")
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"device {shown(device)}: choose cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise RequestError(f"device {str(found)!r}: choose cpu, cuda or cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {str(found)!r}: torch finds no CUDA device here; choose cpu")
+    return found
+
+
+def floats(dtype: Any) -> Any:
+    """A dtype of the networks as it was given: None, "auto" or floats of torch's.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return dtype
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    raise RequestError(f"dtype={shown(dtype)}: it must be a torch.dtype of floats, such as torch.bfloat16, or 'auto'")

@@ -33,7 +33,7 @@ class Client(Protocol):
 
     geometry: Geometry
     priority: int
-    kinds: Sequence[bool]
+    kinds: tuple[bool, ...]
     queued: list[bool]
 
     def waiting(self, guided: bool) -> int:

@@ -31,6 +31,37 @@ class Slot(Protocol):
         ...
 
 
+@runtime_checkable
+class Lease(Protocol):
+    """The slots of one request; see `rollflow.schedule.pool.Lease`."""
+
+    @property
+    def excess(self) -> int:
+        """How many slots it holds beyond its promise."""
+        ...
+
+    def take(self, within: bool = True) -> Slot | None:
+        """A slot, or None while there is none."""
+        ...
+
+    def close(self) -> None:
+        """Gives every slot back."""
+        ...
+
+
+@runtime_checkable
+class Odds(Protocol):
+    """What was learned of successes; see `rollflow.schedule.odds.Odds`."""
+
+    def observe(self, method: str, level: int, success: bool) -> None:
+        """One child was judged."""
+        ...
+
+    def success(self, method: str, level: int) -> float:
+        """The chance that the next child beats its bar."""
+        ...
+
+
 class Particle:
     """One evaluated sample: what a method sees of it, and where its state is.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from rollflow.draw import Draw, Note
 from rollflow.errors import RequestError, shown
@@ -14,43 +14,12 @@ from rollflow.plan import Plan
 from rollflow.profile.ledger import Ledger
 from rollflow.row import NONE, Brief, Kind, Mixture, Row, Show
 from rollflow.sde import Step
-from rollflow.search.particle import Particle, Slot, rank
+from rollflow.search.particle import Lease, Odds, Particle, Slot, rank
 from rollflow.search.record import History
 from rollflow.search.turn import Flight, Turn
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
 _KINDS: tuple[Kind, Kind] = ("committed", "guided")
-
-
-@runtime_checkable
-class Lease(Protocol):
-    """The slots of one request; see `rollflow.schedule.pool.Lease`."""
-
-    @property
-    def excess(self) -> int:
-        """How many slots it holds beyond its promise."""
-        ...
-
-    def take(self, within: bool = True) -> Slot | None:
-        """A slot, or None while there is none."""
-        ...
-
-    def close(self) -> None:
-        """Gives every slot back."""
-        ...
-
-
-@runtime_checkable
-class Odds(Protocol):
-    """What was learned of successes; see `rollflow.schedule.odds.Odds`."""
-
-    def observe(self, method: str, level: int, success: bool) -> None:
-        """One child was judged."""
-        ...
-
-    def success(self, method: str, level: int) -> float:
-        """The chance that the next child beats its bar."""
-        ...
 
 
 class Final:
