@@ -336,7 +336,7 @@ def test_an_error_in_a_lane_leaves_the_engine_whole():
 
     def breaks(images, prompts):
         calls.append(len(images))
-        if len(calls) == 3:
+        if len(calls) >= 3:  # not once: a row that ran ahead in vain may fail as it likes
             raise ValueError("the judge is ill")
         return images.mean((1, 2, 3))
 
