@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rollflow.errors import (
+    BudgetError,
     Cancelled,
     EngineBusy,
     EngineClosed,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetError",
     "Cancelled",
     "Draw",
     "Engine",

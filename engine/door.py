@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rollflow import checks, methods, rewards
 from rollflow.admission import promise
 from rollflow.device.attempts import model_error
-from rollflow.errors import BudgetError, RequestError, line, shown
+from rollflow.errors import BudgetError, RequestError, RollflowError, line, shown
 from rollflow.models import FlowModel, Geometry, Traits
 from rollflow.plan import Plan, plan
 from rollflow.request import Request
@@ -90,15 +90,19 @@ class Door:
         if not self._known(prompt):
             try:
                 self._model.check_prompt(prompt)
+            except RollflowError:
+                raise
             except Exception as error:
-                raise model_error(error) from error.__cause__ or error
+                raise model_error(error) from error
 
     def geometry(self, height: object, width: object) -> Geometry:
         """The model's geometry of an image size; raises `RequestError` for one that it cannot do."""
         try:
             return self._model.geometry(*checks.size(height, width))
+        except RollflowError:
+            raise
         except Exception as error:
-            raise model_error(error) from error.__cause__ or error
+            raise model_error(error) from error
 
     def _geometry(self, checked: Plan) -> Geometry:
         """The image size, which model, reward and given latents must agree on."""

@@ -297,7 +297,7 @@ class Register:
 
 def no_more(cause: BaseException) -> EngineDead:
     """What is told of an engine that can do no more to those who come later."""
-    dead = EngineDead("the device failed for good: make a new engine")
+    dead = EngineDead(f"the engine failed for good ({said(cause)}): make a new engine")
     dead.__cause__ = cause
     return dead
 

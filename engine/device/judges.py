@@ -13,7 +13,8 @@ from functools import partial
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
-JUDGES = 8  # threads from the start; each further reward that is busy at the same time gets one more
+JUDGES = 1  # threads from the start: one that works again and again is faster than several in turn; each further
+# reward that is busy at the same time gets one more
 MOST = 256  # threads; rewards beyond them wait for one
 CONCURRENT = 8  # calls of one reward at a time, where it says that it is concurrent
 
