@@ -12,8 +12,6 @@ from PIL import Image
 from rollflow import interpolant as interpolants
 from rollflow import methods
 
-PREVIEW_FINALISTS = 8
-
 
 @dataclass(frozen=True)
 class Request:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rollflow.draw import Guide
 from rollflow.models import Geometry
+from rollflow.request import Kind as Kind
 from rollflow.rewards import Reward
 from rollflow.sde import Step
 
 NONE = -1  # in place of a slot: no parent, or a row of padding
-Kind = Literal["committed", "guided", "finish"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
