@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -84,7 +84,7 @@ class Plan:
 
     def finish(self, start: float, count: int) -> tuple[Step, ...]:
         """The steps of `count` deterministic evaluations from a particle at time `start` towards 0."""
-        return tuple(_steps(self.path, finish_times(self.path, start, count), sde.Zero(), "cps")[1:])
+        return (_finish_of_known if type(self.path) in _KNOWN else _finish)(self.path, start, count)
 
 
 def _grid(request: Request) -> tuple[float, ...]:
@@ -94,8 +94,17 @@ def _grid(request: Request) -> tuple[float, ...]:
     return tuple(sde.time_grid(request.steps, request.grid, request.shift))
 
 
-def _steps(path: interpolants.Interpolant, times: Sequence[float], diffusion: sde.Diffusion, solver: str) -> list[Step]:
+def _steps(
+    path: interpolants.Interpolant, times: tuple[float, ...], diffusion: sde.Diffusion, solver: str
+) -> tuple[Step, ...]:
     """One step for each of `times`; the first is where the particle already is, or the prior: x = sigma z."""
+    known = type(path) in _KNOWN and type(diffusion) in _KNOWN and len(times) <= 1024
+    return (_steps_of_known if known else _computed)(path, times, diffusion, solver)
+
+
+def _computed(
+    path: interpolants.Interpolant, times: tuple[float, ...], diffusion: sde.Diffusion, solver: str
+) -> tuple[Step, ...]:
     steps = []
     for i, time in enumerate(times):
         try:
@@ -123,10 +132,10 @@ def _steps(path: interpolants.Interpolant, times: Sequence[float], diffusion: sd
                     f"the linear time of {path!r} is {before.tau!r} at t = {before.time!r} and {after.tau!r} at "
                     f"t = {after.time!r}: it must increase in time, sigma / alpha with it"
                 )
-    return steps
+    return tuple(steps)
 
 
-def finish_times(path: interpolants.Interpolant, start: float, count: int) -> list[float]:
+def finish_times(path: interpolants.Interpolant, start: float, count: int) -> tuple[float, ...]:
     """`start` and the times of `count` deterministic evaluations between it and 0, equidistant in linear time."""
     tau = path.linear_time(start)
     wanted = [tau * (1 - i / (count + 1)) for i in range(1, count + 1)]
@@ -137,7 +146,19 @@ def finish_times(path: interpolants.Interpolant, start: float, count: int) -> li
             middle = (low + high) / 2
             low, high = (middle, high) if path.linear_time(middle) < target else (low, middle)
         times.append(high)
-    return times
+    return tuple(times)
+
+
+def _finish(path: interpolants.Interpolant, start: float, count: int) -> tuple[Step, ...]:
+    return _computed(path, finish_times(path, start, count), sde.Zero(), "cps")[1:]
+
+
+# Requests of a service differ in prompt and seed, and seldom in these: what is rollflow's own is computed once.
+_KNOWN = {
+    interpolants.Linear, interpolants.VP, interpolants.Cosine, interpolants.Polynomial,
+    sde.Power, sde.Constant, sde.Zero, sde.SigmaProportional, sde.Memoryless, sde.CPS,
+}  # fmt: skip
+_steps_of_known, _finish_of_known = lru_cache(256)(_computed), lru_cache(1024)(_finish)
 
 
 def _check_method(made: Plan) -> None:
@@ -200,7 +221,7 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
     if (option := methods.trusts(request.method)) is not None:
         first = sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1])
         request = replace(request, options={option: first, **request.options})
-    made = Plan(request, reward, path, diffusion, tuple(steps), finalists, request.latents, traits.trusted_from)
+    made = Plan(request, reward, path, diffusion, steps, finalists, request.latents, traits.trusted_from)
     _check_method(made)
     made = replace(made, held=_held(made))
     title = methods.title(request.method)

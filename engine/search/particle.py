@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from rollflow.methods.budget import worth
 from rollflow.row import Candidate
 from rollflow.sde import Step
 
@@ -89,7 +88,8 @@ class Particle:
     def judge(self, reward: float | None) -> None:
         """Its reward came."""
         self.reward = reward
-        self.value = worth(self)
+        if reward is not None and math.isfinite(reward):
+            self.value = reward  # as `rollflow.methods.budget.worth` has it
 
     @property
     def time(self) -> float:

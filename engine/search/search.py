@@ -90,7 +90,7 @@ class Search:
     def may_run_ahead(self, guided: bool) -> bool:
         """Whether there are rows that could run before it is known whether they are needed."""
         turn = self._turn
-        return turn is not None and bool(turn.sequential) and next(turn.open(guided), None) is not None
+        return turn is not None and bool(turn.sequential) and turn.has_open(guided)
 
     def chances(self, guided: bool, least: float = 0.0) -> Iterator[tuple[float, int]]:
         """Of the rows that `take_ahead` would give, the chance of each to be needed, if at least `least`; its draw."""
@@ -142,12 +142,13 @@ class Search:
         elif self._finals is not None or turn is None or turn is not self._turn or turn.draws[flight.draw].closed:
             self._drop(flight)
         else:
-            needed, unneeded, successes = turn.commit(flight)
+            asked = turn.draws[flight.draw]
+            needed, unneeded = turn.commit(flight)
             for one in needed:
                 if one.error is not None:
                     raise one.error
-            for one, success in zip(needed, successes, strict=False):
-                self._odds.observe(self._title, one.particle.step, success)
+                if asked.sequential:
+                    self._odds.observe(self._title, one.particle.step, one.particle.value > asked.draw.until)
             for one in unneeded:
                 self._drop(one)
             for one in turn.recordable():
@@ -291,7 +292,7 @@ class Search:
             asked.reach,
         )
         particle = Particle(draw.arrives, step, slot, asked.guided)
-        self.flying[self._rows] = Flight(row, particle, parent, turn, i, child, prior)
+        self.flying[self._rows] = Flight(row.kind, row.nfe, particle, parent, turn, i, child, prior)
         self._rows += 1
         return row
 
@@ -303,7 +304,7 @@ class Search:
         final.steps, final.waiting, parent = tuple(left), True, final.particle
         level = max(parent.step + 1, len(self.plan.steps))
         row = Row(self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=not left)
-        self.flying[self._rows] = Flight(row, Particle(level, step, slot), parent, None, i, -1, None)
+        self.flying[self._rows] = Flight(row.kind, row.nfe, Particle(level, step, slot), parent, None, i, -1, None)
         self._rows += 1
         return row
 
@@ -321,8 +322,8 @@ class Search:
                 self._record(one)
 
     def _record(self, flight: Flight) -> None:
-        particle, row = flight.particle, flight.row
-        self.history.add(particle, flight.parent, row.kind, row.nfe, flight.invalid)
+        particle = flight.particle
+        self.history.add(particle, flight.parent, flight.kind, flight.nfe, flight.invalid)
         if self.history.committed > self._budget:
             raise RequestError(f"the method {self._title} drew more than its budget of {self._budget} evaluations")
         if flight.prior is not None:
@@ -357,14 +358,14 @@ class Search:
 
     def _let_go(self, particle: Particle | None) -> None:
         """Frees the slot of a particle that neither the method keeps nor the final comparison."""
-        if particle is None or particle.kept:
+        if particle is None or particle.kept or particle is self._latest or particle in self._best:
             return
-        if particle not in (self._latest, *self._best, *(final.particle for final in self._finals or ())):
+        if self._finals is None or all(final.particle is not particle for final in self._finals):
             particle.slot.release()
 
     def _drop(self, flight: Flight) -> None:
         """Counts a row that ran and, for the search, does not exist; its slot is free."""
-        self._ledger.wasted(flight.row.kind)
+        self._ledger.wasted(flight.kind)
         flight.particle.slot.release()
 
     def _choose(self, chosen: Any) -> None:

@@ -13,7 +13,7 @@ from heapq import heappush, heapreplace
 from typing import NamedTuple
 
 from rollflow.draw import Draw
-from rollflow.row import Row
+from rollflow.row import Kind
 from rollflow.sde import Step
 from rollflow.search.particle import Particle
 
@@ -22,11 +22,12 @@ class Flight(NamedTuple):
     """A row on its way: the particle that it makes, its parent, and its place in the turn.
 
     `prior` says which of the request's samples of the prior it is; `draw` and `child` are its place in the turn, or of
-    a step of the finish the finalist's number and -1. `turn` is None for a step of the finish.
-    `error` says why it was not evaluated.
+    a step of the finish the finalist's number and -1. `turn` is None for a step of the finish. `kind` and `nfe` are
+    the row's; the row itself is gone when the device is done with it. `error` says why it was not evaluated.
     """
 
-    row: Row
+    kind: Kind
+    nfe: int
     particle: Particle
     parent: Particle | None
     turn: Turn | None
@@ -41,8 +42,8 @@ class Asked:
     """One draw of a turn: what was issued, what came back, and the children that the method will see."""
 
     __slots__ = (
-        "best", "children", "closed", "draw", "guided", "issued", "judged", "limit", "prior", "reach", "sequential",
-        "step",
+        "best", "children", "closed", "draw", "guided", "issued", "judged", "known", "limit", "prior", "reach",
+        "sequential", "step",
     )  # fmt: skip
 
     def __init__(self, draw: Draw, prior: int, step: Step, reach: float):
@@ -50,7 +51,8 @@ class Asked:
         self.step, self.reach = step, reach
         self.issued, self.limit = 0, draw.count  # no child beyond the limit can be needed
         self.judged: dict[int, Flight] = {}  # came back before an earlier child did
-        self.children: list[Flight] = []
+        self.known = deque[Flight]()  # came back without a gap, and are not recorded yet
+        self.children: list[Particle] = []  # of those and of the recorded ones
         self.sequential, self.guided = draw.until != math.inf, draw.guide is not None
         self.closed = False  # whether it has all its children: its count is reached, or one has beaten `until`
         self.best: list[tuple[float, int, Particle]] = []  # a heap of those that the method will keep, the worst first
@@ -93,7 +95,7 @@ class Turn:
         self._ready: tuple[deque[int], deque[int]] = deque(), deque()  # draws with rows that can run, plain and guided
         self.waiting = [0, 0]
         self.sequential: list[int] = []
-        self._recorded = (0, 0)  # draw and child that the history continues with
+        self._recorded = 0  # the draw that the history continues with
         for i, (draw, step, reach) in enumerate(draws):
             asked = Asked(draw, prior, step, reach)
             self.draws.append(asked)
@@ -106,7 +108,7 @@ class Turn:
     @property
     def complete(self) -> bool:
         """Whether every draw has all its children, and all are recorded."""
-        return self._recorded[0] == len(self.draws)
+        return self._recorded == len(self.draws)
 
     def next(self, guided: bool) -> tuple[int, int]:
         """Draw and child of the next of the waiting rows, in draw order; it counts as issued."""
@@ -124,6 +126,14 @@ class Turn:
         asked.issued += 1
         return asked.issued - 1
 
+    def has_open(self, guided: bool) -> bool:
+        """Whether there are any such draws as `open` gives."""
+        for i in self.sequential:
+            asked = self.draws[i]
+            if asked.guided is guided and asked.issued < asked.limit and asked.unknown:
+                return True
+        return False
+
     def open(self, guided: bool) -> Iterator[tuple[int, Asked]]:
         """The sequential draws that wait for an answer and of which further rows could run ahead of it."""
         for i in self.sequential:
@@ -131,26 +141,23 @@ class Turn:
             if asked.guided is guided and asked.unknown and asked.issued < asked.limit:
                 yield i, asked
 
-    def commit(self, flight: Flight) -> tuple[list[Flight], list[Flight], list[bool]]:
+    def commit(self, flight: Flight) -> tuple[list[Flight], list[Flight]]:
         """Adds to a draw's children what is back without a gap.
 
         Returns:
-            The rows that are now known to be needed, those known not to be, and of the needed ones of a sequential
-            draw whether each was a success.
+            The rows that are now known to be needed, and those known not to be.
         """
         asked = self.draws[flight.draw]
         asked.judged[flight.child] = flight
         if asked.sequential and flight.particle.value > asked.draw.until:
             asked.limit = min(asked.limit, flight.child + 1)
         needed: list[Flight] = []
-        successes: list[bool] = []
         while not asked.closed and (following := asked.judged.pop(len(asked.children), None)) is not None:
-            asked.children.append(following)
+            asked.children.append(following.particle)
             needed.append(following)
             success = asked.sequential and following.particle.value > asked.draw.until
             asked.closed = success or len(asked.children) == asked.draw.count
-            if asked.sequential:
-                successes.append(success)
+        asked.known.extend(needed)
         unneeded: list[Flight] = []
         if asked.closed:
             unneeded = [*asked.judged.values()]
@@ -158,30 +165,27 @@ class Turn:
         elif asked.sequential and asked.issued == len(asked.children):
             self._ready[asked.guided].append(flight.draw)
             self.waiting[asked.guided] += 1
-        return needed, unneeded, successes
+        return needed, unneeded
 
     def recordable(self) -> Iterator[Flight]:
         """The children that are known, in draw order, from where the history ends."""
-        i, child = self._recorded
-        while i < len(self.draws):
-            asked = self.draws[i]
-            while child < len(asked.children):
-                self._recorded = (i, child + 1)
-                yield asked.children[child]
-                child += 1
+        while self._recorded < len(self.draws):
+            asked = self.draws[self._recorded]
+            while asked.known:
+                yield asked.known.popleft()
             if not asked.closed:
                 return
-            i, child = self._recorded = (i + 1, 0)
+            self._recorded += 1
 
     def children(self) -> list[list[Particle]]:
         """What the method is sent."""
-        return [[flight.particle for flight in asked.children] for asked in self.draws]
+        return [asked.children for asked in self.draws]
 
     def leftover(self) -> Iterator[Flight]:
         """Rows that are back and will not be recorded, should the search end here."""
         for asked in self.draws:
             yield from asked.judged.values()
-            yield from (flight for flight in asked.children if flight.particle.index < 0)
+            yield from asked.known
 
     def close(self) -> None:
         """Lets go of every particle. Rows of it that are still on their way refer to the turn, and they to it."""
