@@ -215,8 +215,16 @@ class Interrupting(Gate):
 needs_signals = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C interrupts, also where the shell started us with interrupts ignored, as it does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_signals
-def test_an_interrupted_wait_leaves_the_job_and_the_engine_as_they_were(shared):
+def test_an_interrupted_wait_leaves_the_job_and_the_engine_as_they_were(shared, interrupts):
     reward = Interrupting("_wait")
     job = shared.submit(rbf(20, reward=reward))
     with pytest.raises(KeyboardInterrupt):
@@ -229,7 +237,7 @@ def test_an_interrupted_wait_leaves_the_job_and_the_engine_as_they_were(shared):
 
 @needs_signals
 @pytest.mark.parametrize("on_progress", [None, lambda state: None])
-def test_an_interrupted_generate_cancels_its_requests_and_no_others(shared, on_progress):
+def test_an_interrupted_generate_cancels_its_requests_and_no_others(shared, interrupts, on_progress):
     reward = Interrupting("follow")
     other = shared.submit(rbf(20, seed=1))
     with pytest.raises(KeyboardInterrupt):
