@@ -13,12 +13,14 @@ import torch
 
 from rollflow import sde
 from rollflow.errors import RequestError, line, shown
+from rollflow.models.text import Size
 from rollflow.request import Request
 from rollflow.values import number, plain, whole
 
 MOST_NFE = 2**20  # what a noise key numbers
 MOST_STEPS = 10_000  # of a grid and of a finish: their coefficients are computed before anything runs
 MOST_PIXELS = 2**16  # of a side
+MOST_FRAMES = 2**16
 MOST_SECONDS = 1e9
 MOST_GUIDANCE = 1e6
 MOST_NOISE = 1e4  # of an element of given noise, whose variance should be 1
@@ -46,6 +48,9 @@ def request(asked: Request) -> Request:
         "deadline": lambda value: number("deadline", value, MOST_SECONDS * 1000),
         "height": lambda value: whole("height", value, 1, MOST_PIXELS),
         "width": lambda value: whole("width", value, 1, MOST_PIXELS),
+        "frames": lambda value: whole("frames", value, 1, MOST_FRAMES),
+        "guidance": lambda value: number("guidance", value, MOST_GUIDANCE),
+        "negative": negative,
         "times": _times,
         "latents": _latents,
     }
@@ -57,7 +62,6 @@ def request(asked: Request) -> Request:
         seed=seed,
         finish=whole("finish", asked.finish, 0, MOST_STEPS),
         priority=whole("priority", asked.priority, -(2**63), 2**63),
-        guidance=number("guidance", asked.guidance, MOST_GUIDANCE),
         shift=number("shift", asked.shift),
         solver=_solver(asked.solver),
         options=options(asked.options, own=isinstance(asked.method, str)),
@@ -73,13 +77,24 @@ def prompt(given: object) -> str:
     """
     if not isinstance(given, str) or not str.__str__(given).strip():
         raise RequestError(f"prompt={shown(given)}: it must be a sentence")
+    return _text("prompt", given)
+
+
+def negative(given: object) -> str:
+    """A negative prompt, which may be empty; raises as `prompt` does."""
+    if not isinstance(given, str):
+        raise RequestError(f"negative={shown(given)}: it must be a text, or None for the model's own")
+    return _text("negative", given)
+
+
+def _text(name: str, given: str) -> str:
     text = str.__str__(given)
     strange = None
     if not text.isprintable():
         kinds = ((one, unicodedata.category(one)) for one in text if one not in "\t\n\r")
         strange = next((one for one, kind in kinds if kind in ("Cc", "Cs")), None)
     if strange is not None:
-        raise RequestError(f"prompt={shown(text)}: the character {strange!r} in it is no text: leave it out")
+        raise RequestError(f"{name}={shown(text)}: the character {strange!r} in it is no text: leave it out")
     return text
 
 
@@ -134,11 +149,12 @@ def options(given: object, own: bool = False) -> dict[str, Any]:
     return found
 
 
-def size(height: object, width: object) -> tuple[int | None, int | None]:
-    """Height and width in pixels, None where it is the model's own."""
-    return (
+def size(height: object, width: object, frames: object = None) -> Size:
+    """Height and width in pixels, and frames, None where it is the model's own."""
+    return Size(
         None if height is None else whole("height", height, 1, MOST_PIXELS),
         None if width is None else whole("width", width, 1, MOST_PIXELS),
+        None if frames is None else whole("frames", frames, 1, MOST_FRAMES),
     )
 
 
@@ -174,10 +190,10 @@ def _times(given: object) -> tuple[float, ...]:
 
 
 def _latents(given: object) -> torch.Tensor:
-    """Given initial noise as float32 [n, token, channel], a copy; its sizes are checked against the model's later."""
-    if not isinstance(given, torch.Tensor) or given.ndim not in (2, 3) or not given.numel():
+    """Given initial noise as float32, a copy; its shape is checked against the model's later."""
+    if not isinstance(given, torch.Tensor) or not given.ndim or not given.numel():
         raise RequestError(
-            f"latents={shown(given)}: they must be a finite tensor of shape [token, channel] or [n, token, channel]"
+            f"latents={shown(given)}: they must be a finite tensor, of the shape of one state or of [n, ...] of them"
         )
     if not given.dtype.is_floating_point or given.layout != torch.strided or given.is_quantized or given.is_meta:
         raise RequestError(f"latents={shown(given)}: they must be a dense tensor of floating-point numbers with data")
@@ -186,4 +202,4 @@ def _latents(given: object) -> torch.Tensor:
         raise RequestError(
             f"latents={shown(given)}: they must be finite, noise of unit variance, and no element beyond {MOST_NOISE:g}"
         )
-    return latents.reshape(-1, *latents.shape[-2:])
+    return latents

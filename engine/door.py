@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+import torch
+
 from rollflow import checks, methods, rewards
 from rollflow.admission import promise
 from rollflow.device.attempts import model_error
@@ -14,6 +16,7 @@ from rollflow.errors import BudgetError, RequestError, RollflowError, line, show
 from rollflow.models import FlowModel, Geometry, Traits
 from rollflow.plan import Plan, plan
 from rollflow.request import Request
+from rollflow.values import whole
 
 _FIELDS = {field.name for field in fields(Request)}
 
@@ -53,7 +56,7 @@ class Door:
         Raises:
             RequestError: it cannot be honoured.
         """
-        request = as_request(asked, options)
+        request = self._own(as_request(asked, options))
         timed = request.nfe is None and (request.seconds is not None or request.deadline is not None)
 
         def for_budget(nfe: int | None) -> Plan:
@@ -68,6 +71,8 @@ class Door:
         self.check_prompt(checked.request.prompt)
         rewards.check(checked.reward, checked.request.prompt)
         geometry = self._geometry(checked)
+        if checked.latents is not None:
+            checked = replace(checked, latents=_states(checked.latents, geometry))
         slots, needed = self._slots(geometry), promise(checked)
         if needed > slots and timed:  # nobody has asked for that many
             checked = for_budget(slots)
@@ -79,9 +84,12 @@ class Door:
                 "with Engine(slots=...)"
             )
 
+        latents = checked.latents
+
         def affordable(nfe: int) -> Plan:  # a method may hold far fewer particles than it draws
             found = for_budget(nfe := min(nfe, checks.MOST_NFE))
-            return found if promise(found) <= slots else for_budget(min(nfe, slots))
+            found = found if promise(found) <= slots else for_budget(min(nfe, slots))
+            return replace(found, latents=latents)
 
         return Checked(checked, geometry, affordable if timed else None)
 
@@ -95,10 +103,36 @@ class Door:
             except Exception as error:
                 raise model_error(error) from error
 
-    def geometry(self, height: object, width: object) -> Geometry:
-        """The model's geometry of an image size; raises `RequestError` for one that it cannot do."""
+    def _own(self, request: Request) -> Request:
+        """The request with what it leaves to the model, or with what the model cannot do refused."""
+        able: Any = self._model.capabilities
+        if request.guidance is None:
+            request = replace(request, guidance=able.guidance)
+        if request.negative is not None and not able.negative:
+            raise RequestError(
+                f"negative={shown(request.negative)}: this model has no classifier-free guidance that would lead away "
+                "from it; leave it out"
+            )
+        if isinstance(request.grid, str) and request.grid == "model" and request.times is None:
+            if not able.schedule:
+                raise RequestError(
+                    'grid="model": this model has no sampler of its own; choose paper, uniform or shifted'
+                )
+            steps = self._traits.steps if request.steps is None else request.steps
+            steps = whole("steps", steps, 1, checks.MOST_STEPS)
+            geometry = self.geometry(request.height, request.width, request.frames)
+            model: Any = self._model
+            return replace(request, times=model.times(steps, geometry), grid=None, steps=None)
+        return request
+
+    def geometry(self, height: object, width: object, frames: object = None) -> Geometry:
+        """The model's geometry of a size; raises `RequestError` for one that it cannot do."""
+        size = checks.size(height, width, frames)
+        model: Any = self._model
+        if frames is not None and not model.capabilities.frames:
+            raise RequestError(f"frames={shown(frames)}: this model makes images; leave it out")
         try:
-            return self._model.geometry(*checks.size(height, width))
+            return model.geometry(*size) if model.capabilities.frames else model.geometry(size.height, size.width)
         except RollflowError:
             raise
         except Exception as error:
@@ -106,19 +140,28 @@ class Door:
 
     def _geometry(self, checked: Plan) -> Geometry:
         """The image size, which model, reward and given latents must agree on."""
-        geometry = self.geometry(checked.request.height, checked.request.width)
+        geometry = self.geometry(checked.request.height, checked.request.width, checked.request.frames)
         size = rewards.size(checked.reward)
         if size is not None and (geometry.height, geometry.width) != size:
             raise RequestError(
                 f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
                 f"{size[0]}x{size[1]} only"
             )
-        if checked.latents is not None and checked.latents.shape[1:] != (geometry.token, geometry.channel):
-            raise RequestError(
-                f"latents of shape {list(checked.latents.shape[1:])}: this model and size need [token, channel] = "
-                f"[{geometry.token}, {geometry.channel}]"
-            )
         return geometry
+
+
+def _states(latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Given noise as [n, token, channel]."""
+    shape, own = tuple(latents.shape), tuple(geometry.state)
+    token = (geometry.token, geometry.channel)
+    flat = (geometry.token * geometry.channel,)
+    for one in (own, token, flat):
+        if shape == one or shape[1:] == one:
+            return latents.reshape(-1, *token)
+    raise RequestError(
+        f"latents of shape {list(shape)}: this model and size need {list(own)}, or [n, ...] of such, or {list(flat)} "
+        "flat"
+    )
 
 
 def as_request(asked: str | Request, options: dict[str, Any]) -> Request:

@@ -26,6 +26,7 @@ from rollflow.loop import Loop
 from rollflow.models import FlowModel, Traits, acceleration, adapt
 from rollflow.models import traits as built_in_traits
 from rollflow.models.flux import FluxModel, load, load_light
+from rollflow.models.text import Text
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.rendering import Rendering
@@ -112,7 +113,11 @@ class Engine:
             graphs=graphs and able.graphable and not on_cpu,
         )
         self._door = Door(
-            self.model, self.traits, preview, self._slots_of, lambda prompt: prompt in preparations.conditioning
+            self.model,
+            self.traits,
+            preview,
+            self._slots_of,
+            lambda prompt: (Text(prompt), None) in preparations.conditioning,
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
         self._host, self._render = Host(loop, runner, preparations), Rendering()
@@ -316,8 +321,18 @@ class Engine:
 
     # What is prepared ahead.
 
-    def encode(self, prompts: str | Sequence[str]) -> None:
+    def encode(
+        self,
+        prompts: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> None:
         """Encodes prompts that requests will come for, each distinct one once.
+
+        Args:
+            prompts: a prompt, or several.
+            height, width, frames: the size that they will come with, for models whose encodings depend on it.
 
         Raises:
             RequestError: a prompt that the model cannot read.
@@ -325,20 +340,23 @@ class Engine:
         checked = checks.prompts(prompts)
         for prompt in checked:
             self._door.check_prompt(prompt)
-        self._host.prepare(checked, None)
+        geometry = self._door.geometry(height, width, frames) if self.model.capabilities.sized_text else None
+        self._host.prepare([Text(prompt) for prompt in checked], geometry)
 
-    def warm_up(self, height: int | None = None, width: int | None = None) -> None:
+    def warm_up(self, height: int | None = None, width: int | None = None, frames: int | None = None) -> None:
         """Measures what batches of this image size cost, so that the first request does not have to wait for it.
 
         The measured batch sizes, and on a CPU the numbers of lanes and threads, hold for the engine from then on.
         Requests of other sizes go on meanwhile.
         """
-        self._host.prepare([], self._door.geometry(height, width))
+        self._host.prepare([], self._door.geometry(height, width, frames), measure=True)
 
-    def buckets(self, height: int | None = None, width: int | None = None) -> Mapping[int, float]:
+    def buckets(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> Mapping[int, float]:
         """The batch sizes for an image size, and the seconds that a batch of each was measured to take."""
-        self.warm_up(height, width)
-        return self._host.preparations.cost(self._door.geometry(height, width)).seconds
+        self.warm_up(height, width, frames)
+        return self._host.preparations.cost(self._door.geometry(height, width, frames)).seconds
 
     def release_text_encoders(self) -> None:
         """Frees the memory of the text encoders. From then on only prompts that were encoded before are accepted.
@@ -366,7 +384,10 @@ class Engine:
         """What it holds now; of any thread."""
         host = self._host
         found = host.do(host.loop.snapshot)
-        buckets = {(g.height, g.width): sizes for g, sizes in [*host.runner.buckets.items()]}
+        buckets = {
+            (g.height, g.width) if g.frames is None else (g.height, g.width, g.frames): sizes
+            for g, sizes in [*host.runner.buckets.items()]
+        }
         counts = {name: getattr(found, name) for name in ("queued", "running", "rows", "live", "promised", "free")}
         return Stats(
             **counts,

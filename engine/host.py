@@ -20,7 +20,9 @@ from rollflow.device.runner import Runner
 from rollflow.errors import EngineClosed, EngineDead, RollflowError, said
 from rollflow.loop import Loop
 from rollflow.models import Geometry
+from rollflow.models.text import Text
 from rollflow.preparing import Preparations
+from rollflow.request import picture
 from rollflow.ticket import Ticket
 
 CLOSING = 5.0  # seconds that a closing engine waits for each of its threads
@@ -71,12 +73,12 @@ class Host:
             return work()
         return future.result()
 
-    def prepare(self, prompts: Iterable[str], geometry: Geometry | None) -> None:
-        """Encodes prompts and measures an image size, and waits until that is done."""
+    def prepare(self, texts: Iterable[Text], geometry: Geometry | None, measure: bool = False) -> None:
+        """Encodes texts, for a size where that matters, or measures the size, and waits until that is done."""
         self.check_waiting()
         self.start()
-        wanted: list[tuple[str | None, Geometry | None]] = [(prompt, None) for prompt in dict.fromkeys(prompts)]
-        wanted += [(None, geometry)] if geometry is not None else []
+        wanted: list[tuple[Text | None, Geometry | None]] = [(text, geometry) for text in dict.fromkeys(texts)]
+        wanted += [(None, geometry)] if measure else []
         futures = []
         for prompt, size in wanted:
             future: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -96,7 +98,7 @@ class Host:
         future: concurrent.futures.Future[Image.Image | None] = concurrent.futures.Future()
 
         def then(pixels: torch.Tensor | None, error: BaseException | None) -> None:
-            _settle(future, None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).numpy()), error)
+            _settle(future, None if pixels is None else picture(pixels), error)
 
         self.loop.peek(ticket, then)
         return future

@@ -18,10 +18,12 @@ from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.errors import EngineClosed
 from rollflow.models import Geometry
+from rollflow.models.text import Text
 from rollflow.schedule.cost import CostModel
 
 ENCODED_PROMPTS = 256  # kept for later requests
-Need = str | Geometry
+Wanted = tuple[Text, Geometry | None]  # a text, and where it matters the size that it is encoded for
+Need = Wanted | Geometry
 Chore = tuple[
     Callable[[], Any], Callable[[Any, BaseException | None], None]
 ]  # what to do on a lane, and with its result
@@ -40,7 +42,7 @@ class Preparations:
         graphs: whether to capture CUDA graphs.
 
     Attributes:
-        conditioning: what the model made of prompts.
+        conditioning: what the model made of texts.
         costs: what batches cost, by image size.
         chores: work for a lane.
         changed: called when the lanes were chosen.
@@ -59,7 +61,7 @@ class Preparations:
     ):
         self.runner, self._slots = runner, slots
         self._measure, self._keep, self._choose, self._graphs = measure, keep_buckets, choose_lanes, graphs
-        self.conditioning: dict[str, Any] = {}
+        self.conditioning: dict[Wanted, Any] = {}
         self.costs: dict[Geometry, CostModel] = {}
         self.chores: deque[Chore] = deque()
         self.changed: Callable[[], None] = lambda: None
@@ -85,14 +87,33 @@ class Preparations:
         self._set(geometry, fitting)
         return True
 
-    def want(self, prompt: str | None, geometry: Geometry | None, then: Callable[[BaseException | None], None]) -> None:
-        """Calls `then` when a prompt is encoded and a geometry measured, or with the error that kept it from that."""
+    def wanted(self, text: Text, geometry: Geometry | None) -> Wanted:
+        """By what a conditioning is known."""
+        able = self.runner.model.capabilities
+        text = text if able.negative else Text(text.prompt)
+        return text, geometry if able.sized_text else None
+
+    def known(self, text: Text, geometry: Geometry) -> Any:
+        """What the model made of a text; raises `KeyError` where it is not there (any more)."""
+        return self.conditioning[self.wanted(text, geometry)]
+
+    def company(self, conditioning: Any, guidance: float, *given: Any) -> tuple[Any, ...]:
+        """The last fields of a brief: conditioning, those given, company and network rows."""
+        model: Any = self.runner.model
+        if not model.capabilities.companies:
+            return conditioning, *given
+        own = model.for_request(conditioning, guidance)
+        return own, *given, model.company(own), model.network_rows(own)
+
+    def want(self, text: Text | None, geometry: Geometry | None, then: Callable[[BaseException | None], None]) -> None:
+        """Calls `then` when a text is encoded and a geometry measured, or with the error that kept it from that."""
         missing: list[Need] = []
+        wanted = None if text is None else self.wanted(text, geometry)
         if geometry is not None and self._measure and geometry not in self.costs:
             missing.append(geometry)
-            prompt = next(iter(self.conditioning), "") if prompt is None else prompt
-        if prompt is not None and prompt not in self.conditioning:
-            missing.insert(0, prompt)  # the encoding first: measurements need one
+            wanted = wanted or self._any(geometry)
+        if wanted is not None and wanted not in self.conditioning:
+            missing.insert(0, wanted)  # the encoding first: measurements need one
         if not missing:
             then(None)
             return
@@ -108,14 +129,20 @@ class Preparations:
             waiting = self._waiting.setdefault(need, [])
             waiting.append(partial(one, need))
             if len(waiting) == 1:
-                steps = self._encoding(need) if isinstance(need, str) else self._measuring(need, prompt or "")
+                measured = isinstance(need, Geometry)
+                steps = self._measuring(need, wanted or self._any(need)) if measured else self._encoding(need)
                 self._advance(need, steps, None, None)
+
+    def _any(self, geometry: Geometry) -> Wanted:
+        """Any text, if possible one that is known."""
+        empty = self.wanted(Text(""), geometry)
+        return next((one for one in self.conditioning if one[1] == empty[1]), empty)
 
     def forget(self, keep: int = 0) -> None:
         """Drops all but the last encodings."""
         if not self.pinned:
-            for prompt in list(self.conditioning)[: max(0, len(self.conditioning) - keep)]:
-                del self.conditioning[prompt]
+            for wanted in list(self.conditioning)[: max(0, len(self.conditioning) - keep)]:
+                del self.conditioning[wanted]
 
     def end(self) -> None:
         """Prepares nothing more, and tells those who still wait."""
@@ -140,19 +167,24 @@ class Preparations:
         for told in self._waiting.pop(need, []):
             told(error)
 
-    def _encoding(self, prompt: str) -> Steps:
-        """A prompt is encoded alone, so that its bits do not depend on its company."""
-        (self.conditioning[prompt],) = yield partial(self.runner.model.encode, [prompt])
+    def _encoding(self, wanted: Wanted) -> Steps:
+        """A text is encoded alone, so that its bits do not depend on its company."""
+        (self.conditioning[wanted],) = yield partial(self._encode, wanted)
         self.forget(ENCODED_PROMPTS)
 
-    def _measuring(self, geometry: Geometry, prompt: str) -> Steps:
+    def _encode(self, wanted: Wanted) -> list[Any]:
+        model: Any = self.runner.model
+        text: Any = wanted[0] if model.capabilities.negative else wanted[0].prompt
+        return model.encode([text], wanted[1]) if model.capabilities.sized_text else model.encode([text])
+
+    def _measuring(self, geometry: Geometry, wanted: Wanted) -> Steps:
         runner, model = self.runner, self.runner.model
-        if prompt not in self.conditioning:
+        if wanted not in self.conditioning:
             yield _nothing  # its encoding was asked for before this
-        if prompt not in self.conditioning:  # and forgotten again
-            (conditioning,) = yield partial(model.encode, [prompt])
+        if wanted not in self.conditioning:  # and forgotten again
+            (conditioning,) = yield partial(self._encode, wanted)
         else:
-            conditioning = self.conditioning[prompt]
+            conditioning = self.conditioning[wanted]
         if model.device.type == "cpu" and model.capabilities.recordable:
             yield partial(model.record, geometry, conditioning)  # type: ignore[attr-defined]
         if self._choose:

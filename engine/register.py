@@ -9,6 +9,7 @@ from rollflow import methods
 from rollflow.admission import Admission
 from rollflow.errors import Cancelled, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError, said
 from rollflow.models import Geometry
+from rollflow.models.text import Text
 from rollflow.plan import Plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
@@ -80,15 +81,14 @@ class Register:
         self._prepare(ticket)
 
     def _prepare(self, ticket: Ticket) -> None:
-        prompt, geometry = ticket.plan.request.prompt, ticket.geometry
-        self._preparations.want(prompt, geometry, lambda error: self._prepared(ticket, error))
+        self._preparations.want(text_of(ticket.plan), ticket.geometry, lambda error: self._prepared(ticket, error))
 
     def _prepared(self, ticket: Ticket, error: BaseException | None) -> None:
         if error is not None:
             self.refuse(ticket, error)
         elif not ticket.over:
             try:  # held from now on: what others ask for meanwhile may push it out
-                ticket.conditioning = self._preparations.conditioning[ticket.plan.request.prompt]
+                ticket.conditioning = self._preparations.known(text_of(ticket.plan), ticket.geometry)
             except KeyError:
                 self._prepare(ticket)
             else:
@@ -117,11 +117,12 @@ class Register:
 
     def _start(self, ticket: Ticket, lease: Lease) -> None:
         request, now = ticket.plan.request, self._clock()
-        brief = Brief(
-            ticket.id, request.prompt, ticket.geometry, request.seed, float(request.guidance),
-            ticket.conditioning, ticket.plan.reward, ticket.plan.latents,
-        )  # fmt: skip
         try:
+            guidance = float(request.guidance or 0.0)
+            brief = Brief(
+                ticket.id, request.prompt, ticket.geometry, request.seed, guidance,
+                *self._preparations.company(ticket.conditioning, guidance, ticket.plan.reward, ticket.plan.latents),
+            )  # fmt: skip
             ticket.search = Search(ticket.plan, brief, lease, self._ledger, self._odds)
         except BaseException as error:
             lease.close()
@@ -255,7 +256,8 @@ class Register:
         )  # fmt: skip
         self.leave(ticket)
         ticket.over = True
-        ticket.tell(Finished(outcome, search.history, search.stopped, seconds, ticket.plan))
+        rows = search.brief.network_rows
+        ticket.tell(Finished(outcome, search.history, search.stopped, seconds, ticket.plan, rows))
 
     def leave(self, ticket: Ticket) -> None:
         """Nothing of a request is left on the device: its slots come back, and its fate is told."""
@@ -293,6 +295,11 @@ class Register:
         """Waits no longer for what is on the device."""
         for ticket in [*self.tickets.values()]:
             self.leave(ticket)
+
+
+def text_of(plan: Plan) -> Text:
+    """What a request asks its model for."""
+    return Text(plan.request.prompt, plan.request.negative)
 
 
 def no_more(cause: BaseException) -> EngineDead:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from PIL import Image
-
 from rollflow.errors import shown
-from rollflow.request import Result
+from rollflow.request import Result, picture
 from rollflow.ticket import Finished
 
 
@@ -30,7 +28,7 @@ class Rendering:
                 stacklevel=5,
             )
         return Result(
-            image=Image.fromarray(outcome.rounded.permute(1, 2, 0).numpy()),
+            image=picture(outcome.rounded),
             pixels=outcome.pixels,
             reward=outcome.reward,
             held_out=outcome.held_out,
@@ -42,4 +40,5 @@ class Rendering:
             request=plan.request,
             stopped=finished.stopped,
             notes=[*history.notes],
+            network_rows=history.executed * finished.network_rows,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,14 +25,15 @@ class Request:
     Attributes:
         prompt: what the image should show.
         reward: a name (`rollflow.rewards.names()`), a `Reward`, or a function `f(images, prompts) -> scores` of images
-            `[row, 3, height, width]` in [0, 1].
+            `[row, 3, height, width]` in [0, 1], or clips `[row, frame, 3, height, width]` of a model of video.
         method: a name of `rollflow.methods.names()`, or a function that makes a search, see `rollflow.methods.make`.
         nfe: the whole budget, finish included; an NFE is one velocity evaluation of one particle. None is 100, or with
             `seconds` or `deadline` as many as fit into that time by what batches were measured to cost.
         steps: points of the time grid that are evaluated.
         interpolant: the path that the particles follow, a name or an `Interpolant`.
         seed: of all noise of this request, any whole number of 64 bits.
-        grid: kind of time grid, see `rollflow.sde.time_grid`; `shift` is for the kind "shifted".
+        grid: kind of time grid, see `rollflow.sde.time_grid`; `shift` is for the kind "shifted". "model" is the grid of
+            the model's own sampler, where it has one.
         times: an explicit grid in place of `steps` and `grid`: decreasing times in (0, 1]; a last 0 may be left out.
             A search starts at the first from noise alone, so that a first time well below 1 is for given `latents`.
         diffusion: `g(t)` of the SDE: a `rollflow.sde` diffusion, a function of t, or a scale s for the paper's
@@ -53,11 +55,16 @@ class Request:
         deadline: the same as a time of `time.monotonic()` (of the engine's `clock`), which waiting in the queue counts
             towards. Where it passes before the search could begin, as one in the past does, the request fails with
             `rollflow.errors.OutOfTime`.
-        latents: initial noise of unit variance, `[token, channel]` for the first sample of the prior or
-            `[n, token, channel]` for the first n; further samples come from the seed.
+        latents: initial noise of unit variance for the first samples of the prior, one or `[n, ...]`, each in the shape
+            in which the model's pipeline carries it (for FLUX `[token, channel]`) or flat; further samples come from
+            the seed.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
-        guidance: embedded guidance scale of guidance-distilled models (FLUX.1-dev); others ignore it.
+        guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
+            (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1 mostly one (for
+            some families at 0, see `rollflow probe`). Models without guidance ignore it.
+        negative: what classifier-free guidance leads away from, where the model has it.
         height, width: image size in pixels; by default the model's own.
+        frames: length of a clip, of a model of video; by default the model's own.
         options: the method's own options, such as `{"initial": 25}` for rbf.
 
     Nothing is checked here, but when a request is handed in; see `rollflow.checks`. Numbers may be NumPy's, or tensors
@@ -83,9 +90,11 @@ class Request:
     deadline: float | None = None
     latents: torch.Tensor | None = None
     priority: int = 0
-    guidance: float = 3.5
+    guidance: float | None = None
+    negative: str | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -115,8 +124,9 @@ class Result:
     """What a search found.
 
     Attributes:
-        image: the chosen image; `reward` and `held_out` are its scores, as an 8-bit image.
-        pixels: the same before rounding to 8 bits, float32 [3, height, width] in [0, 1], on the CPU.
+        image: the chosen image, of a clip its middle frame; `reward` and `held_out` are its scores, as an 8-bit image.
+        pixels: the same before rounding to 8 bits, float32 [3, height, width] in [0, 1], or [frame, 3, height, width]
+            of a clip, on the CPU.
         reward: the reward's score.
         held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
         committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless something else
@@ -127,6 +137,7 @@ class Result:
             good enough), "seconds" or "deadline" (its time was over), or "cancelled" (of `Job.best` after `cancel`).
         invalid_rewards: how many particles had a reward that is no finite number, and count as worst, or a gradient
             that is none, and were not guided.
+        network_rows: rows of the network that those took: two each with classifier-free guidance.
         notes: what the method noted on its way, such as effective sample sizes; see `rollflow.draw.Note`.
         history: a record for each evaluated particle, in the order of evaluation.
         seconds: wall time from admission to the end.
@@ -145,8 +156,37 @@ class Result:
     request: Request
     stopped: str = "budget"
     notes: list[Mapping[str, Any]] = field(default_factory=list)
+    network_rows: int = 0
 
     @property
     def unspent_nfe(self) -> int:
         """What was saved of the budget."""
         return (self.request.nfe or 0) - self.committed_nfe
+
+    @property
+    def frames(self) -> list[Image.Image]:
+        """The frames of a clip, in order; the one image where it is none."""
+        pixels = self.pixels if self.pixels.ndim == 4 else self.pixels[None]
+        return [picture(frame) for frame in (pixels.clamp(0, 1) * 255).round().to(torch.uint8)]
+
+    def save(self, path: str | Path, fps: int = 16) -> Path:
+        """Writes the image or the clip, in the format that the path's suffix says.
+
+        Args:
+            path: ends in .png, .jpg, .webp or another format of Pillow's; a clip in .gif, .webp or .mp4. Of a clip, a
+                format of still images has its middle frame.
+            fps: frames a second.
+
+        Raises:
+            RequestError: a suffix that is none of these, or a folder that is not there; for .mp4, that the package
+                imageio-ffmpeg (or another backend of diffusers' `export_to_video`) is missing.
+        """
+        from rollflow import saving
+
+        return saving.save(self.frames, self.image, Path(path), fps)
+
+
+def picture(pixels: torch.Tensor) -> Image.Image:
+    """An image of 8-bit pixels [3, height, width]; of a clip [frame, 3, height, width] the middle frame."""
+    frame = pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels
+    return Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())

@@ -6,7 +6,7 @@ plan or a pool, so that each of the three can be driven by a test without the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class Brief:
         conditioning: what the model made of the prompt.
         reward: what judges its particles.
         latents: given initial noise `[n, token, channel]`, or None.
+        company: what rows of one batch have in common besides their geometry; see `rollflow.models.Capabilities`.
+        network_rows: how many rows of the network an evaluation takes.
     """
 
     ticket: int
@@ -44,6 +46,8 @@ class Brief:
     conditioning: Any
     reward: Reward
     latents: Tensor | None = None
+    company: Hashable = None
+    network_rows: int = 1
 
 
 class Mixture(NamedTuple):
@@ -113,7 +117,10 @@ class Show(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The image of a search that is over: float32 and 8-bit pixels [3, height, width] on the CPU, and its scores."""
+    """The image of a search that is over: float32 and 8-bit pixels [3, height, width] on the CPU, and its scores.
+
+    A clip has [frame, 3, height, width].
+    """
 
     pixels: Tensor
     rounded: Tensor

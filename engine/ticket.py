@@ -33,6 +33,7 @@ class Finished(NamedTuple):
         stopped: what ended it.
         seconds: from when it was let in.
         plan: what was asked.
+        network_rows: how many rows of the network an evaluation took.
     """
 
     outcome: Outcome
@@ -40,6 +41,7 @@ class Finished(NamedTuple):
     stopped: str
     seconds: float
     plan: Plan
+    network_rows: int = 1
 
 
 class Refused(NamedTuple):

@@ -490,7 +490,7 @@ def test_scalars_of_every_kind_give_the_same_request(engine):
         ({"prompt": "a\x00b"}, r"prompt='a\\x00b': the character '\\x00' in it is no text"),
         ({"prompt": "\ud800"}, r"the character '\\ud800' in it is no text"),
         ({"latents": torch.zeros(4, 12, dtype=torch.int64)}, "a dense tensor of floating-point numbers"),
-        ({"latents": torch.zeros(0, 4, 12)}, "a finite tensor of shape"),
+        ({"latents": torch.zeros(0, 4, 12)}, "a finite tensor, of the shape of one state"),
         ({"options": {"nfe": 3}}, "'nfe' is no option of a method"),
         ({"solver": ["euler"]}, r"unknown solver \['euler'\]: choose"),
         ({"times": "0.9"}, "a list of decreasing numbers"),

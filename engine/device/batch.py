@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rollflow.device import moves
 from rollflow.device.storage import Storage
-from rollflow.models.layout import Layout
+from rollflow.models.layout import LatentMap
 from rollflow.row import NONE, Row
 
 
@@ -54,7 +54,7 @@ def padding(bucket: int, device: torch.device) -> Tables:
 
 
 def tables(
-    rows: Sequence[Row], bucket: int, storage: Storage, layout: Layout, to_device: Callable[[Tensor], Tensor]
+    rows: Sequence[Row], bucket: int, storage: Storage, layout: LatentMap, to_device: Callable[[Tensor], Tensor]
 ) -> tuple[Tables, list[Any]]:
     """The batch's tables and conditionings; states that are more than a step are written to the children's slots."""
     integers = np.full((4, bucket), NONE, dtype=np.int64)

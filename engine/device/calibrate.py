@@ -136,8 +136,7 @@ def _seconds(
 ) -> float:  # fmt: skip
     """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
     x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
-    shape = (bucket, model.layout.channels, geometry.latent_height, geometry.latent_width)
-    latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
+    latents = torch.zeros(bucket, *model.layout.shape(geometry), device=model.device, dtype=model.dtype)
     tau, guidance = torch.ones(bucket, device=model.device), torch.zeros(bucket, device=model.device)
     decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
     times: list[float] = []

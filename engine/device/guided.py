@@ -125,8 +125,7 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         with runner.ledger.span("forward", model.device):
             u = model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
         p, q = tables.posterior[:, :, None, None].unbind(1)
-        x0_hat = model.layout.unpack(p * x + q * u, geometry.latent_height, geometry.latent_width)
-        latents = model.layout.denormalise(x0_hat)
+        latents = model.layout.decodable(p * x + q * u, geometry)
         images = runner.decode(latents.to(model.dtype), len(rows), geometry, preview=False)
         scores, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):

@@ -84,7 +84,7 @@ class Call(Timed):
         reward: Reward,
         work: Sequence[Row] | Sequence[Show],
         places: Sequence[Sequence[int]],
-        make: Callable[[], Float[Tensor, "image 3 height width"]],
+        make: Callable[[], Float[Tensor, "image *frame 3 height width"]],
         then: Callable[[Any, list[list[float]]], Event | None],
         attempts: int = 0,
     ):
@@ -135,7 +135,7 @@ class Judge:
         self.threads.judge(called(call.reward), call.terms.concurrent, self._run, call, report)
 
     def here(
-        self, call: Timed, images: Float[Tensor, "row 3 height width"], prompts: list[str], report: Report
+        self, call: Timed, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str], report: Report
     ) -> Tensor:
         """The rewards of images, judged on this thread, which is a lane: [row].
 
@@ -210,11 +210,11 @@ class Judge:
             scores = iter(self.score(call.reward, images, [brief.prompt for brief in call.briefs]).tolist())
         return [[next(scores) for _ in places] for places in call.places]
 
-    def score(self, reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Tensor:
+    def score(self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> Tensor:
         """The rewards of images: [row]; the caller has its turn at the reward."""
         missing = 0 if self._bucket is None else self._bucket - len(prompts)
         if missing > 0:
-            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+            images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
         scores = reward(images, prompts + prompts[:1] * max(0, missing))
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):

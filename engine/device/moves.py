@@ -9,11 +9,11 @@ from torch import Tensor
 from rollflow import kernels
 from rollflow.device.storage import Storage
 from rollflow.draw import Guide
-from rollflow.models.layout import Layout
+from rollflow.models.layout import LatentMap
 from rollflow.row import Row
 
 
-def prepared(row: Row, storage: Storage, layout: Layout) -> Float[Tensor, "token channel"] | None:
+def prepared(row: Row, storage: Storage, layout: LatentMap) -> Float[Tensor, "token channel"] | None:
     """The child's state where it takes more than one parent's x and u and fresh noise z; None for all others."""
     if row.given is not None:
         assert row.brief.latents is not None
@@ -36,17 +36,22 @@ def _moved(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
     return state + step.k * _noise(row, storage) if step.k else state
 
 
-def _rotated(row: Row, storage: Storage, layout: Layout) -> Float[Tensor, "token channel"]:
+def _rotated(row: Row, storage: Storage, layout: LatentMap) -> Float[Tensor, "token channel"]:
     """The move "rotate" of `rollflow.draw.Draw`, with `mix` and `coarse`."""
     assert row.mixture is not None
     step, (others, coarse) = row.step, row.mixture
     source = x = storage.x[row.parent]
+    geometry = row.brief.geometry
+
+    def band(one: Tensor) -> Tensor:
+        return layout.coarse(one, geometry) if coarse else one
+
     if others:
         source = x + storage.x[list(others)].sum(0)
-        band = layout.patch_means if coarse else torch.Tensor.clone  # what turns, and has the norm of noise
-        source = source * (band(x).norm() / band(source).norm())
+        lengths = [one.norm() for one in (band(x), band(source))]  # of what turns, and has the norm of noise
+        source = source * (lengths[0] / lengths[1])
     rotated = step.a * source + step.k * _noise(row, storage)
-    return x + layout.patch_means(rotated - x) if coarse else rotated
+    return x + layout.coarse(rotated - x, geometry) if coarse else rotated
 
 
 def guided(

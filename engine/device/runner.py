@@ -22,6 +22,7 @@ from rollflow.device.judge import Call, GivenUp, Judge, back_off, grouped
 from rollflow.device.storage import Storage
 from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
+from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
 from rollflow.row import (
     NONE,
@@ -63,7 +64,8 @@ class Runner:
         on_gpu = model.device.type == "cuda"
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
-        self._affine = model.layout.affine(model.device)  # held: graphs keep their addresses
+        # Held: graphs keep their addresses.
+        self._affine = model.layout.affine(model.device) if isinstance(model.layout, Layout) else None
         self._failed: dict[Geometry, int] = {}  # the smallest batch that did not fit into the memory
         self._attempts = Attempts(self._size, self._shrink)
         self.use(lanes)
@@ -152,7 +154,7 @@ class Runner:
 
     def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
         """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
-        self.ledger.rows(rows, self.bucket(len(rows), rows[0].brief.geometry))
+        self.ledger.rows(rows, self.bucket(len(rows), rows[0].brief.geometry), rows[0].brief.network_rows)
         if rows[0].kind == "guided":
             report = guided.Answers(rows, report, attempt)
         self.threads.post(self._attempts.run, partial(self._run, attempt=attempt), rows, report)
@@ -166,7 +168,7 @@ class Runner:
         self.threads.post(_do, work, then, report)
 
     def peek(self, candidate: Candidate, geometry: Geometry) -> Tensor:
-        """A particle as an 8-bit image [3, height, width]; on a lane."""
+        """A particle as an 8-bit image [3, height, width], or clip; on a lane."""
         with torch.no_grad():
             images = self._images([candidate], geometry)
             if self._side is not None:
@@ -228,7 +230,7 @@ class Runner:
         self.threads.watch(_when, done, free)
         return done.synchronize
 
-    def _evaluate(self, rows: Sequence[Row]) -> Float[Tensor, "bucket channel height width"]:
+    def _evaluate(self, rows: Sequence[Row]) -> Float[Tensor, "bucket ..."]:
         """Advances and evaluates the rows; returns their posterior means, padded to the bucket."""
         geometry = rows[0].brief.geometry
         storage = self.storage(geometry)
@@ -258,7 +260,14 @@ class Runner:
 
     def _finish(
         self, u: Tensor, storage: Storage, slots: Tensor, posterior: Tensor, geometry: Geometry
-    ) -> Float[Tensor, "bucket channel height width"]:
+    ) -> Float[Tensor, "bucket ..."]:
+        layout = self.model.layout
+        if self._affine is None or not isinstance(layout, Layout):
+            live = slots >= 0
+            storage.u.index_copy_(0, slots[live], u[live].float())
+            p, q = torch.where(live[:, None], posterior, 0.0)[:, :, None, None].unbind(1)
+            latents = layout.decodable(p * storage.x[slots.clamp(min=0)] + q * u.float(), geometry)
+            return latents.to(self.model.dtype)
         return kernels.finish(
             u,
             storage.x,
@@ -267,14 +276,14 @@ class Runner:
             posterior,
             geometry.latent_height,
             geometry.latent_width,
-            *self.model.layout.patch[1:],
+            *layout.patch[1:],
             *self._affine,
             self.model.dtype,
         )
 
     def decode(
         self, latents: Tensor, count: int, geometry: Geometry, preview: bool | None = None
-    ) -> Float[Tensor, "row 3 height width"]:
+    ) -> Float[Tensor, "row *frame 3 height width"]:
         """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
         bucket = self.bucket(count, geometry)
         latents = latents[:bucket]
@@ -302,7 +311,9 @@ class Runner:
 
         return judge
 
-    def _images(self, candidates: Sequence[Candidate], geometry: Geometry) -> Float[Tensor, "row 3 height width"]:
+    def _images(
+        self, candidates: Sequence[Candidate], geometry: Geometry
+    ) -> Float[Tensor, "row *frame 3 height width"]:
         storage, decoded = self.storage(geometry), []
         size = self._sizes(geometry)[-1]
         for start in range(0, len(candidates), size):

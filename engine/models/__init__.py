@@ -12,17 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError, shown
-from rollflow.models.layout import Layout
+from rollflow.models.layout import LatentMap, Layout
 
 BUILT_IN = ("shapes", "shapes-base")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that go with one image size; rows of one forward share a geometry.
+    """The sizes that go with one size of images or clips; rows of one forward share a geometry.
 
-    `height` and `width` are in pixels, `latent_height` and `latent_width` in latent pixels; a latent has `token`
-    tokens of `channel` channels.
+    `height` and `width` are in pixels, `latent_height` and `latent_width` in latent pixels; a state has `token` tokens
+    of `channel` channels. `frames` are those of a clip, None of images. `shape` is that of a state as a pipeline
+    carries it, where that is not `[token, channel]`.
     """
 
     height: int
@@ -31,6 +32,24 @@ class Geometry:
     latent_width: int
     token: int
     channel: int
+    frames: int | None = None
+    shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        values = tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        object.__setattr__(self, "_hash", hash(values))  # it is looked up for every row
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """The shape of a state, as a pipeline carries it."""
+        return (self.token, self.channel) if self.shape is None else self.shape
+
+    def __str__(self) -> str:
+        clip = "" if self.frames is None else f", {self.frames} frames"
+        return f"{self.height}x{self.width}{clip}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,15 @@ class Capabilities:
             graph can hold it.
         recordable: it has `record(geometry, conditioning)`, which prepares it for an image size on a CPU.
         releases_text: it has `release_text_encoders()`, which frees their memory.
+        frames: it makes clips: its `geometry(height, width, frames)` takes their number, and `decode` gives
+            `[row, frame, 3, height, width]`.
+        negative: its `encode` takes `rollflow.models.text.Text`s, prompts with what guidance leads away from.
+        sized_text: conditionings belong to one size: its `encode(texts, geometry)` is told which.
+        companies: it has `for_request(conditioning, guidance)`, the conditioning of a request with that guidance scale,
+            `company(conditioning)`, which rows of one batch have in common, and `network_rows(conditioning)`, how many
+            rows of its network an evaluation takes.
+        schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
+        guidance: the guidance scale of requests that name none.
         signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
             for a model that cannot be told from others.
     """
@@ -75,6 +103,12 @@ class Capabilities:
     graphable: bool = False
     recordable: bool = False
     releases_text: bool = False
+    frames: bool = False
+    negative: bool = False
+    sized_text: bool = False
+    companies: bool = False
+    schedule: bool = False
+    guidance: float = 3.5
     signature: str | None = None
 
 
@@ -88,7 +122,7 @@ class FlowModel(Protocol):
 
     device: torch.device
     dtype: torch.dtype
-    layout: Layout
+    layout: LatentMap
     capabilities: Capabilities = Capabilities()
 
     def geometry(self, height: int | None, width: int | None) -> Geometry:
@@ -114,7 +148,7 @@ class FlowModel(Protocol):
         """`E[eps - x0 | x]` on the linear path, each row at its own linear time `tau` in (0, 1]."""
         ...
 
-    def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
+    def decode(self, latents: Float[Tensor, "row ..."]) -> Float[Tensor, "row *frame 3 h w"]:
         """De-scaled latents to float32 images in [0, 1]."""
         ...
 
@@ -127,6 +161,8 @@ _DECLARED = {
     "graphable": ("collate", "forward"),
     "recordable": ("record",),
     "releases_text": ("release_text_encoders",),
+    "companies": ("for_request", "company", "network_rows"),
+    "schedule": ("times",),
 }  # members that a capability stands for
 
 
@@ -141,15 +177,19 @@ def adapt(pipeline_or_model: object) -> FlowModel:
     if not missing:
         _check_declared(given)
         return given
-    from diffusers import DiffusionPipeline  # seconds, which models of one's own need not wait for
+    from diffusers import DiffusionPipeline, FluxPipeline  # seconds, which models of one's own need not wait for
 
-    from rollflow.models.flux import FluxModel
+    if isinstance(given, FluxPipeline):
+        from rollflow.models.flux import FluxModel
 
-    if isinstance(given, DiffusionPipeline):
         return FluxModel(given)
+    if isinstance(given, DiffusionPipeline):
+        from rollflow.models.pipeline import PipelineModel
+
+        return PipelineModel(given)
     raise ModelError(
-        f"a {type(given).__name__} is no model: it lacks {', '.join(missing)}; pass a FluxPipeline, or an object with "
-        "the members of rollflow.models.FlowModel (a class that inherits from it has default capabilities)"
+        f"a {type(given).__name__} is no model: it lacks {', '.join(missing)}; pass a flow pipeline of diffusers, or "
+        "an object with the members of rollflow.models.FlowModel (a class that inherits from it has default capabilities)"
     )
 
 
@@ -161,11 +201,12 @@ def _lacks(given: Any, name: str) -> bool:
 
 def _check_declared(model: Any) -> None:
     kind = type(model).__name__
-    for name, expected in (("layout", Layout), ("capabilities", Capabilities)):
+    for name, expected in (("layout", LatentMap), ("capabilities", Capabilities)):
         if not isinstance(getattr(model, name), expected):
             found = type(getattr(model, name)).__name__
+            wanted = Layout if expected is LatentMap else expected
             raise ModelError(
-                f"a {kind} has a {found} as its {name}: it must be a {expected.__module__}.{expected.__name__}"
+                f"a {kind} has a {found} as its {name}: it must be a {wanted.__module__}.{wanted.__name__}"
             )
     for capability, members in _DECLARED.items():
         missing = [name for name in members if getattr(model.capabilities, capability) and not hasattr(model, name)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32
@@ -14,6 +15,29 @@ from torch import Tensor
 from rollflow.errors import ModelError, RequestError, shown
 
 SIDES = (1, 2, 4, 8)  # of a patch, in latent pixels: what `rollflow.kernels.finish` can turn
+
+
+@runtime_checkable
+class LatentMap(Protocol):
+    """The way from a state to what is decoded, which moves, scales and shifts elements.
+
+    Attributes:
+        fused: whether it is a `Layout`, which `rollflow.kernels.finish` does by itself.
+    """
+
+    fused: bool
+
+    def shape(self, geometry: Any) -> tuple[int, ...]:
+        """Of what is decoded of a row."""
+        ...
+
+    def decodable(self, states: Float[Tensor, "row token channel"], geometry: Any) -> Float[Tensor, "row ..."]:
+        """What is decoded of states; differentiable."""
+        ...
+
+    def coarse(self, x: Float[Tensor, "token channel"], geometry: Any) -> Float[Tensor, "token channel"]:
+        """The low band of a state: means over small patches in place of their elements."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,25 @@ class Layout:
         object.__setattr__(self, "patch", tuple(self.patch))
         object.__setattr__(self, "scaling", tuple(map(float, self.scaling)))
         object.__setattr__(self, "shift", tuple(map(float, self.shift)))
+
+    @property
+    def fused(self) -> bool:
+        """See `LatentMap`."""
+        return True
+
+    def shape(self, geometry: Any) -> tuple[int, int, int]:
+        """See `LatentMap`."""
+        return self.channels, geometry.latent_height, geometry.latent_width
+
+    def decodable(
+        self, states: Float[Tensor, "row token packed"], geometry: Any
+    ) -> Float[Tensor, "row channel height width"]:
+        """See `LatentMap`."""
+        return self.denormalise(self.unpack(states, geometry.latent_height, geometry.latent_width))
+
+    def coarse(self, x: Float[Tensor, "token packed"], geometry: Any) -> Float[Tensor, "token packed"]:
+        """See `LatentMap`."""
+        return self.patch_means(x)
 
     @property
     def channels(self) -> int:

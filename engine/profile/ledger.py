@@ -26,6 +26,7 @@ class Ledger:
         buckets: batches by size.
         seconds: by span.
         ticks: batches.
+        network_rows: rows of the network, padding included: two an evaluation with classifier-free guidance.
     """
 
     def __init__(self, synchronize: bool = False):
@@ -39,15 +40,16 @@ class Ledger:
         self.ahead = 0
         self.buckets: Counter[int] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.ticks = 0
+        self.ticks = self.network_rows = 0
 
-    def rows(self, rows: Sequence[Any], bucket: int) -> None:
-        """Writes down one batch's rows and its padding."""
+    def rows(self, rows: Sequence[Any], bucket: int, network_rows: int = 1) -> None:
+        """Writes down one batch's rows and its padding, of which each takes so many rows of the network."""
         self.executed.update(row.kind for row in rows)
         self.executed["padding"] += bucket - len(rows)
         self.ahead += sum(row.ahead for row in rows)
         self.buckets[bucket] += 1
         self.ticks += 1
+        self.network_rows += bucket * network_rows
 
     def decodes(self, decoder: str, images: int) -> None:
         """Counts decoded images; of any thread."""

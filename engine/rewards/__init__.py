@@ -55,7 +55,9 @@ class Reward(Protocol):
         """Raises `RequestError` if the reward cannot judge this prompt; called before any work is done."""
         ...
 
-    def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
+    def __call__(
+        self, images: Float[Tensor, "row *frame 3 height width"], prompts: Sequence[str]
+    ) -> Float[Tensor, " row"]:
         """Scores of images in [0, 1], one prompt a row, on any device."""
         ...
 
@@ -74,7 +76,9 @@ class FunctionReward(Reward):
     def check(self, prompt: str) -> None:
         """Accepts every prompt."""
 
-    def __call__(self, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]) -> Float[Tensor, " row"]:
+    def __call__(
+        self, images: Float[Tensor, "row *frame 3 height width"], prompts: Sequence[str]
+    ) -> Float[Tensor, " row"]:
         """The function's scores as a floating tensor; raises `RequestError` if they are not one number a row."""
         scores = torch.as_tensor(self.function(images, prompts))
         if scores.shape != (len(images),) or scores.is_complex():

@@ -7,7 +7,7 @@ cohorts that alternate. Rows of one batch belong to different prompts at differe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from heapq import heappop, heappush, nlargest
 from itertools import count, islice
 from typing import Protocol, runtime_checkable
@@ -17,7 +17,8 @@ from rollflow.row import Row
 from rollflow.schedule.cost import NEGLIGIBLE, SURE, CostModel
 
 AGEING = 10.0  # seconds of waiting that count as much as one step of priority
-Batch = tuple[Geometry, bool]  # rows of one batch share an image size, and either all are guided or none is
+# Rows of one batch share an image size and whatever else the model asks for, and either all are guided or none is.
+Batch = tuple[Geometry, Hashable, bool]
 
 
 @runtime_checkable
@@ -26,12 +27,14 @@ class Client(Protocol):
 
     Attributes:
         geometry: the image size of its rows.
+        company: what else rows of one batch have in common.
         priority: searches of a higher one go first.
         kinds: whether it has plain rows (False), guided ones (True) or both.
         queued: the scheduler's own: whether it stands in the queue of plain and of guided rows.
     """
 
     geometry: Geometry
+    company: Hashable
     priority: int
     kinds: tuple[bool, ...]
     queued: list[bool]
@@ -83,7 +86,7 @@ class Scheduler:
         """Puts a search that has rows to run into the queue of their kind, once."""
         for guided in search.kinds:
             if not search.queued[guided] and search.waiting(guided):
-                kind = (search.geometry, guided)
+                kind = (search.geometry, search.company, guided)
                 if kind not in self._queues:
                     self._queues[kind], self._flying[kind] = [], 0
                     self._order.append(kind)
@@ -94,7 +97,7 @@ class Scheduler:
         """Forgets a search; its rows on the device still count until they land."""
         for guided in (False, True):
             if search.queued[guided]:
-                queue = self._queues[search.geometry, guided]
+                queue = self._queues[search.geometry, search.company, guided]
                 queue[:] = [entry for entry in queue if entry[2] is not search]
                 queue.sort()
                 search.queued[guided] = False
@@ -110,7 +113,8 @@ class Scheduler:
 
     def landed(self, rows: Sequence[Row]) -> None:
         """Rows of one batch are no longer on the device."""
-        self._flying[rows[0].brief.geometry, rows[0].kind == "guided"] -= len(rows)
+        brief = rows[0].brief
+        self._flying[brief.geometry, brief.company, rows[0].kind == "guided"] -= len(rows)
 
     def choose(self, lanes: int) -> list[Row]:
         """The rows to run now on `lanes` free lanes: of the kind with the highest priority, and of equals in turn."""
@@ -124,7 +128,7 @@ class Scheduler:
         return []
 
     def _push(self, kind: Batch, search: Client) -> None:
-        search.queued[kind[1]] = True
+        search.queued[kind[2]] = True
         place = self._clock() - AGEING * search.priority
         heappush(self._queues[kind], (place, next(self._tickets), search))
 
@@ -137,7 +141,7 @@ class Scheduler:
         queue, cost = self._queues[kind], self._cost(kind[0])
         most, waiting = self.lanes * cost.largest, 0
         for _, _, search in queue:
-            waiting += search.waiting(kind[1])
+            waiting += search.waiting(kind[2])
             if waiting >= most:
                 break
         certain = waiting
@@ -155,7 +159,7 @@ class Scheduler:
 
     def _take(self, kind: Batch, wanted: int) -> list[Row]:
         """That many rows, one of each search in turn, searches of the highest priority first."""
-        queue, guided = self._queues[kind], kind[1]
+        queue, guided = self._queues[kind], kind[2]
         rows: list[Row] = []
         while queue and len(rows) < wanted:
             search = heappop(queue)[2]
@@ -176,9 +180,9 @@ class Scheduler:
     def _chances(self, kind: Batch, most: int, least: float) -> list[tuple[float, int, Client, int]]:
         """The rows that may run ahead, those most likely to be needed first: chance, minus place, search, draw."""
         found: list[tuple[float, int, Client, int]] = []
-        geometry, guided = kind
+        geometry, company, guided = kind
         for search in list(islice(self._ahead, 2 * most)):
-            if search.geometry != geometry:
+            if search.geometry != geometry or search.company != company:
                 continue
             chances = list(search.chances(guided, least))
             found += [(chance, -len(found) - i, search, draw) for i, (chance, draw) in enumerate(chances)]

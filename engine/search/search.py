@@ -53,7 +53,7 @@ class Search:
 
     def __init__(self, plan: Plan, brief: Brief, lease: Lease, ledger: Ledger, odds: Odds):
         self.plan, self.brief, self.history = plan, brief, History()
-        self.geometry, self.priority = brief.geometry, plan.request.priority
+        self.geometry, self.company, self.priority = brief.geometry, brief.company, plan.request.priority
         self.flying: dict[int, Flight] = {}
         self.queued = [False, False]
         self.kinds: tuple[bool, ...] = (False,)

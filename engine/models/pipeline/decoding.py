@@ -1,0 +1,157 @@
+"""Learns what a pipeline hands to its autoencoder, and what it makes of the pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from rollflow.errors import ModelError
+from rollflow.models import Geometry
+from rollflow.models.pipeline.drive import Decode, Driver, Outputs, Recording, Script
+from rollflow.models.text import Size, Text
+
+TOLERANCE = 1e-3  # of a pixel, in float32
+DIGITS = {torch.float32: 64, torch.float64: 64}  # how many numbers a dtype tells apart with certainty; others: 8
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """`z = offset + scale x[source]`, what is decoded of a state, and the decoder's further arguments.
+
+    Attributes:
+        source: for each element of z the element of the state; None where they are in the same order.
+        scale, offset: one for each element of z, or one number for all.
+        shape: of z, a row of it.
+        args, kwargs: of `vae.decode`, besides z.
+        dtype: of z.
+    """
+
+    source: Int64[Tensor, " element"] | None
+    scale: Float[Tensor, " *element"]
+    offset: Float[Tensor, " *element"]
+    shape: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def latents(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+        """z of states, differentiable, in float32."""
+        flat = x.flatten(1)
+        chosen = flat if self.source is None else flat[:, self.source]
+        return (chosen * self.scale + self.offset).view(len(x), *self.shape)
+
+
+class Decodings:
+    """The decodings of a model, by size; see `rollflow.models.layout.LatentMap`."""
+
+    fused = False
+
+    def __init__(self) -> None:
+        self.of: dict[Geometry, Decoding] = {}
+
+    def shape(self, geometry: Geometry) -> tuple[int, ...]:
+        """Of what is decoded of a row."""
+        return self.of[geometry].shape
+
+    def decodable(self, states: Float[Tensor, "row token channel"], geometry: Geometry) -> Float[Tensor, "row ..."]:
+        """What is decoded of states."""
+        return self.of[geometry].latents(states)
+
+    def coarse(self, x: Float[Tensor, "token channel"], geometry: Geometry) -> Float[Tensor, "token channel"]:
+        """Means over 2 x 2 latent pixels in place of their elements."""
+        decoding = self.of[geometry]
+        flat = x.reshape(-1)
+        z = (flat if decoding.source is None else flat[decoding.source]).view(-1, 1, *decoding.shape[-2:])
+        means = torch.nn.functional.avg_pool2d(z, 2, ceil_mode=True, count_include_pad=False)
+        wide = means.repeat_interleave(2, -2).repeat_interleave(2, -1)[..., : z.shape[-2], : z.shape[-1]].reshape(-1)
+        low = wide if decoding.source is None else torch.zeros_like(flat).index_copy(0, decoding.source, wide)
+        return low.view_as(x)
+
+
+def learn_decoding(
+    driver: Driver, size: Size, text: Text, scale: float, time: float, shape: tuple[int, ...], outputs: Outputs
+) -> Decoding:
+    """Learns the way from a state to the decoder's door, which must be one that moves, scales and shifts elements.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    kind = type(driver.pipeline).__name__
+    numel = math.prod(shape)
+    base = DIGITS.get(next(driver.pipeline.vae.parameters()).dtype, 8)
+    index = torch.arange(numel, dtype=torch.float32)
+    count = max(1, math.ceil(math.log(numel, base))) if numel > 1 else 1
+    probes = [torch.zeros(numel), torch.ones(numel)]
+    probes += [torch.div(index, base**k, rounding_mode="floor") % base for k in range(count)]
+
+    def z_of(states: Tensor) -> Decode:
+        script = Script([time], lambda i, x: states.to(x), outputs, decode=None)
+        decodes = driver.run([text] * len(states), size, scale, script).decodes
+        if not decodes:
+            raise ModelError(f"the pipeline {kind} does not hand its latents to the `decode` of its `vae`")
+        return decodes[0]
+
+    found = z_of(torch.stack(probes).view(-1, *shape))
+    z = found.latents.float()
+    if len(z) != len(probes):  # image by image
+        z = torch.cat([z_of(probe.view(1, *shape)).latents.float() for probe in probes])
+    z = z.cpu().flatten(1)
+    offset, factor = z[0], z[1] - z[0]
+    if bool((factor.abs() < 1e-6).any()):
+        raise ModelError(f"the pipeline {kind} decodes latents that do not depend on the state")
+    source = torch.zeros_like(offset, dtype=torch.int64)
+    for k in range(count):
+        digit = (z[2 + k] - offset) / factor
+        if bool((digit - digit.round()).abs().max() > 0.2):
+            raise ModelError(f"the pipeline {kind} mixes the elements of its latents before they are decoded")
+        source += digit.round().long() * base**k
+    if bool((source < 0).any() or (source >= numel).any()):
+        raise ModelError(f"the pipeline {kind} does more to its latents than to move, scale and shift them")
+    device = found.latents.device
+    order = None if len(source) == numel and torch.equal(source, torch.arange(numel)) else source.to(device)
+    if bool((factor == factor[0]).all() and (offset == offset[0]).all()):
+        factor, offset = factor[0], offset[0]
+    args = tuple(_one_row(value, found.latents) for value in found.args)
+    kwargs = {key: _one_row(value, found.latents) for key, value in found.kwargs.items() if key != "return_dict"}
+    return Decoding(
+        order, factor.to(device), offset.to(device), tuple(found.latents.shape[1:]), args, kwargs, found.latents.dtype
+    )
+
+
+def _one_row(value: Any, latents: Tensor) -> Any:
+    if isinstance(value, Tensor) and value.ndim and len(value) == len(latents):
+        return value[:1].clone()
+    return value
+
+
+def decoded(vae: Any, decoding: Decoding, z: Float[Tensor, "row ..."], clip: bool) -> Tensor:
+    """Images [row, 3, height, width] or clips [row, frame, 3, height, width], float32 in [0, 1]."""
+
+    def spread(value: Any) -> Any:
+        return value.expand(len(z), *value.shape[1:]) if isinstance(value, Tensor) and value.ndim else value
+
+    args, kwargs = map(spread, decoding.args), {key: spread(value) for key, value in decoding.kwargs.items()}
+    made = vae.decode(z.to(decoding.dtype), *args, return_dict=False, **kwargs)[0]
+    if made.ndim == 5:  # [row, 3, frame, height, width]
+        made = made.transpose(1, 2) if clip else made[:, :, 0]
+    return (made.float() / 2 + 0.5).clamp(0, 1)
+
+
+def images_of(recording: Recording, clip: bool) -> Tensor:
+    """What a pipeline returned, as `decoded` has it."""
+    given = recording.images
+    pixels = torch.as_tensor(given if isinstance(given, Tensor) else _stacked(given)).float()
+    if pixels.ndim == 5 and not clip:
+        pixels = pixels[:, 0]
+    return pixels.movedim(-1, -3) if pixels.shape[-1] == 3 and pixels.shape[-3] != 3 else pixels
+
+
+def _stacked(given: Any) -> Any:
+    if isinstance(given, list):
+        return torch.stack([torch.as_tensor(one) for one in given])
+    return torch.as_tensor(given)
