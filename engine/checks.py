@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from rollflow import sde
-from rollflow.errors import RequestError, line, shown
+from rollflow.errors import RequestError, line, said, shown
 from rollflow.models.text import Size
 from rollflow.request import Request
 from rollflow.values import number, plain, whole
@@ -53,6 +54,8 @@ def request(asked: Request) -> Request:
         "negative": negative,
         "times": _times,
         "latents": _latents,
+        "image": _image,
+        "strength": strength,
     }
     given = {name: check(value) for name, check in optional.items() if (value := getattr(asked, name)) is not None}
     return replace(
@@ -187,6 +190,33 @@ def _times(given: object) -> tuple[float, ...]:
     if not pairs or not all(0.0 <= after < before <= 1.0 for before, after in pairs):
         raise RequestError(f"{message} decrease strictly, within (0, 1], to an optional 0")
     return tuple(times)
+
+
+def _image(given: object) -> torch.Tensor:
+    """An image as float32 [3, height, width] in [0, 1], or a clip [frame, 3, height, width]; a copy."""
+    if isinstance(given, Image.Image):
+        try:
+            return torch.from_numpy(np.array(given.convert("RGB"))).permute(2, 0, 1).float() / 255
+        except Exception as error:
+            raise RequestError(f"image={shown(given)}: it cannot be read ({said(error)})") from error
+    fit = isinstance(given, torch.Tensor) and given.ndim in (3, 4) and given.shape[-3] == 3 and given.numel() > 0
+    if not fit or not given.dtype.is_floating_point or given.layout != torch.strided or given.is_meta:  # type: ignore
+        raise RequestError(
+            f"image={shown(given)}: it must be a PIL image, or a tensor of floats [3, height, width] (of a clip "
+            "[frame, 3, height, width]) in [0, 1]"
+        )
+    pixels = given.detach().to(device="cpu", dtype=torch.float32, copy=True)  # type: ignore[attr-defined]
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):  # NaN too
+        raise RequestError(f"image={shown(given)}: its numbers must be in [0, 1]")
+    return pixels
+
+
+def strength(given: object) -> float:
+    """How much of an image is replaced, above 0 to 1."""
+    found = number("strength", given, 1)
+    if found <= 0:
+        raise RequestError(f"strength={shown(given)}: it must be above 0, where nothing would change, and at most 1")
+    return found
 
 
 def _latents(given: object) -> torch.Tensor:

@@ -8,13 +8,14 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from rollflow import checks, methods, rewards
 from rollflow.admission import promise
 from rollflow.device.attempts import model_error
 from rollflow.errors import BudgetError, RequestError, RollflowError, line, shown
 from rollflow.models import FlowModel, Geometry, Traits
-from rollflow.plan import Plan, plan
+from rollflow.plan import STRENGTH, Plan, plan
 from rollflow.request import Request
 from rollflow.values import whole
 
@@ -113,6 +114,14 @@ class Door:
                 f"negative={shown(request.negative)}: this model has no classifier-free guidance that would lead away "
                 "from it; leave it out"
             )
+        if request.image is not None and not able.images:
+            raise RequestError("image: this model has no encoder of images; leave it out")
+        if isinstance(request.image, Image.Image | torch.Tensor) and request.height is None and request.width is None:
+            width, height = getattr(request.image, "size", (0, 0)) if isinstance(request.image, Image.Image) else (0, 0)
+            if isinstance(request.image, torch.Tensor) and request.image.ndim in (3, 4):
+                height, width = request.image.shape[-2:]
+            if width and height:
+                request = replace(request, height=height, width=width)
         if isinstance(request.grid, str) and request.grid == "model" and request.times is None:
             if not able.schedule:
                 raise RequestError(
@@ -122,7 +131,11 @@ class Door:
             steps = whole("steps", steps, 1, checks.MOST_STEPS)
             geometry = self.geometry(request.height, request.width, request.frames)
             model: Any = self._model
-            return replace(request, times=model.times(steps, geometry), grid=None, steps=None)
+            times = model.times(steps, geometry)
+            if request.image is not None:
+                strength = STRENGTH if request.strength is None else checks.strength(request.strength)
+                times = [time for time in times if time <= strength + 1e-6] or times[-1:]
+            return replace(request, times=times, grid=None, steps=None, strength=None)
         return request
 
     def geometry(self, height: object, width: object, frames: object = None) -> Geometry:
@@ -147,6 +160,15 @@ class Door:
                 f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
                 f"{size[0]}x{size[1]} only"
             )
+        image = checked.request.image
+        if isinstance(image, torch.Tensor):
+            clip = () if geometry.frames is None else (geometry.frames,)
+            wanted = (*clip, 3, geometry.height, geometry.width)
+            if tuple(image.shape) != wanted:
+                raise RequestError(
+                    f"image of shape {list(image.shape)}: this request makes {geometry}, and needs {list(wanted)}; "
+                    "resize it, or ask for its size"
+                )
         return geometry
 
 

@@ -18,6 +18,7 @@ from rollflow.request import Request
 from rollflow.sde import Step
 
 PREVIEW_FINALISTS = 8
+STRENGTH = 0.6  # of a request with an image that names none
 LARGEST = 1e18  # of a coefficient: its square is a 32-bit float still
 
 
@@ -87,11 +88,19 @@ class Plan:
         return (_finish_of_known if type(self.path) in _KNOWN else _finish)(self.path, start, count)
 
 
-def _grid(request: Request) -> tuple[float, ...]:
+def _grid(request: Request, path: interpolants.Interpolant) -> tuple[float, ...]:
+    if request.strength is not None and request.image is None:
+        raise RequestError(f"strength={request.strength:g}: it says how much of an image is replaced; give an image")
     if request.times is not None:
+        if request.strength is not None:
+            raise RequestError(f"strength={request.strength:g} and times: the first time is the start; give one")
         return (*request.times,) if request.times[-1] == 0.0 else (*request.times, 0.0)
     assert request.grid is not None and request.steps is not None, "plan() has filled them in"
-    return tuple(sde.time_grid(request.steps, request.grid, request.shift))
+    times = tuple(sde.time_grid(request.steps, request.grid, request.shift))
+    if request.image is None:
+        return times
+    start = time_of(path, STRENGTH if request.strength is None else request.strength)
+    return tuple(start * time for time in times)
 
 
 def _steps(
@@ -139,14 +148,16 @@ def finish_times(path: interpolants.Interpolant, start: float, count: int) -> tu
     """`start` and the times of `count` deterministic evaluations between it and 0, equidistant in linear time."""
     tau = path.linear_time(start)
     wanted = [tau * (1 - i / (count + 1)) for i in range(1, count + 1)]
-    times = [start]
-    for target in wanted:  # bisection: linear time increases with time on every interpolant
-        low, high = 0.0, start
-        while high - low > 1e-12:
-            middle = (low + high) / 2
-            low, high = (middle, high) if path.linear_time(middle) < target else (low, middle)
-        times.append(high)
-    return tuple(times)
+    return start, *(time_of(path, target, start) for target in wanted)
+
+
+def time_of(path: interpolants.Interpolant, tau: float, latest: float = 1.0) -> float:
+    """The time at which the linear time is `tau`, or `latest` where that is later."""
+    low, high = 0.0, latest
+    while high - low > 1e-12:  # bisection: linear time increases with time on every interpolant
+        middle = (low + high) / 2
+        low, high = (middle, high) if path.linear_time(middle) < tau else (low, middle)
+    return high
 
 
 def _finish(path: interpolants.Interpolant, start: float, count: int) -> tuple[Step, ...]:
@@ -214,7 +225,8 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
     request = _whole_request(checks.request(request), traits)
     reward = rewards.make(request.reward)
     assert request.interpolant is not None
-    path, diffusion, times = interpolants.make(request.interpolant), sde.diffusion(request.diffusion), _grid(request)
+    path, diffusion = interpolants.make(request.interpolant), sde.diffusion(request.diffusion)
+    times = _grid(request, path)
     steps = _steps(path, times[:-1], diffusion, request.solver)
     usual = 1 if request.finish else PREVIEW_FINALISTS if preview else 2
     finalists = usual if request.finalists is None else request.finalists

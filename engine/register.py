@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from rollflow import methods
 from rollflow.admission import Admission
@@ -92,7 +96,21 @@ class Register:
             except KeyError:
                 self._prepare(ticket)
             else:
-                self._admission.line_up(ticket)
+                self._started(ticket, None, None)
+
+    def _started(self, ticket: Ticket, state: Any, error: BaseException | None) -> None:
+        """What a request starts from is there, or is made of its image first; then it waits in line."""
+        image = ticket.plan.request.image
+        if error is not None:
+            self.refuse(ticket, error)
+        elif ticket.over:
+            return
+        elif image is not None and state is None:
+            assert isinstance(image, Tensor), "checked at the door"
+            self._preparations.start(image, ticket.geometry, partial(self._started, ticket))
+        else:
+            ticket.start = state
+            self._admission.line_up(ticket)
 
     def admit(self) -> None:
         """Lets those in whose slots are there."""
@@ -119,10 +137,9 @@ class Register:
         request, now = ticket.plan.request, self._clock()
         try:
             guidance = float(request.guidance or 0.0)
-            brief = Brief(
-                ticket.id, request.prompt, ticket.geometry, request.seed, guidance,
-                *self._preparations.company(ticket.conditioning, guidance, ticket.plan.reward, ticket.plan.latents),
-            )  # fmt: skip
+            given = (ticket.plan.reward, ticket.plan.latents, ticket.start)
+            rest = self._preparations.company(ticket.conditioning, guidance, *given)
+            brief = Brief(ticket.id, request.prompt, ticket.geometry, request.seed, guidance, *rest)
             ticket.search = Search(ticket.plan, brief, lease, self._ledger, self._odds)
         except BaseException as error:
             lease.close()

@@ -58,10 +58,14 @@ class Request:
         latents: initial noise of unit variance for the first samples of the prior, one or `[n, ...]`, each in the shape
             in which the model's pipeline carries it (for FLUX `[token, channel]`) or flat; further samples come from
             the seed.
+        image: where the search starts from in place of noise alone: a PIL image or a tensor [3, height, width] in
+            [0, 1], or for a model of video [frame, 3, height, width]; of the size that is asked for, by default its.
+        strength: how much of the image is replaced, above 0 to 1, by default 0.6: the linear time at which the search
+            starts, from `(1 - strength) x0 + strength noise`. With `times` the first of them says that.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
-            (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1 mostly one (for
-            some families at 0, see `rollflow probe`). Models without guidance ignore it.
+            (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1
+            mostly one (for some families at 0, see `rollflow probe`). Models without guidance ignore it.
         negative: what classifier-free guidance leads away from, where the model has it.
         height, width: image size in pixels; by default the model's own.
         frames: length of a clip, of a model of video; by default the model's own.
@@ -89,6 +93,8 @@ class Request:
     seconds: float | None = None
     deadline: float | None = None
     latents: torch.Tensor | None = None
+    image: Image.Image | torch.Tensor | None = None
+    strength: float | None = None
     priority: int = 0
     guidance: float | None = None
     negative: str | None = None
@@ -169,7 +175,7 @@ class Result:
         pixels = self.pixels if self.pixels.ndim == 4 else self.pixels[None]
         return [picture(frame) for frame in (pixels.clamp(0, 1) * 255).round().to(torch.uint8)]
 
-    def save(self, path: str | Path, fps: int = 16) -> Path:
+    def save(self, path: str | Path, fps: float = 16) -> Path:
         """Writes the image or the clip, in the format that the path's suffix says.
 
         Args:
@@ -178,8 +184,8 @@ class Result:
             fps: frames a second.
 
         Raises:
-            RequestError: a suffix that is none of these, or a folder that is not there; for .mp4, that the package
-                imageio-ffmpeg (or another backend of diffusers' `export_to_video`) is missing.
+            RequestError: a suffix that is none of these, or a folder that is not there; for .mp4, that the packages
+                imageio and imageio-ffmpeg are missing.
         """
         from rollflow import saving
 

@@ -34,6 +34,7 @@ class Brief:
         conditioning: what the model made of the prompt.
         reward: what judges its particles.
         latents: given initial noise `[n, token, channel]`, or None.
+        start: the clean state `[token, channel]` of an image that the search starts from, or None.
         company: what rows of one batch have in common besides their geometry; see `rollflow.models.Capabilities`.
         network_rows: how many rows of the network an evaluation takes.
     """
@@ -46,6 +47,7 @@ class Brief:
     conditioning: Any
     reward: Reward
     latents: Tensor | None = None
+    start: Tensor | None = None
     company: Hashable = None
     network_rows: int = 1
 

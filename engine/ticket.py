@@ -65,6 +65,7 @@ class Ticket:
         submitted: when it came.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
         conditioning: what the model made of its prompt, once it may be let in.
+        start: the clean state of the image that it starts from, or None.
         search: once it was let in.
         over: whether its fate was told; rows of it may still be on the device.
         left: whether nothing of it is left anywhere.
@@ -79,7 +80,7 @@ class Ticket:
 
     __slots__ = (
         "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued",
-        "resize", "search", "shown", "started", "submitted", "tell", "timers",
+        "resize", "search", "shown", "start", "started", "submitted", "tell", "timers",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +95,7 @@ class Ticket:
         self.id, self.plan, self.geometry, self.tell, self.submitted = number, plan, geometry, tell, now
         self.resize = resize
         self.conditioning: Any = None
+        self.start: Any = None
         self.search: Search | None = None
         self.error: BaseException | None = None
         self.started = self.ended = now

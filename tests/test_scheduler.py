@@ -41,8 +41,14 @@ class Prepared(Preparations):
         self.conditioning, self.costs, self.chores = defaultdict(lambda: None), {}, deque()
         self.cost = lambda geometry: cost
 
-    def want(self, prompt, geometry, then):
+    def want(self, text, geometry, then):
         then(None)
+
+    def known(self, text, geometry):
+        return self.conditioning[text]
+
+    def company(self, conditioning, guidance, *given):
+        return conditioning, *given
 
 
 class Scripted:

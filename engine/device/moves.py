@@ -10,17 +10,24 @@ from rollflow import kernels
 from rollflow.device.storage import Storage
 from rollflow.draw import Guide
 from rollflow.models.layout import LatentMap
-from rollflow.row import Row
+from rollflow.row import NONE, Row
 
 
 def prepared(row: Row, storage: Storage, layout: LatentMap) -> Float[Tensor, "token channel"] | None:
     """The child's state where it takes more than one parent's x and u and fresh noise z; None for all others."""
-    if row.given is not None:
-        assert row.brief.latents is not None
-        return row.brief.latents[row.given] * row.step.k
+    if row.parent == NONE and (row.given is not None or row.brief.start is not None):
+        return _started(row, storage)
     if row.moved and row.kind != "finish":  # steps of the finish start from the particle as it was judged
         return _moved(row, storage)
     return _rotated(row, storage, layout) if row.mixture is not None else None
+
+
+def _started(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
+    """A sample of the prior: given noise or that of its key, and of a start from an image also that; `k` is sigma."""
+    brief, step = row.brief, row.step
+    given = None if row.given is None or brief.latents is None else brief.latents[row.given]
+    noise = _noise(row, storage) if given is None else given.to(storage.x.device)
+    return step.k * noise if brief.start is None else (step.scale - step.k) * brief.start + step.k * noise
 
 
 def _noise(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:

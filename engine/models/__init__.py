@@ -93,6 +93,8 @@ class Capabilities:
         companies: it has `for_request(conditioning, guidance)`, the conditioning of a request with that guidance scale,
             `company(conditioning)`, which rows of one batch have in common, and `network_rows(conditioning)`, how many
             rows of its network an evaluation takes.
+        images: it has `state(image, geometry)`, the clean state [token, channel] of an image, for searches that start
+            from one.
         schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
         guidance: the guidance scale of requests that name none.
         signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
@@ -107,6 +109,7 @@ class Capabilities:
     negative: bool = False
     sized_text: bool = False
     companies: bool = False
+    images: bool = False
     schedule: bool = False
     guidance: float = 3.5
     signature: str | None = None
@@ -162,6 +165,7 @@ _DECLARED = {
     "recordable": ("record",),
     "releases_text": ("release_text_encoders",),
     "companies": ("for_request", "company", "network_rows"),
+    "images": ("state",),
     "schedule": ("times",),
 }  # members that a capability stands for
 
@@ -189,7 +193,7 @@ def adapt(pipeline_or_model: object) -> FlowModel:
         return PipelineModel(given)
     raise ModelError(
         f"a {type(given).__name__} is no model: it lacks {', '.join(missing)}; pass a flow pipeline of diffusers, or "
-        "an object with the members of rollflow.models.FlowModel (a class that inherits from it has default capabilities)"
+        "an object with the members of rollflow.models.FlowModel (a class that inherits from it has capabilities)"
     )
 
 

@@ -8,16 +8,15 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, FluxPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import ModelError, RequestError, line, said, shown
-from rollflow.models import BUILT_IN, Capabilities, FlowModel, Geometry, acceleration, folder
+from rollflow.errors import ModelError, RequestError, line, shown
+from rollflow.models import Capabilities, FlowModel, Geometry, acceleration
 from rollflow.models.layout import Layout
 from rollflow.models.recorded import traced
 
@@ -33,49 +32,6 @@ class Conditioning(NamedTuple):
 
     pooled: Float[Tensor, " pooled"]
     sequence: Float[Tensor, "text width"]
-
-
-def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> FluxPipeline:
-    """A `FluxPipeline` from a built-in name, a local folder or a hub id.
-
-    Raises:
-        ModelError: nothing there, or something that is no FluxPipeline.
-    """
-    path = folder(str(name)) if str(name) in BUILT_IN else name
-    try:
-        pipeline = FluxPipeline.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{shown(str(name))} is no FluxPipeline that can be loaded ({reason}): pass a built-in model "
-            f"({', '.join(BUILT_IN)}), a folder that FluxPipeline.save_pretrained wrote, or a hub id"
-        ) from error
-    return pipeline.to(device)
-
-
-def load_light(
-    name: str | Path, model: str | Path, device: torch.device, dtype: torch.dtype
-) -> AutoencoderKL | AutoencoderTiny:
-    """A light decoder: `name`, a folder or a hub id, or where that is empty the `preview` folder of `model`.
-
-    Raises:
-        ModelError: nothing there, or something that is no autoencoder.
-    """
-    path = name or (folder(str(model)) if str(model) in BUILT_IN else Path(model)) / "preview"
-    if not name and not Path(path).is_dir():
-        raise ModelError(
-            f"the model {shown(str(model))} has no folder 'preview' with a light decoder: pass the folder or hub id "
-            "of an AutoencoderTiny for its latents (madebyollin/taef1 for FLUX.1), or leave preview out"
-        )
-    try:
-        light = AutoModel.from_pretrained(str(path), torch_dtype=dtype).to(device)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise ModelError(f"{shown(str(path))} is no autoencoder that can be loaded: {said(error)}") from error
-    if not isinstance(light, AutoencoderKL | AutoencoderTiny):
-        raise ModelError(
-            f"{shown(str(path))} is a {type(light).__name__}: a light decoder is an AutoencoderTiny or AutoencoderKL"
-        )
-    return light
 
 
 class FluxModel(FlowModel):
@@ -124,8 +80,9 @@ class FluxModel(FlowModel):
         scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         self.layout = Layout(_PATCH, (scaling,) * latent_channels, (shift,) * latent_channels)
         self.capabilities = Capabilities(
-            preview=light is not None, graphable=True, recordable=True, releases_text=True, signature=self._signature()
-        )
+            preview=light is not None, graphable=True, recordable=True, releases_text=True, images=True,
+            signature=self._signature(),
+        )  # fmt: skip
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
         self._recorded: dict[Geometry, Callable[..., Tensor]] = {}
@@ -282,6 +239,20 @@ class FluxModel(FlowModel):
     def decode(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """See `FlowModel.decode`."""
         return self._decode(self.vae, latents)
+
+    def state(self, image: Float[Tensor, "3 height width"], geometry: Geometry) -> Float[Tensor, "token channel"]:
+        """The clean state of an image in [0, 1], for searches that start from one: the mode of the encoder's answer.
+
+        Raises:
+            ModelError: the autoencoder has no encoder.
+        """
+        encoder = getattr(self.vae, "encoder", None)
+        if encoder is None:
+            raise ModelError(f"a {type(self.vae).__name__} without an encoder: leave image out")
+        pixels = (image[None] * 2 - 1).to(self.device, self.vae.dtype, memory_format=torch.channels_last)
+        with torch.no_grad():
+            z = self.vae.encode(pixels).latent_dist.mode()
+        return self.layout.pack(self.layout.normalise(z.float()))[0]
 
     def preview(self, latents: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row 3 h w"]:
         """`decode` by the light decoder."""
