@@ -56,6 +56,7 @@ def request(asked: Request) -> Request:
         "latents": _latents,
         "image": _image,
         "strength": strength,
+        "mask": _mask,
     }
     given = {name: check(value) for name, check in optional.items() if (value := getattr(asked, name)) is not None}
     return replace(
@@ -209,6 +210,21 @@ def _image(given: object) -> torch.Tensor:
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):  # NaN too
         raise RequestError(f"image={shown(given)}: its numbers must be in [0, 1]")
     return pixels
+
+
+def _mask(given: object) -> torch.Tensor:
+    """A mask as float32 [height, width]; a copy."""
+    if isinstance(given, Image.Image):
+        try:
+            return torch.from_numpy(np.array(given.convert("L"))).float() / 255
+        except Exception as error:
+            raise RequestError(f"mask={shown(given)}: it cannot be read ({said(error)})") from error
+    fit = isinstance(given, torch.Tensor) and given.ndim == 2 and given.numel() > 0 and not given.is_complex()
+    if not fit or given.layout != torch.strided or given.is_meta:  # type: ignore[attr-defined]
+        raise RequestError(
+            f"mask={shown(given)}: it must be a PIL image, or a tensor [height, width], 1 where it is drawn anew"
+        )
+    return given.detach().to(device="cpu", dtype=torch.float32, copy=True)  # type: ignore[attr-defined]
 
 
 def strength(given: object) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from rollflow.errors import Cancelled
 from rollflow.models import Geometry
 from rollflow.preparing import Preparations
-from rollflow.row import Again, Began, Candidate, Done, Failed, Free, Report, Rerun, Row, Show
+from rollflow.row import Again, Began, Brief, Candidate, Done, Failed, Free, Report, Rerun, Row, Show
 from rollflow.schedule.scheduler import Scheduler
 from rollflow.ticket import Ticket
 from rollflow.timers import Timers
@@ -44,7 +44,7 @@ class Device(Protocol):
         """Starts something else."""
         ...
 
-    def peek(self, candidate: Candidate, geometry: Geometry) -> Any:
+    def peek(self, candidate: Candidate, brief: Brief) -> Any:
         """Makes an image of a particle; on a lane."""
         ...
 

@@ -160,7 +160,12 @@ class Door:
                 f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
                 f"{size[0]}x{size[1]} only"
             )
-        image = checked.request.image
+        image, mask = checked.request.image, checked.request.mask
+        if isinstance(mask, torch.Tensor):
+            if image is None:
+                raise RequestError("mask: it says where an image is drawn anew; give an image")
+            if tuple(mask.shape) != (geometry.height, geometry.width):
+                raise RequestError(f"mask of shape {list(mask.shape)}: this request makes {geometry}; resize it")
         if isinstance(image, torch.Tensor):
             clip = () if geometry.frames is None else (geometry.frames,)
             wanted = (*clip, 3, geometry.height, geometry.width)

@@ -204,8 +204,9 @@ class Loop:
             unpin()
             then(image, error)
 
-        geometry, candidate = ticket.geometry, best.candidate
-        self.preparations.chores.append((lambda: self.device.peek(candidate, geometry), seen))
+        assert search is not None, "it has a best particle"
+        brief, candidate = search.brief, best.candidate
+        self.preparations.chores.append((lambda: self.device.peek(candidate, brief), seen))
 
     def _close(self, drain: bool) -> None:
         self._register.close(drain)

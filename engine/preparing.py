@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rollflow.device import calibrate
+from rollflow.device import calibrate, moves
 from rollflow.device.attempts import model_error
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
@@ -99,14 +99,15 @@ class Preparations:
         """What the model made of a text; raises `KeyError` where it is not there (any more)."""
         return self.conditioning[self.wanted(text, geometry)]
 
-    def start(self, image: Tensor, geometry: Geometry, then: Callable[[Any, BaseException | None], None]) -> None:
-        """Has the clean state of an image made, on a lane, for `then`."""
-        model: Any = self.runner.model
+    def start(
+        self, image: Tensor, mask: Tensor | None, geometry: Geometry, then: Callable[[Any, BaseException | None], None]
+    ) -> None:
+        """Has what a search starts from made of an image, on a lane, for `then`."""
 
         def told(state: Any, error: BaseException | None) -> None:
             then(state, None if error is None else model_error(error))
 
-        self.chores.append((partial(model.state, image, geometry), told))
+        self.chores.append((partial(moves.started, self.runner.model, image, mask, geometry), told))
 
     def company(self, conditioning: Any, guidance: float, *given: Any) -> tuple[Any, ...]:
         """The last fields of a brief: conditioning, those given, company and network rows."""

@@ -100,14 +100,14 @@ class Register:
 
     def _started(self, ticket: Ticket, state: Any, error: BaseException | None) -> None:
         """What a request starts from is there, or is made of its image first; then it waits in line."""
-        image = ticket.plan.request.image
+        image, mask = ticket.plan.request.image, ticket.plan.request.mask
         if error is not None:
             self.refuse(ticket, error)
         elif ticket.over:
             return
         elif image is not None and state is None:
-            assert isinstance(image, Tensor), "checked at the door"
-            self._preparations.start(image, ticket.geometry, partial(self._started, ticket))
+            assert isinstance(image, Tensor) and (mask is None or isinstance(mask, Tensor)), "checked at the door"
+            self._preparations.start(image, mask, ticket.geometry, partial(self._started, ticket))
         else:
             ticket.start = state
             self._admission.line_up(ticket)

@@ -62,6 +62,9 @@ class Request:
             [0, 1], or for a model of video [frame, 3, height, width]; of the size that is asked for, by default its.
         strength: how much of the image is replaced, above 0 to 1, by default 0.6: the linear time at which the search
             starts, from `(1 - strength) x0 + strength noise`. With `times` the first of them says that.
+        mask: of an image, where it is drawn anew: a PIL image (white) or a tensor [height, width] (at least 0.5). What
+            lies outside stays as it was, at every point of the grid and in what the reward sees, as in pipelines of
+            inpainting, whose mask is sampled at the latents' pixels, too.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
             (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1
@@ -95,6 +98,7 @@ class Request:
     latents: torch.Tensor | None = None
     image: Image.Image | torch.Tensor | None = None
     strength: float | None = None
+    mask: Image.Image | torch.Tensor | None = None
     priority: int = 0
     guidance: float | None = None
     negative: str | None = None

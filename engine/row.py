@@ -21,6 +21,21 @@ from rollflow.sde import Step
 NONE = -1  # in place of a slot: no parent, or a row of padding
 
 
+class Start(NamedTuple):
+    """An image that a search starts from.
+
+    Attributes:
+        state: the clean state of it, `[token, channel]`.
+        keep: 1 for the elements of a state that stay those of the image, 0 for others; None where none do.
+        latents, latents_keep: the same of what is decoded.
+    """
+
+    state: Tensor
+    keep: Tensor | None = None
+    latents: Tensor | None = None
+    latents_keep: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Brief:
     """What the device needs to know of a request, the same for all of its rows.
@@ -34,7 +49,7 @@ class Brief:
         conditioning: what the model made of the prompt.
         reward: what judges its particles.
         latents: given initial noise `[n, token, channel]`, or None.
-        start: the clean state `[token, channel]` of an image that the search starts from, or None.
+        start: the image that the search starts from, or None.
         company: what rows of one batch have in common besides their geometry; see `rollflow.models.Capabilities`.
         network_rows: how many rows of the network an evaluation takes.
     """
@@ -47,7 +62,7 @@ class Brief:
     conditioning: Any
     reward: Reward
     latents: Tensor | None = None
-    start: Tensor | None = None
+    start: Start | None = None
     company: Hashable = None
     network_rows: int = 1
 

@@ -65,7 +65,7 @@ class Ticket:
         submitted: when it came.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
         conditioning: what the model made of its prompt, once it may be let in.
-        start: the clean state of the image that it starts from, or None.
+        start: what it starts from of an image, or None.
         search: once it was let in.
         over: whether its fate was told; rows of it may still be on the device.
         left: whether nothing of it is left anywhere.

@@ -5,7 +5,12 @@ import inspect
 import jaxtyping
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from tiny_image import IMAGE
@@ -16,6 +21,7 @@ from rollflow.interpolant import VP, Linear
 from rollflow.plan import plan, time_of
 
 IMG2IMG = {"FluxPipeline": FluxImg2ImgPipeline, "StableDiffusion3Pipeline": StableDiffusion3Img2ImgPipeline}
+INPAINT = {"FluxPipeline": FluxInpaintPipeline, "StableDiffusion3Pipeline": StableDiffusion3InpaintPipeline}
 
 
 def brightness(images, prompts):
@@ -43,11 +49,20 @@ def ask(**fields):
     return Request("a cat", brightness, **{**given, **fields})
 
 
-def test_the_picture_is_that_of_the_familys_own_pipeline(engine, pipeline, picture, monkeypatch):
+@pytest.fixture(scope="module")
+def mask():
+    drawn = torch.zeros(32, 48)
+    drawn[:, :16] = 1.0
+    return drawn
+
+
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_the_picture_is_that_of_the_familys_own_pipeline(engine, pipeline, picture, mask, monkeypatch, inpaint):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-    own = IMG2IMG[type(pipeline).__name__](**pipeline.components)
+    own = (INPAINT if inpaint else IMG2IMG)[type(pipeline).__name__](**pipeline.components)
     own.set_progress_bar_config(disable=True)
     sizes = {"height": 32, "width": 48}
+    masks = {"mask_image": mask[None, None]} if inpaint else {}
     call = {name: size for name, size in sizes.items() if name in inspect.signature(type(own).__call__).parameters}
     recorded, noised = [], own.scheduler.scale_noise
 
@@ -60,12 +75,13 @@ def test_the_picture_is_that_of_the_familys_own_pipeline(engine, pipeline, pictu
     monkeypatch.setattr(own.scheduler, "step", lambda *a, **k: (times.append(float(a[1]) / 1000), step(*a, **k))[1])
     wanted = own(
         "a cat", image=picture[None], strength=0.6, num_inference_steps=5, guidance_scale=3.0, output_type="pt",
-        generator=torch.Generator().manual_seed(1), **call,
+        generator=torch.Generator().manual_seed(1), **call, **masks,
     ).images[0]  # fmt: skip
-    ((start, noise),) = recorded
+    start, noise = recorded[0]
     latents = noise if noise.shape[1:] == engine.model.geometry(32, 48).state else engine.model.layout.pack(noise)
     assert times[0] == pytest.approx(start) and len(times) == 3
-    found = engine.generate(ask(image=picture, latents=latents, times=times))
+    masks = {"mask": mask} if inpaint else {}
+    found = engine.generate(ask(image=picture, latents=latents, times=times, **masks))
     assert (found.pixels - wanted).abs().max() < 1e-4
 
 
@@ -90,6 +106,27 @@ def test_little_strength_leaves_the_image_as_it_was(engine, picture):
     assert changes[0] < 1e-3 < changes[1] < changes[2]
 
 
+@pytest.mark.parametrize("method", ["bon", "rbf", "sop"])
+def test_what_a_mask_leaves_out_stays_as_it_was(engine, picture, mask, method, monkeypatch):
+    seen, model = [], engine.model
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda latents: (seen.append(latents.clone()), decode(latents))[1])
+    fields = {"image": picture, "strength": 0.9, "method": method, "nfe": 30, "interpolant": "vp", "diffusion": 3.0}
+
+    def latents(**more):
+        seen.clear()
+        pixels = engine.generate(ask(**fields, **more)).pixels
+        return torch.cat(seen), pixels
+
+    clean = latents(mask=torch.zeros(32, 48))[0][0]
+    found, _ = latents(mask=mask)
+    live = found[found.flatten(1).any(1)]  # without padding
+    width = clean.shape[-1]
+    assert len(live) > 4 and torch.equal(live[..., width // 3 :], clean[..., width // 3 :].expand_as(live[..., width // 3 :]))
+    assert (live[..., : width // 3] - clean[..., : width // 3]).abs().mean() > 0.05
+    assert torch.equal(latents(mask=mask + 1)[1], latents()[1])
+
+
 def test_an_image_of_pillow_is_the_same_and_its_size_is_asked_for(engine, picture):
     eight_bit = (picture * 255).round() / 255
     image = Image.fromarray((eight_bit * 255).to(torch.uint8).permute(1, 2, 0).numpy())
@@ -112,6 +149,12 @@ def test_particles_of_one_start_differ_in_their_noise(engine, picture):
         ({"image": torch.zeros(3, 32, 48), "strength": 1.1}, "strength=1.1: it must be"),
         ({"image": torch.zeros(3, 32, 48), "strength": 0.5, "times": [0.4, 0.2]}, "the first time is the start"),
         ({"strength": 0.5}, "give an image"),
+        ({"mask": torch.ones(32, 48)}, "give an image"),
+        (
+            {"image": torch.zeros(3, 32, 48), "mask": torch.ones(16, 48)},
+            r"mask of shape \[16, 48\]: this request makes",
+        ),
+        ({"image": torch.zeros(3, 32, 48), "mask": torch.ones(1, 32, 48)}, r"a tensor \[height, width\]"),
         ({"image": torch.zeros(2, 3, 32, 48)}, "resize it"),
     ],
 )

@@ -144,7 +144,13 @@ class Prepared(Preparations):
         self.conditioning, self.costs, self.chores = defaultdict(lambda: None), {SIZE: cost}, deque()
         self.cost = lambda geometry: cost
 
-    def want(self, prompt, geometry, then):
+    def known(self, text, geometry):
+        return self.conditioning[text]
+
+    def company(self, conditioning, guidance, *given):
+        return conditioning, *given
+
+    def want(self, text, geometry, then):
         then(None)
 
 

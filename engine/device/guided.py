@@ -126,6 +126,7 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
             u = model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
         p, q = tables.posterior[:, :, None, None].unbind(1)
         latents = model.layout.decodable(p * x + q * u, geometry)
+        latents = moves.kept(latents, [row.brief for row in rows])
         images = runner.decode(latents.to(model.dtype), len(rows), geometry, preview=False)
         scores, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):

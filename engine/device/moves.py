@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,17 +12,73 @@ from torch import Tensor
 from rollflow import kernels
 from rollflow.device.storage import Storage
 from rollflow.draw import Guide
+from rollflow.models import Geometry
 from rollflow.models.layout import LatentMap
-from rollflow.row import NONE, Row
+from rollflow.row import NONE, Brief, Row, Start
+
+KNOWN = 2**62  # the noise key of what a request keeps of its image; those of its rows are smaller
 
 
 def prepared(row: Row, storage: Storage, layout: LatentMap) -> Float[Tensor, "token channel"] | None:
     """The child's state where it takes more than one parent's x and u and fresh noise z; None for all others."""
-    if row.parent == NONE and (row.given is not None or row.brief.start is not None):
-        return _started(row, storage)
-    if row.moved and row.kind != "finish":  # steps of the finish start from the particle as it was judged
-        return _moved(row, storage)
-    return _rotated(row, storage, layout) if row.mixture is not None else None
+    start, state = row.brief.start, None
+    if row.parent == NONE and (row.given is not None or start is not None):
+        state = _started(row, storage)
+    elif row.moved and row.kind != "finish":  # steps of the finish start from the particle as it was judged
+        state = _moved(row, storage)
+    elif row.mixture is not None:
+        state = _rotated(row, storage, layout)
+    if start is None or start.keep is None:
+        return state
+    return torch.lerp(_stepped(row, storage) if state is None else state, _known(row, start, storage), start.keep)
+
+
+def kept(latents: Float[Tensor, "row ..."], briefs: Sequence[Brief]) -> Float[Tensor, "row ..."]:
+    """Latents with what requests keep of their images; differentiable."""
+    starts = {i: brief.start for i, brief in enumerate(briefs) if brief.start is not None}
+    if not any(start.keep is not None for start in starts.values()):
+        return latents
+    keep, known = torch.zeros_like(latents), torch.zeros_like(latents)
+    for i, start in starts.items():
+        if start.latents is not None and start.latents_keep is not None:
+            keep[i], known[i] = start.latents_keep, start.latents
+    return torch.lerp(latents, known, keep)
+
+
+def started(model: Any, image: Tensor, mask: Tensor | None, geometry: Geometry) -> Start:
+    """What a search starts from, of an image and a mask [height, width], 1 where it is drawn anew; on a lane.
+
+    As pipelines of inpainting have it, the mask is sampled at the latents' pixels (nearest).
+    """
+    with torch.no_grad():
+        state = model.state(image, geometry).reshape(geometry.token, geometry.channel).float()
+        if mask is None:
+            return Start(state)
+        layout, latents = model.layout, model.layout.decodable(state[None], geometry)[0]
+        keep = 1 - (mask >= 0.5).float().to(state.device)
+        keep = torch.nn.functional.interpolate(keep[None, None], size=latents.shape[-2:])[0, 0]
+        wide = keep.expand(latents.shape).contiguous()
+        return Start(state, layout.stated(wide, geometry), latents.to(model.dtype), wide.to(model.dtype))
+
+
+def _stepped(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
+    """A plain step, or a sample of the prior."""
+    step, parent = row.step, row.parent
+    state = torch.zeros_like(storage.x[row.slot])
+    if parent != NONE:
+        state = step.a * storage.x[parent] + step.b * storage.u[parent]
+    return state + step.k * _noise(row, storage) if step.k else state
+
+
+def _known(row: Row, start: Start, storage: Storage) -> Float[Tensor, "token channel"]:
+    """The image at the row's time, with noise that is the same for all of the request: given noise, if there is any."""
+    brief, step, x = row.brief, row.step, storage.x
+    if brief.latents is not None:
+        noise = brief.latents[0].to(x.device)
+    else:
+        seed, key = (torch.tensor([value], device=x.device) for value in (brief.seed, KNOWN))
+        noise = kernels.noise(seed, key, *x.shape[1:])[0]
+    return step.scale * ((1 - step.tau) * start.state + step.tau * noise)
 
 
 def _started(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
@@ -27,7 +86,7 @@ def _started(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
     brief, step = row.brief, row.step
     given = None if row.given is None or brief.latents is None else brief.latents[row.given]
     noise = _noise(row, storage) if given is None else given.to(storage.x.device)
-    return step.k * noise if brief.start is None else (step.scale - step.k) * brief.start + step.k * noise
+    return step.k * noise if brief.start is None else (step.scale - step.k) * brief.start.state + step.k * noise
 
 
 def _noise(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels, rewards
-from rollflow.device import batch, guided
+from rollflow.device import batch, guided, moves
 from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
@@ -26,6 +26,7 @@ from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
 from rollflow.row import (
     NONE,
+    Brief,
     Candidate,
     Done,
     Event,
@@ -167,10 +168,10 @@ class Runner:
         """Does something else on a lane; reports a free lane and a `Done`."""
         self.threads.post(_do, work, then, report)
 
-    def peek(self, candidate: Candidate, geometry: Geometry) -> Tensor:
+    def peek(self, candidate: Candidate, brief: Brief) -> Tensor:
         """A particle as an 8-bit image [3, height, width], or clip; on a lane."""
         with torch.no_grad():
-            images = self._images([candidate], geometry)
+            images = self._images([(brief, candidate)])
             if self._side is not None:
                 self._side.synchronize()
             return rounded(images.cpu())[0]
@@ -186,7 +187,7 @@ class Runner:
         judged = [i for i, row in enumerate(rows) if row.scored]
         images = None
         with torch.no_grad():  # not inference mode: what a reward loads at its first call may later need gradients
-            latents = self._evaluate(rows)
+            latents = moves.kept(self._evaluate(rows), [row.brief for row in rows])
             if judged:
                 if len(judged) < len(rows):
                     latents = latents[self._device(torch.tensor(judged))]
@@ -303,7 +304,7 @@ class Runner:
 
         Where particles were judged on previews, all finalists are decoded and the best of the images is returned.
         """
-        images = self._images([c for show in shows for c in show.candidates], shows[0].brief.geometry)
+        images = self._images([(show.brief, candidate) for show in shows for candidate in show.candidates])
 
         def judge(free: Callable[[], None]) -> None:
             wait = self._hand_over(images, free)
@@ -311,17 +312,17 @@ class Runner:
 
         return judge
 
-    def _images(
-        self, candidates: Sequence[Candidate], geometry: Geometry
-    ) -> Float[Tensor, "row *frame 3 height width"]:
+    def _images(self, candidates: Sequence[tuple[Brief, Candidate]]) -> Float[Tensor, "row *frame 3 height width"]:
+        geometry = candidates[0][0].geometry
         storage, decoded = self.storage(geometry), []
         size = self._sizes(geometry)[-1]
         for start in range(0, len(candidates), size):
             part = candidates[start : start + size]
             padding = self.bucket(len(part), geometry) - len(part)
-            slot = self._device(torch.tensor([c.slot for c in part] + [NONE] * padding))
-            posterior = self._device(torch.tensor([[c.p, c.q] for c in part] + [[0.0, 0.0]] * padding))
+            slot = self._device(torch.tensor([c.slot for _, c in part] + [NONE] * padding))
+            posterior = self._device(torch.tensor([[c.p, c.q] for _, c in part] + [[0.0, 0.0]] * padding))
             latents = self._finish(storage.u[slot.clamp(min=0)], storage, slot, posterior, geometry)
+            latents = moves.kept(latents, [brief for brief, _ in part])
             with self._beside(latents):
                 decoded.append(self.decode(latents, len(part), geometry, preview=False))
         with self._beside():

@@ -35,6 +35,10 @@ class LatentMap(Protocol):
         """What is decoded of states; differentiable."""
         ...
 
+    def stated(self, latents: Float[Tensor, "*latent"], geometry: Any) -> Float[Tensor, "token channel"]:
+        """The elements of one row's latents where they lie in a state, neither scaled nor shifted."""
+        ...
+
     def coarse(self, x: Float[Tensor, "token channel"], geometry: Any) -> Float[Tensor, "token channel"]:
         """The low band of a state: means over small patches in place of their elements."""
         ...
@@ -97,6 +101,10 @@ class Layout:
     ) -> Float[Tensor, "row channel height width"]:
         """See `LatentMap`."""
         return self.denormalise(self.unpack(states, geometry.latent_height, geometry.latent_width))
+
+    def stated(self, latents: Float[Tensor, "channel height width"], geometry: Any) -> Float[Tensor, "token packed"]:
+        """See `LatentMap`."""
+        return self.pack(latents[None])[0]
 
     def coarse(self, x: Float[Tensor, "token packed"], geometry: Any) -> Float[Tensor, "token packed"]:
         """See `LatentMap`."""
