@@ -21,6 +21,7 @@ from rollflow.bench.scaling import Scaling
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.bench.versus import Versus
+from rollflow.bench.video_quality import Video
 from rollflow.errors import LONGEST, RollflowError, line
 from rollflow.models import silence
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": Compare,
     "versus": Versus,
     "study": Study,
+    "video": Video,
 }
 
 

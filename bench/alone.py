@@ -9,18 +9,21 @@ from __future__ import annotations
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 
 from rollflow import rewards
 from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
-from rollflow.bench.measure import peak_memory
+from rollflow.bench.measure import OWN, peak_memory
+from rollflow.bench.pipelines import brightness, pipeline_bon
 from rollflow.models import silence, traits
-from rollflow.models.flux import load
+from rollflow.models.loading import load
+from rollflow.models.text import Size
 from rollflow.request import Request
 
 SEQUENTIAL_PROMPTS = 4  # of which the sequential loop runs: it costs the same a prompt however many there are
@@ -42,13 +45,15 @@ class Job:
     """A run of a baseline.
 
     Attributes:
-        contender: "sequential" or "diffusers".
+        contender: "sequential", of FluxPipelines, or "diffusers".
         model: a built-in name, a folder or a hub id.
         prompts: what it runs on; of the sequential loop the first few.
         nfe: budget of each prompt.
         steps: of best-of-N.
         device: where.
         dtype: of the networks.
+        size: of images or clips; the sequential loop makes those of the model's own.
+        reward: "count" or "brightness".
     """
 
     contender: str
@@ -58,11 +63,13 @@ class Job:
     steps: int
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    size: Size = OWN
+    reward: str = "count"
 
     def __call__(self, threads: int | None = None) -> Timed:
         """Runs it, here, on that many threads, by default as many as suit it best."""
         usual = torch.get_num_threads()
-        torch.set_num_threads(threads or _best_threads(self.contender, self.model, self.steps, self.device, self.dtype))
+        torch.set_num_threads(threads or _best_threads(replace(self, prompts=("two red circles",), nfe=0)))
         found: dict[str, int] = {}
         try:
             pipeline = _pipeline(self.model, self.device, self.dtype)
@@ -76,10 +83,14 @@ class Job:
         finally:
             torch.set_num_threads(usual)
 
-    def _run(self, pipeline: FluxPipeline) -> Baseline:
+    def _run(self, pipeline: Any) -> Baseline:
         if self.contender == "diffusers":
             each = max(1, self.nfe // self.steps)
-            return diffusers_bon(pipeline, self.prompts, rewards.make("count"), self.nfe, self.steps, each)
+            reward = rewards.make(brightness if self.reward == "brightness" else self.reward)
+            if not isinstance(pipeline, FluxPipeline):
+                return pipeline_bon(pipeline, self.prompts, reward, self.nfe, self.steps, each, self.size)
+            height, width = self.size.height, self.size.width
+            return diffusers_bon(pipeline, self.prompts, reward, self.nfe, self.steps, each, height=height, width=width)
         runs = [
             sequential_rbf(pipeline, Request(prompt, nfe=self.nfe, method="rbf", seed=i), traits(self.model))
             for i, prompt in enumerate(self.prompts[:SEQUENTIAL_PROMPTS])
@@ -109,17 +120,17 @@ class Alone:
 
 
 @cache
-def _pipeline(model: str, device: str, dtype: torch.dtype) -> FluxPipeline:
+def _pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
     silence()
-    pipeline = load(model, torch.device(device), dtype)
+    pipeline: Any = load(model, torch.device(device), dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @cache
-def _best_threads(contender: str, model: str, steps: int, device: str, dtype: torch.dtype) -> int:
-    """One thread or all, whichever is faster, in turns."""
-    job = Job(contender, model, ("two red circles",), max(PROBE_NFE, steps), steps, device, dtype)
+def _best_threads(job: Job) -> int:
+    """One thread or all, whichever is faster for a budget as small as can be, in turns."""
+    job = replace(job, nfe=max(PROBE_NFE, job.steps))
     seconds: dict[int, list[float]] = {1: [], torch.get_num_threads(): []}
     for _ in range(4):
         for threads, times in seconds.items():

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from rollflow.errors import RequestError
 from rollflow.methods.budget import whole
-from rollflow.models import FlowModel, Traits
+from rollflow.models import FlowModel, Geometry, Traits
 from rollflow.plan import Plan, plan
 from rollflow.request import Record, Request
 from rollflow.rewards import Reward
 from rollflow.sde import Step
 
 Noise = Callable[[int], Tensor]
+GUIDANCE = 3.5  # the engine's, of requests that name none
 DRAWS = CHILDREN = 2**20  # of a turn and of a draw: how the engine counts its noise keys
 
 
@@ -81,7 +82,8 @@ class _Loop:
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
         self.guidance = None
         if self.transformer.config.guidance_embeds:
-            self.guidance = torch.full((1,), float(request.guidance), device=self.device)
+            scale = GUIDANCE if request.guidance is None else request.guidance
+            self.guidance = torch.full((1,), float(scale), device=self.device)
         shape, generator = (rows * columns, self.transformer.config.in_channels), torch.Generator(self.device)
         generator.manual_seed(request.seed)
         self.noise = noise or (lambda key: torch.randn(shape, generator=generator, device=self.device))
@@ -252,45 +254,54 @@ def diffusers_bon(
     return Baseline(len(prompts) * samples * steps, len(prompts), len(prompts) * samples, tuple(final))
 
 
+def _geometry(model: Any, height: int | None, width: int | None, frames: int | None) -> Geometry:
+    return model.geometry(height, width, frames) if model.capabilities.frames else model.geometry(height, width)
+
+
 def bare_forward(
-    model: FlowModel, bucket: int, height: int | None = None, width: int | None = None
+    model: FlowModel, bucket: int, height: int | None = None, width: int | None = None, frames: int | None = None
 ) -> Callable[[], None]:
     """One transformer forward of `bucket` rows on fixed random inputs, each at its own time.
 
-    On CUDA it returns before the device is done. Raises `RequestError` for fewer than one row, an impossible size, or
-    a model that does not declare itself graphable.
+    With classifier-free guidance each row takes two of the network. On CUDA it returns before the device is done.
+    Raises `RequestError` for fewer than one row or an impossible size.
     """
-    geometry, generator = model.geometry(height, width), torch.Generator().manual_seed(0)
-    if not model.capabilities.graphable:
-        raise RequestError(f"a {type(model).__name__} does not declare itself graphable: its bare forward is not known")
+    geometry, generator = _geometry(model, height, width, frames), torch.Generator().manual_seed(0)
     x = torch.randn(whole("bucket", bucket, 1), geometry.token, geometry.channel, generator=generator)
     tau = 1 - 0.9 * torch.rand(bucket, generator=generator)
-    x, tau, guidance = x.to(model.device, model.dtype), tau.to(model.device), torch.full((bucket,), 3.5)
     network: Any = model  # of declared capabilities
-    collated, guidance = network.collate(model.encode([""]) * bucket), guidance.to(model.device)
+    able, scale = model.capabilities, model.capabilities.guidance
+    x, tau, guidance = x.to(model.device, model.dtype), tau.to(model.device), torch.full((bucket,), scale)
+    (conditioning,) = network.encode([""], geometry) if able.sized_text else model.encode([""])
+    rows = [network.for_request(conditioning, scale) if able.companies else conditioning] * bucket
+    collated, guidance = network.collate(rows) if able.graphable else None, guidance.to(model.device)
 
     def forward() -> None:
         with torch.no_grad():
-            network.forward(x, tau, collated, guidance, geometry)
+            if able.graphable:
+                network.forward(x, tau, collated, guidance, geometry)
+            else:
+                network.velocity(x, tau, rows, guidance, geometry)
 
     return forward
 
 
 def bare_decode(
-    model: FlowModel, bucket: int, preview: bool = False, height: int | None = None, width: int | None = None
-) -> Callable[[], None]:
+    model: FlowModel, bucket: int, preview: bool = False, height: int | None = None, width: int | None = None,
+    frames: int | None = None,
+) -> Callable[[], None]:  # fmt: skip
     """One decode of `bucket` random latents of unit variance by the full decoder, or by the light one.
 
     On CUDA it returns before the device is done. Raises `RequestError` for fewer than one row, an impossible size, or
     a model without a light decoder.
     """
-    geometry = model.geometry(height, width)
+    geometry = _geometry(model, height, width, frames)
     if preview and not model.capabilities.preview:
         raise RequestError("preview=True: this model has no light decoder; leave it out")
     decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
-    shape = (whole("bucket", bucket, 1), model.layout.channels, geometry.latent_height, geometry.latent_width)
-    latents = model.layout.denormalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    latents = latents.to(model.device, model.dtype)
+    shape = (whole("bucket", bucket, 1), geometry.token, geometry.channel)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    latents = model.layout.decodable(states, geometry).to(model.dtype)
 
     def run() -> None:
         with torch.no_grad():
@@ -300,7 +311,7 @@ def bare_decode(
 
 
 def bare_reward(
-    reward: Reward, images: Float[Tensor, "row 3 height width"], prompts: Sequence[str]
+    reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: Sequence[str]
 ) -> Callable[[], None]:
     """One call of `reward` on these images, and its scores on the host."""
 

@@ -34,7 +34,7 @@ from transformers import (
 from rollflow.bench import shapes_networks
 from rollflow.errors import ModelError, RequestError, shown
 from rollflow.models import BUILT_IN
-from rollflow.models.flux import load
+from rollflow.models.loading import load
 
 POOLED_TOKENS = 77  # of the CLIP encoder, whose sequence is pooled away
 SEED = 0

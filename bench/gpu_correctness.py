@@ -22,8 +22,9 @@ from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.kernels import reference
-from rollflow.models.flux import FluxModel, load
+from rollflow.models.flux import FluxModel
 from rollflow.models.layout import Layout
+from rollflow.models.loading import load
 from rollflow.profile.ledger import Ledger
 from rollflow.request import Request
 from rollflow.row import NONE

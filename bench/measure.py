@@ -17,11 +17,13 @@ from torch import Tensor
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
 from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
+from rollflow.models.text import Size
 from rollflow.request import Request
 from rollflow.rewards import Reward
 
 LEAST_SECONDS = 0.3  # that a part is timed for, at least, in each repetition
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+OWN = Size()  # the model's own
 T = TypeVar("T")
 
 
@@ -101,9 +103,10 @@ def rate(work: Callable[[], None], rows: int, lanes: Lanes, device: torch.device
     return done / (time.perf_counter() - start)
 
 
-def _images(engine: Engine, prompt: str, count: int) -> Float[Tensor, "image 3 height width"]:
+def _images(engine: Engine, prompt: str, count: int, size: Size) -> Float[Tensor, "image *frame 3 height width"]:
     """Images that the model draws: what a reward costs may depend on what it sees."""
-    requests = [Request(prompt, _nothing, "bon", nfe=4, steps=4, seed=i) for i in range(count)]
+    asked = size._asdict()
+    requests = [Request(prompt, _nothing, "bon", nfe=4, steps=4, seed=i, **asked) for i in range(count)]
     return torch.stack([result.pixels for result in engine.generate(requests)]).to(engine.model.device)
 
 
@@ -118,21 +121,21 @@ class Parts:
     counts, so that the engine is compared with the best that the machine can do.
     """
 
-    def __init__(self, engine: Engine, reward: Reward, prompt: str, buckets: Sequence[int]):
+    def __init__(self, engine: Engine, reward: Reward, prompt: str, buckets: Sequence[int], size: Size = OWN):
         model = engine.model
         self.model, self.buckets = model, buckets
         self._lanes = [engine.lanes]
         if model.device.type == "cpu" and engine.lanes.count > 1:
             self._lanes.append(Lanes(model.device, 1, torch.get_num_threads()))
         self.rates: dict[tuple[str, int], list[float]] = {}
-        images = _images(engine, prompt, max(buckets))
+        images = _images(engine, prompt, max(buckets), size)
         self._make: dict[str, Callable[[int], Callable[[], None]]] = {
-            "transformer": lambda bucket: bare_forward(model, bucket),
-            "decode": lambda bucket: bare_decode(model, bucket, preview=False),
+            "transformer": lambda bucket: bare_forward(model, bucket, *size),
+            "decode": lambda bucket: bare_decode(model, bucket, False, *size),
             "reward": lambda bucket: bare_reward(reward, images[:bucket], [prompt] * bucket),
         }
         if model.capabilities.preview:
-            self._make["preview"] = lambda bucket: bare_decode(model, bucket, preview=True)
+            self._make["preview"] = lambda bucket: bare_decode(model, bucket, True, *size)
 
     def measure(self) -> None:
         """One more repetition of every part at every bucket."""

@@ -62,6 +62,8 @@ class Study:
     """One budget, 100 unless --budgets says otherwise, and the contenders that the paper's main table has."""
     jobs: int = 1
     """Processes that compute at the same time, each with its share of the cores."""
+    traits: Path | None = None
+    """With "fidelity": a file for what was measured. As rollflow.json in the model's folder, engines read it."""
     out: Path = Path("out/study")
     """Folder for rows.jsonl, the tables and the plots; made if it is not there."""
 
@@ -89,6 +91,7 @@ class Study:
     def _checked(self) -> tuple[Study, list[Contender]]:
         """The study with what `quick` stands for, and its contenders."""
         from rollflow import methods, rewards
+        from rollflow.bench import outputs
 
         asked = replace(self, budgets=(100,)) if self.quick and self.budgets == BUDGETS else self
         known = contenders.by_label()
@@ -103,6 +106,15 @@ class Study:
                 raise RequestError(f"no path {shown(path)}: choose from {', '.join(PATHS)}")
         if min((*self.budgets, self.seeds, self.jobs)) < 1 or not self.budgets:
             raise RequestError(f"budgets={self.budgets}, seeds={self.seeds}, jobs={self.jobs}: at least 1 each")
+        if self.traits is not None and (self.part not in ("fidelity", "all") or contenders.ODE not in self.paths):
+            raise RequestError(
+                f"--traits {shown(str(self.traits))}: part {self.part} on {', '.join(self.paths)} measures none: it "
+                f"takes the part fidelity, on {contenders.ODE}"
+            )
+        there = self.traits is None or self.traits.exists()
+        outputs.check_file(self.traits, "--traits")
+        if self.traits is not None and not there:
+            self.traits.unlink()  # an empty one in the model's folder would be read before it is written
         wanted = {*self.methods} or {*(contenders.QUICK if self.quick else known)}
         gradient = rewards.differentiable(rewards.make(self.reward))
         return asked, [c for c in known.values() if wanted & {c.label, c.method} and (gradient or not c.guided)]
@@ -207,3 +219,17 @@ class Study:
         if part == "fidelity" and contenders.ODE in self.paths:
             time = probes.trusted_from(found)
             console.print(f"rewards foretell the image from linear time {time:.2f} on: Traits(trusted_from={time:.2f})")
+            if self.traits is not None:
+                self._write_traits(time, sets, console)
+
+    def _write_traits(self, time: float, sets: dict[str, list[str]], console: Console) -> None:
+        """Writes the measured time, beside what was known of the model before."""
+        from rollflow.bench import probes
+        from rollflow.models import known, traits
+
+        assert self.traits is not None, "asked for"
+        found = replace(traits(self.model), trusted_from=round(time, 4))
+        prompts = sum(map(len, sets.values()))
+        measured = {"model": Path(self.model).name, "reward": self.reward, "prompts": prompts, "points": probes.STEPS}
+        known.write_traits(self.traits, found, **measured)
+        console.print(f"traits are in {self.traits}; in the model's folder the file is called {known.FILE}")

@@ -27,9 +27,12 @@ from rollflow import rewards
 from rollflow.bench import figures, outputs, prompt_sets
 from rollflow.bench.alone import Alone, Job, Timed
 from rollflow.bench.environment import environment
-from rollflow.bench.measure import Parts, in_turns
+from rollflow.bench.measure import OWN, Parts, in_turns
+from rollflow.bench.pipelines import brightness
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
+from rollflow.models import loading
+from rollflow.models.text import Size
 from rollflow.request import Request, Result
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # batch sizes of the bare parts
@@ -50,7 +53,9 @@ class Throughput:
         steps: of best-of-N.
         dtype: of the engine's networks; the others run in float32, in which a CPU is fastest at one row.
         device: by default CUDA where there is one.
-        preview: also the engine that judges by the light decoder.
+        preview: also the engine that judges by the light decoder, of FluxPipelines.
+        height, width, frames: of images or clips, by default the model's own.
+        reward: "count", which judges images of the built-in models, or "brightness", which judges all.
         lanes: of the engine; by default as measured.
         repetitions: how often each contender runs; the median counts.
         json: a file for the rows.
@@ -65,6 +70,10 @@ class Throughput:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
     preview: bool = True
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    reward: Literal["count", "brightness"] = "count"
     lanes: int | None = None
     repetitions: int = 3
     json: Path | None = None
@@ -80,20 +89,22 @@ class Throughput:
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = DTYPES[self.dtype]
         engines = {"engine": Engine.from_pretrained(self.model, device, dtype, lanes=self.lanes)}
-        if self.preview:
+        flux = loading.class_of(self.model) == "FluxPipeline"
+        if self.preview and flux:
             light = Engine.from_pretrained(self.model, device, dtype, preview=True, lanes=self.lanes)
             engines["engine, preview"] = light
         for engine in engines.values():
-            engine.warm_up()
+            engine.warm_up(*self._size)
         medium = prompt_sets.load("medium", 100)
-        parts = Parts([*engines.values()][-1], rewards.make("count"), medium[0], SIZES)
+        parts = Parts([*engines.values()][-1], rewards.make(self._reward), medium[0], SIZES, self._size)
         alone, rows = Alone(device), list[dict[str, Any]]()
         for count in self.prompts:
             prompts = [medium[i % len(medium)] for i in range(count)]
             exact = torch.float32 if device.type == "cpu" else dtype
             runs: dict[str, Run] = {}
-            for name in ("sequential", "diffusers"):
-                job = Job(name, self.model, tuple(prompts), self.nfe, self.steps, str(device), exact)
+            for name in ("sequential", "diffusers")[not (flux and self._size == OWN) :]:
+                what = (name, self.model, tuple(prompts), self.nfe, self.steps, str(device), exact)
+                job = Job(*what, self._size, self.reward)
                 runs[name] = partial(alone, job)
             for name, engine in engines.items():
                 searches = [self._request(p, i) for i, p in enumerate(prompts)]
@@ -121,7 +132,16 @@ class Throughput:
             figures.throughput(rows, self.plot)
 
     def _request(self, prompt: str, seed: int, **options: Any) -> Request:
-        return Request(prompt, **{"nfe": self.nfe, "method": self.method, "seed": seed, **options})
+        usual = {"nfe": self.nfe, "method": self.method, "seed": seed, "reward": self._reward}
+        return Request(prompt, **{**usual, **self._size._asdict(), **options})
+
+    @property
+    def _size(self) -> Size:
+        return Size(self.height, self.width, self.frames)
+
+    @property
+    def _reward(self) -> Any:
+        return brightness if self.reward == "brightness" else self.reward
 
     def _row(self, name: str, prompts: int, run: Timed | Counted, seconds: list[float], memory: int) -> dict[str, Any]:
         if isinstance(run, Timed):

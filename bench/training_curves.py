@@ -12,29 +12,33 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-STAGES = ("autoencoder", "flow", "rectify1", "rectify2", "rectify")
+MEASURES = {
+    "accuracy_1": "exact counts, 1 Euler step",
+    "accuracy_4": "exact counts, 4 Euler steps",
+    "accuracy_10": "exact counts, 10 Euler steps",
+    "exact_1": "exactly right, 10 Euler steps, guidance 1",
+    "exact_3": "exactly right, 10 Euler steps, guidance 3",
+    "l1": "L1 of reconstructions",
+}
 
 
 def draw(log: Path, out: Path) -> None:
-    """Losses of the trained stages (`rectify` is three rounds), and the accuracy of samples along the way."""
+    """Losses of the trained stages, and below them what was measured along the way."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(2, len(STAGES), figsize=(18, 6), sharex="col", layout="constrained")
-    for column, stage in enumerate(STAGES):
+    stages = list(dict.fromkeys(r["stage"] for r in records if "loss" in r))
+    figure, axes = plt.subplots(
+        2, len(stages), figsize=(3.6 * len(stages), 6), sharex="col", layout="constrained", squeeze=False
+    )
+    for column, stage in enumerate(stages):
         mine = {r["step"]: r for r in records if r["stage"] == stage and "loss" in r}
         axes[0, column].plot(list(mine), [r["loss"] for r in mine.values()])
         axes[0, column].set(title=stage, ylabel="loss", yscale="log")
-        for steps in (1, 4, 10):
-            key = f"accuracy_{steps}"
+        for key, label in MEASURES.items():
             seen = {r["step"]: r[key] for r in records if r["stage"] == stage and key in r}
             if seen:
-                axes[1, column].plot(
-                    list(seen), list(seen.values()), marker=".", label=f"{steps} Euler step{'s' * (steps > 1)}"
-                )
-        seen = {r["step"]: r["l1"] for r in records if r["stage"] == stage and "l1" in r}
-        if seen:
-            axes[1, column].plot(list(seen), list(seen.values()), marker=".", label="L1 of reconstructions")
-        axes[1, column].set(xlabel="step", ylabel="L1" if stage == "autoencoder" else "exact-count accuracy")
-        axes[1, column].legend()
+                axes[1, column].plot(list(seen), list(seen.values()), marker=".", label=label)
+        axes[1, column].set(xlabel="step", ylabel="L1" if stage == "autoencoder" else "share of samples")
+        axes[1, column].legend(fontsize="small")
     figure.savefig(out, dpi=100)
 
 

@@ -108,7 +108,8 @@ class Door:
         """The request with what it leaves to the model, or with what the model cannot do refused."""
         able: Any = self._model.capabilities
         if request.guidance is None:
-            request = replace(request, guidance=able.guidance)
+            own = self._traits.guidance
+            request = replace(request, guidance=able.guidance if own is None else own)
         if request.negative is not None and not able.negative:
             raise RequestError(
                 f"negative={shown(request.negative)}: this model has no classifier-free guidance that would lead away "

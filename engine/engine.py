@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
 from rollflow import calls, checks
 from rollflow.calls import Progress
@@ -23,9 +23,8 @@ from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.loop import Loop
-from rollflow.models import FlowModel, Traits, acceleration, adapt
+from rollflow.models import FlowModel, Traits, acceleration, adapt, loading
 from rollflow.models import traits as built_in_traits
-from rollflow.models.flux import FluxModel, load, load_light
 from rollflow.models.text import Text
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
@@ -46,7 +45,8 @@ class Engine:
     block, when the engine is dropped, or with the interpreter.
 
     Args:
-        model: a diffusers `FluxPipeline`, or any `rollflow.models.FlowModel`.
+        model: a flow pipeline of diffusers (`rollflow probe` shows what is made of one), or any
+            `rollflow.models.FlowModel`.
         buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. By default those of
             `BUCKETS` that pay on this model and device, as measured before the first request. With a single bucket, a
             multiple of 8, a request's result does not depend on what runs beside it, bit for bit (on one CPU; on a GPU
@@ -74,7 +74,7 @@ class Engine:
 
     def __init__(
         self,
-        model: FluxPipeline | FlowModel,
+        model: DiffusionPipeline | FlowModel,
         *,
         buckets: Sequence[int] | None = None,
         slots: int | None = None,
@@ -133,12 +133,17 @@ class Engine:
         compile: str | None = None,
         attention: str | None = None,
         quantize: str | None = None,
+        pipeline: str | None = None,
         **options: Any,
     ) -> Engine:
-        """An engine on a built-in model ("shapes", "shapes-base"), a local FluxPipeline folder, or a hub id.
+        """An engine on a built-in model ("shapes", "shapes-base"), or on any flow pipeline of diffusers.
+
+        A FluxPipeline is run by `rollflow.models.flux.FluxModel`, others by `rollflow.models.pipeline.PipelineModel`,
+        for which `dtype="auto"`, `preview` and `attention` are refused.
 
         Args:
-            name_or_path: which model.
+            name_or_path: which model: a built-in name, a folder that `save_pretrained` wrote, a hub id, or a single
+                `.safetensors` file.
             device: by default CUDA where there is one.
             dtype: of the networks; by default bfloat16 on CUDA and float32 elsewhere; "auto" is float32 or bfloat16,
                 whichever measures faster on this device. Particles are float32 always.
@@ -147,27 +152,36 @@ class Engine:
             compile: "regional" compiles the transformer's repeated blocks (`torch.compile`), once for each batch size.
             attention: pins the backend of torch's attention on a GPU: "flash", "efficient", "cudnn" or "math".
             quantize: "fp8" keeps the transformer's large matrices in 8-bit floats; takes torchao and a recent GPU.
+            pipeline: the name of the pipeline's class, which a single file does not say of itself; elsewhere it goes
+                before what the folder says.
             options: see `Engine`.
 
         Raises:
-            ModelError: there is no such model, or it is no FluxPipeline.
-            RequestError: a device that is neither cpu nor cuda.
+            ModelError: there is no such model, or it is no flow pipeline.
+            RequestError: a device that is neither cpu nor cuda, or an option that this model cannot honour.
         """
-        device, dtype = on_device(device), floats(dtype)
+        device, floating = on_device(device), floats(dtype)
         for name, given in (("name_or_path", name_or_path), ("preview", preview)):
             if not isinstance(given, str | Path) and not (name == "preview" and isinstance(given, bool)):
                 raise RequestError(f"{name}={shown(given)}: it must be the name or the folder of a model")
             if not str(given).isprintable():
                 raise RequestError(f"{name}={shown(str(given))}: there is no folder of such a name")
-        if isinstance(dtype, str):
-            dtype = calibrate.best_dtype(lambda kind: FluxModel(load(name_or_path, device, kind)))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        auto = isinstance(floating, str)
+        if auto or preview or attention is not None:
+            named = loading.class_of(name_or_path, pipeline)
+            loading.check_options(named, auto=auto, preview=preview, attention=attention)
+        load = partial(loading.load, name_or_path, device, pipeline=pipeline)
+        usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+        kind = calibrate.best_dtype(lambda kind: loading.model(load(dtype=kind))) if auto else floating or usual
         options.setdefault("traits", built_in_traits(name_or_path))
-        pipeline = load(name_or_path, device, dtype)
-        acceleration.quantize(pipeline.transformer, quantize)
-        acceleration.compile_blocks(pipeline.transformer, compile)
-        light = load_light("" if preview is True else preview, name_or_path, device, dtype) if preview else None
-        return cls(FluxModel(pipeline, light, attention), preview=light is not None, **options)
+        loaded = load(dtype=kind)
+        for network in loading.networks(loaded):
+            acceleration.quantize(network, quantize)
+            acceleration.compile_blocks(network, compile)
+        light = None
+        if preview:
+            light = loading.load_light("" if preview is True else preview, name_or_path, device, kind)
+        return cls(loading.model(loaded, light, attention), preview=light is not None, **options)
 
     # Requests.
 

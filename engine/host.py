@@ -45,6 +45,10 @@ class Host:
         self._thread: threading.Thread | None = None
         self._callbacks: Callbacks | None = None
         self._lock, self._process = threading.Lock(), os.getpid()
+        model: Any = runner.model
+        self._return: Callable[[], None] | None = model.give_back if model.capabilities.returns else None
+        if self._return is not None:
+            model.borrow()
         _HOSTS.add(self)
 
     def start(self) -> None:
@@ -164,6 +168,11 @@ class Host:
         self.preparations.end()
         if self._callbacks is not None:
             left += self._callbacks.close(seconds)
+        if self._return is not None:
+            try:
+                self._return()
+            except Exception:
+                LOG.exception("the model of a closed engine could not give back what it had borrowed")
         if left and wait:
             LOG.warning("%d threads of a closed engine are still in calls that do not come back", len(left))
 

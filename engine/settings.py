@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from rollflow import checks
 from rollflow.errors import RequestError, shown
-from rollflow.models import Geometry, Traits
-from rollflow.values import number, whole
+from rollflow.models import Geometry, Traits, known
+from rollflow.values import whole
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # each of which is measured, and on a GPU has a graph of its own
 CPU_BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -66,8 +67,7 @@ def checked_traits(traits: Traits | None) -> Traits:
         return Traits()
     if not isinstance(traits, Traits):
         raise RequestError(f"traits={shown(traits)}: they must be rollflow.models.Traits")
-    trusted = number("traits.trusted_from", traits.trusted_from, 1)
-    return Traits(whole("traits.steps", traits.steps, 1, checks.MOST_STEPS), trusted)
+    return replace(known.checked(asdict(traits)), steps=whole("traits.steps", traits.steps, 1, checks.MOST_STEPS))
 
 
 def slots_of(slots: int | None, geometry: Geometry) -> int:

@@ -20,7 +20,7 @@ from rollflow import interpolant, methods, models, rewards, sde
 from rollflow.bench import shapes_networks as networks
 from rollflow.calls import Progress
 from rollflow.cli import commands as cli
-from rollflow.cli import output
+from rollflow.cli import options, output
 from rollflow.cli.method_options import method_options
 
 PROMPT = "two red circles"
@@ -127,7 +127,7 @@ WRONG = {
     "demo's budget": (["demo", "--nfe", "4"], ["nfe=4", "5"]),
     "another method's option": (["generate", PROMPT, "--children", "2"], ["children", "explore"]),
     "no shapes": (["generate", "a red herring"], ["red herring", "circle"]),
-    "dtype": (["generate", PROMPT, "--dtype", "int8"], ["int8", *cli.DTYPES]),
+    "dtype": (["generate", PROMPT, "--dtype", "int8"], ["int8", *options.DTYPES]),
     "device": (["generate", PROMPT, "--device", "abacus"], ["abacus", "cpu"]),
 }
 
@@ -143,8 +143,8 @@ def test_what_the_model_cannot_do_is_one_line(run, tmp_path):
     _one_line(run(*base, PROMPT, "--height", 65), ["65x64", "16"])
     _one_line(run(*base, "two red circles and one purple square"), ["does not know", "yellow"])
     (tmp_path / "empty").mkdir()
-    _one_line(run(*base, PROMPT, model=str(tmp_path / "empty")), ["FluxPipeline", *models.BUILT_IN])
-    _one_line(run(*base, PROMPT, model=str(tmp_path / "nothing")), ["FluxPipeline", *models.BUILT_IN])
+    _one_line(run(*base, PROMPT, model=str(tmp_path / "empty")), ["save_pretrained", *models.BUILT_IN])
+    _one_line(run(*base, PROMPT, model=str(tmp_path / "nothing")), ["save_pretrained", *models.BUILT_IN])
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
@@ -161,34 +161,46 @@ def _one_line(outcome, expected):
         assert part in complaint
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "study"])
+GROUPS = {
+    "generate": [options.ModelOptions, options.SearchOptions, options.MethodOptions],
+    "demo": [options.ModelOptions],
+    "probe": [options.Place],
+    "plan": [options.Place],
+    "models": [],
+    "study": [],
+}
+
+
+def test_every_command_has_a_help():
+    assert cli.commands().keys() == GROUPS.keys()
+
+
+@pytest.mark.parametrize("command", GROUPS)
 def test_help_is_complete(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     assert cli.main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    groups = [cli.commands()[command]]
-    groups += [cli.ModelOptions] * (command != "study") + [cli.SearchOptions, cli.MethodOptions] * (
-        command == "generate"
-    )
+    groups = [cli.commands()[command], *GROUPS[command]]
     for option in (f for group in groups for f in fields(group)):
-        if option.name not in ("search", "runtime", "part", "own") and (option.name != "prompts" or command == "study"):
+        nested = option.name in ("search", "runtime", "place", "part", "own")
+        if not nested and (option.name != "prompts" or command == "study"):
             name = option.name.replace("_", "-")
             assert f"--{name} " in text or f"--{name}, --no-{name} " in text
-    named = [] if command == "study" else [*models.BUILT_IN, *cli.DTYPES]
+    named = [*models.BUILT_IN, *options.DTYPES] if GROUPS[command] else []
     if command == "generate":
-        named += [*rewards.names(), *methods.names(), *interpolant._NAMED, *sde.GRIDS, *sde.SOLVERS]
+        named += [*rewards.names(), *methods.names(), *interpolant._NAMED, *sde.GRIDS, "model", *sde.SOLVERS]
     for name in named:
         assert name in text
 
 
 def test_every_option_of_every_method_can_be_given():
     own = {option for name in methods.names() for option in methods.options_of(name)}
-    assert {field.name for field in fields(cli.MethodOptions)} == own
+    assert {field.name for field in fields(options.MethodOptions)} == own
     assert not own & {field.name for field in fields(rollflow.Request)}
 
 
 def test_options_of_methods_say_whose_they_are_and_what_they_are_by_default():
-    told = {field.name: get_args(field.type)[1] for field in fields(cli.MethodOptions)}
+    told = {field.name: get_args(field.type)[1] for field in fields(options.MethodOptions)}
     for option, meaning, default in (
         ("block", "code: levels a block.", "2"),
         (
@@ -224,8 +236,8 @@ def test_a_new_method_needs_no_line_in_the_command_line(monkeypatch):
 
 
 def test_seconds_are_a_budget(run, tmp_path):
-    options = cli.SearchOptions(seconds=2.0, finish=2)
-    assert (options.request(PROMPT).seconds, options.request(PROMPT).nfe) == (2.0, None)
+    request = options.SearchOptions(seconds=2.0, finish=2).request(PROMPT)
+    assert (request.seconds, request.nfe) == (2.0, None)
     enough = ("--seconds", 3600, "--nfe", 6, "--method", "bon", "--steps", 3, "--out", tmp_path)
     code, printed, complaint = run("generate", PROMPT, *enough)
     assert (code, complaint) == (0, "") and "6 NFE" in printed
@@ -242,7 +254,7 @@ def test_without_a_number_of_evaluations_the_bar_counts_alone():
 
 
 def test_defaults_are_those_of_a_request():
-    assert cli.SearchOptions().request(PROMPT) == rollflow.Request(PROMPT)
+    assert options.SearchOptions().request(PROMPT) == rollflow.Request(PROMPT)
 
 
 def test_version(capsys):

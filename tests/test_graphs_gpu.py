@@ -22,7 +22,8 @@ from rollflow.device.cuda_graphs import Graphs
 from rollflow.device.storage import Storage
 from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
-from rollflow.models.flux import FluxModel, load
+from rollflow.models.flux import FluxModel
+from rollflow.models.loading import load
 from rollflow.request import Request
 from rollflow.row import NONE
 

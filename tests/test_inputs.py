@@ -513,7 +513,17 @@ def test_latents_are_taken_as_they_were_given(engine):
     latents = torch.ones(4, 12, dtype=torch.float64)
     made = plan(ask(latents=latents))
     latents.zero_()
-    assert made.latents.dtype == torch.float32 and made.latents.shape == (1, 4, 12) and made.latents.min() == 1
+    assert made.latents.dtype == torch.float32 and made.latents.shape == (4, 12) and made.latents.min() == 1
+
+
+def test_latents_may_have_a_batch_dimension_or_be_flat(engine):
+    latents = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    shapes = [latents, latents[None], latents.flatten(), latents.flatten()[None]]
+    one, *others = (tried(engine, ask(method="bon", nfe=3, steps=3, latents=given)) for given in shapes)
+    assert all(torch.equal(other.pixels, one.pixels) for other in others)
+    for wrong in (torch.zeros(12, 4), torch.zeros(47), torch.zeros(1, 1, 4, 12)):
+        with pytest.raises(RequestError, match=r"this model and size need \[4, 12\]"):
+            engine.generate(ask(latents=wrong))
 
 
 # The engine's own arguments.

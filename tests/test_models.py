@@ -54,7 +54,7 @@ def pipeline():
 
 def test_a_model_stays_as_it_is():
     for model in (Least(), Stranger()):
-        assert adapt(model) is model and model.capabilities == Capabilities(False, False, False, False, None)
+        assert adapt(model) is model and model.capabilities == Capabilities()
 
 
 def test_a_pipeline_is_adapted_and_declares_what_its_adapter_can(pipeline):
@@ -74,7 +74,7 @@ def test_a_pipeline_is_adapted_and_declares_what_its_adapter_can(pipeline):
 
 def test_what_is_no_model_is_told_all_that_it_lacks(pipeline):
     everything = "device, dtype, layout, capabilities, geometry, check_prompt, encode, velocity, decode"
-    with pytest.raises(ModelError, match=f"a NoneType is no model: it lacks {everything}; pass a FluxPipeline, or"):
+    with pytest.raises(ModelError, match=f"a NoneType is no model: it lacks {everything}; pass a flow pipeline of"):
         adapt(None)
 
     class Half(Stranger):

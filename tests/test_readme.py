@@ -2,6 +2,14 @@
 
 from pathlib import Path
 
+import torch
+from PIL import Image
+from tiny_image import IMAGE
+from tiny_video import VIDEO
+
+from rollflow import Engine
+from rollflow.models.tested import markdown
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -20,3 +28,40 @@ def test_an_asyncio_program_embeds_the_engine(tmp_path, monkeypatch, capsys):
     assert timed.stopped in ("seconds", "budget")
     said = capsys.readouterr().out
     assert "whole: 200 NFE" in said and "done, " in said  # the last update, and the callback's job
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+def test_a_program_runs_a_pipeline_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    VIDEO["LTXPipeline"].build().save_pretrained("my-model")
+    names = {"__name__": "program"}
+    exec(compile(program("model"), "README.md", "exec"), names)
+    guided, plain = names["results"]
+    assert guided.network_rows == 2 * guided.executed_nfe and plain.network_rows == plain.executed_nfe
+    assert Image.open("cat.gif").n_frames == 9 and Image.open("dog.png").size == (96, 64)
+    assert guided.pixels.shape == (9, 3, 64, 96) and "cat.gif" in capsys.readouterr().out
+
+
+def test_a_model_by_hand_makes_what_its_pipeline_makes():
+    pipeline = IMAGE["StableDiffusion3Pipeline"].build()
+    names = {"__name__": "program", "pipeline": pipeline}
+    exec(compile(program("family"), "README.md", "exec"), names)
+    model = names["engine"].model
+    noise = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0))
+    asked = {"reward": brightness, "method": "bon", "nfe": 4, "steps": 4, "interpolant": "linear", "diffusion": 0}
+    asked |= {"height": 32, "width": 48, "negative": "blue"}
+    states = model.layout.pack(noise[None])
+    with names["engine"] as by_hand, Engine(pipeline) as learned:
+        for guidance in (5.0, 1.0):
+            found = by_hand.generate("a red cat", latents=states, guidance=guidance, **asked)
+            expected = learned.generate("a red cat", latents=noise, guidance=guidance, **asked)
+            torch.testing.assert_close(found.pixels, expected.pixels, atol=1e-4, rtol=0)
+            assert found.network_rows == expected.network_rows == (8 if guidance > 1 else 4)
+
+
+def test_the_families_are_those_of_the_list():
+    table = README.read_text().split("<!-- families table -->\n")[1].split("\n<!-- end of families table -->")[0]
+    assert table == markdown()

@@ -9,7 +9,6 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     StableDiffusion3Img2ImgPipeline,
-    StableDiffusion3InpaintPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
@@ -21,7 +20,7 @@ from rollflow.interpolant import VP, Linear
 from rollflow.plan import plan, time_of
 
 IMG2IMG = {"FluxPipeline": FluxImg2ImgPipeline, "StableDiffusion3Pipeline": StableDiffusion3Img2ImgPipeline}
-INPAINT = {"FluxPipeline": FluxInpaintPipeline, "StableDiffusion3Pipeline": StableDiffusion3InpaintPipeline}
+INPAINT = {"FluxPipeline": FluxInpaintPipeline}  # that of SD3 takes latents of 16 channels alone
 
 
 def brightness(images, prompts):
@@ -59,7 +58,10 @@ def mask():
 @pytest.mark.parametrize("inpaint", [False, True])
 def test_the_picture_is_that_of_the_familys_own_pipeline(engine, pipeline, picture, mask, monkeypatch, inpaint):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-    own = (INPAINT if inpaint else IMG2IMG)[type(pipeline).__name__](**pipeline.components)
+    kinds = INPAINT if inpaint else IMG2IMG
+    if type(pipeline).__name__ not in kinds:
+        pytest.skip("no pipeline of inpainting for a tiny one of this class")
+    own = kinds[type(pipeline).__name__](**pipeline.components)
     own.set_progress_bar_config(disable=True)
     sizes = {"height": 32, "width": 48}
     masks = {"mask_image": mask[None, None]} if inpaint else {}
@@ -109,6 +111,7 @@ def test_little_strength_leaves_the_image_as_it_was(engine, picture):
 @pytest.mark.parametrize("method", ["bon", "rbf", "sop"])
 def test_what_a_mask_leaves_out_stays_as_it_was(engine, picture, mask, method, monkeypatch):
     seen, model = [], engine.model
+    geometry = model.geometry(32, 48)
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda latents: (seen.append(latents.clone()), decode(latents))[1])
     fields = {"image": picture, "strength": 0.9, "method": method, "nfe": 30, "interpolant": "vp", "diffusion": 3.0}
@@ -120,9 +123,12 @@ def test_what_a_mask_leaves_out_stays_as_it_was(engine, picture, mask, method, m
 
     clean = latents(mask=torch.zeros(32, 48))[0][0]
     found, _ = latents(mask=mask)
-    live = found[found.flatten(1).any(1)]  # without padding
+    shift = model.layout.decodable(torch.zeros(1, geometry.token, geometry.channel), geometry)
+    live = found[(found.flatten(1).any(1)) & ((found - shift).flatten(1).any(1))]  # without padding
     width = clean.shape[-1]
-    assert len(live) > 4 and torch.equal(live[..., width // 3 :], clean[..., width // 3 :].expand_as(live[..., width // 3 :]))
+    assert len(live) > 4 and torch.equal(
+        live[..., width // 3 :], clean[..., width // 3 :].expand_as(live[..., width // 3 :])
+    )
     assert (live[..., : width // 3] - clean[..., : width // 3]).abs().mean() > 0.05
     assert torch.equal(latents(mask=mask + 1)[1], latents()[1])
 

@@ -212,7 +212,7 @@ def kandinsky5():
     )
     texts = [part for text in (qwen2_5_vl(template=TEMPLATE), clip()) for part in reversed(text)]
     pipeline = diffusers.Kandinsky5T2IPipeline(transformer, flux_vae(4), *texts, euler(shift=3.0))
-    pipeline.resolutions = [(48, 32)]  # width and height; every size becomes one of these
+    pipeline.resolutions = [(48, 32), (32, 48)]  # width and height; every size becomes one of these
     return quiet(pipeline)
 
 
@@ -277,8 +277,6 @@ MORE = {
     "Kandinsky5T2IPipeline": Tiny(kandinsky5, 32, 48, call={"guidance_scale": 3.0}),
     "HunyuanImagePipeline": Tiny(hunyuan_image, 32, 48),
     "OvisImagePipeline": Tiny(ovis_image, 32, 48, call={"guidance_scale": 3.0, "max_sequence_length": 64}),
-    "LongCatImagePipeline": Tiny(
-        longcat_image, 32, 48, call={"guidance_scale": 3.0, "enable_prompt_rewrite": False, "enable_cfg_renorm": False}
-    ),
+    "LongCatImagePipeline": Tiny(longcat_image, 32, 48, call={"guidance_scale": 3.0, "enable_prompt_rewrite": False}),
     "PRXPipeline": Tiny(prx, 32, 48, call={"guidance_scale": 1.0, "use_resolution_binning": False}, needs=("ftfy",)),
 }

@@ -153,11 +153,11 @@ PLAIN = {"use_resolution_binning": False, "complex_human_instruction": None}
 VIDEO: dict[str, Tiny] = {
     "WanPipeline 2.1": Tiny(wan, 32, 48, 5, SHORT),
     "WanPipeline 2.2 A14B": Tiny(wan_two_experts, 32, 48, 5, SHORT),
-    "WanPipeline 2.2 5B": Tiny(wan_5b, 64, 96, 9, SHORT),
+    "WanPipeline 2.2 5B": Tiny(wan_5b, 32, 64, 5, SHORT),
     "LTXPipeline": Tiny(ltx, 64, 96, 9, SHORT),
     "HunyuanVideoPipeline": Tiny(hunyuan_video, 32, 48, 5, {"max_sequence_length": 96}),
-    "MochiPipeline": Tiny(mochi, 32, 48, 7, SHORT),
-    "SanaVideoPipeline": Tiny(sana_video, 32, 64, 5, SHORT | PLAIN),
+    "MochiPipeline": Tiny(mochi, 16, 32, 7, SHORT),
+    "SanaVideoPipeline": Tiny(sana_video, 32, 32, 5, SHORT | PLAIN),
     "Kandinsky5T2VPipeline": Tiny(kandinsky5, 32, 48, 5),
     "SkyReelsV2Pipeline": Tiny(skyreels, 32, 48, 5, SHORT, needs=("ftfy",)),
 }

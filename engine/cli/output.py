@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import rollflow
+from rollflow import rewards
 from rollflow.methods import title
 
 if TYPE_CHECKING:
@@ -59,14 +60,20 @@ def summary(result: Result) -> str:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """A result, but for its image and given latents, as JSON can hold it."""
-    request = {name: value for name, value in vars(result.request).items() if name != "latents"}
+    """A result, but for images and tensors, as JSON can hold it."""
+    request = {name: value for name, value in vars(result.request).items() if name not in ("latents", "image", "mask")}
+    reward = result.request.reward
+    own = {
+        "method": title(result.request.method), "reward": reward if isinstance(reward, str) else rewards.title(reward)
+    }  # fmt: skip
     return {
-        "request": {**request, "method": title(result.request.method), "options": dict(result.request.options)},
+        "request": {**request, **own, "options": dict(result.request.options)},
         "reward": _finite(result.reward),
         "held_out": _finite(result.held_out),
         "committed_nfe": result.committed_nfe,
         "executed_nfe": result.executed_nfe,
+        "network_rows": result.network_rows,
+        "frames": len(result.pixels) if result.pixels.ndim == 4 else None,
         "stopped": result.stopped,
         "seconds": round(result.seconds, 3),
         "versions": {"rollflow": rollflow.__version__, "torch": version("torch"), "diffusers": version("diffusers")},

@@ -61,18 +61,33 @@ class Traits:
         trusted_from: the linear time from which on, towards the image, the reward of a posterior mean foretells that of
             the final image. Near 1 for models that were distilled or rectified to a few steps; others draw blurred
             posterior means for longer.
+        shift: of the time grid of its own sampler, as `Request.shift` takes it for the kind "shifted"; None where it is
+            not known, or depends on the size.
+        guidance: the guidance scale of requests that name none; None for that of the model's `Capabilities`.
     """
 
     steps: int = 10
     trusted_from: float = 1.0
+    shift: float | None = None
+    guidance: float | None = None
 
 
 _TRAITS = {"shapes": Traits(5, 1.0), "shapes-base": Traits(10, 0.4)}
 
 
 def traits(name: str | Path) -> Traits:
-    """Those of a built-in model, and the defaults for any other."""
-    return _TRAITS.get(str(name), Traits())
+    """Those of a built-in model, of a folder with a traits file, or of a known hub id; the defaults for any other.
+
+    Raises:
+        ModelError: the traits file cannot be read; see `rollflow.models.known.traits_of`.
+    """
+    from rollflow.models.known import KNOWN, traits_of
+
+    if str(name) in _TRAITS:
+        return _TRAITS[str(name)]
+    if (found := traits_of(name)) is not None:
+        return found
+    return KNOWN[str(name)].traits if str(name) in KNOWN else Traits()
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,8 @@ class Capabilities:
             rows of its network an evaluation takes.
         images: it has `state(image, geometry)`, the clean state [token, channel] of an image, for searches that start
             from one.
+        returns: it has `borrow()`, which an engine calls when it begins, and `give_back()`, which it calls once, at the
+            end of its closing; see `rollflow.models.borrowed`.
         schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
         guidance: the guidance scale of requests that name none.
         signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
@@ -110,6 +127,7 @@ class Capabilities:
     sized_text: bool = False
     companies: bool = False
     images: bool = False
+    returns: bool = False
     schedule: bool = False
     guidance: float = 3.5
     signature: str | None = None
@@ -166,6 +184,7 @@ _DECLARED = {
     "releases_text": ("release_text_encoders",),
     "companies": ("for_request", "company", "network_rows"),
     "images": ("state",),
+    "returns": ("borrow", "give_back"),
     "schedule": ("times",),
 }  # members that a capability stands for
 

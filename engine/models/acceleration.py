@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -66,13 +65,22 @@ def quantize(transformer: nn.Module, how: str | None) -> None:
         raise ModelError(
             f"quantize={shown(how)}: it takes torchao, which is not installed: pip install torchao"
         ) from error
-    quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(), _is_block_matrix)
+    matrices = block_matrices(transformer)
+    if not matrices:
+        raise ModelError(f"quantize={shown(how)}: a {type(transformer).__name__} has no blocks with large matrices")
+    quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(), lambda module, name: name in matrices)
 
 
-def _is_block_matrix(module: nn.Module, name: str) -> bool:
-    """The large matrices: those of the blocks, whose sides are multiples of 16."""
-    sides: Sequence[int] = module.weight.shape if isinstance(module, nn.Linear) else ()
-    return "transformer_blocks" in name and bool(sides) and all(side % 16 == 0 for side in sides)
+def block_matrices(transformer: nn.Module) -> set[str]:
+    """The names of the large matrices: those of the blocks that it repeats, whose sides are multiples of 16."""
+    repeated = getattr(transformer, "_repeated_blocks", None) or ()
+    found: set[str] = set()
+    for name, block in transformer.named_modules():
+        if type(block).__name__ in repeated:
+            for inner, module in block.named_modules(prefix=name):
+                if isinstance(module, nn.Linear) and all(side % 16 == 0 for side in module.weight.shape):
+                    found.add(inner)
+    return found
 
 
 def check_attention(backend: str | None) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import re
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from rollflow.errors import ModelError, RequestError, line, shown
 from rollflow.models import Capabilities, FlowModel, Geometry, acceleration
+from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.layout import Layout
+from rollflow.models.loaded import loaded
 from rollflow.models.recorded import traced
 
 _PATCH = (1, 2, 2)  # (t, y, x) of a token, in latent pixels
@@ -39,8 +41,9 @@ class FluxModel(FlowModel):
 
     Args:
         pipeline: a complete FluxPipeline; its modules are used where they are, without gradients of their weights, and
-            the autoencoder's weights are laid out channels last, in which a CPU convolves faster. The declared
-            signature is that of the networks as they come: compile or quantise the transformer before.
+            the autoencoder's weights are laid out channels last, in which a CPU convolves faster. When the last engine
+            on it closes they are as they were; see `rollflow.models.borrowed`. The declared signature is that of the
+            networks as they come: compile or quantise the transformer, and load its LoRA, before.
         light: a small decoder of the same latents that particles may be judged by, such as TAESD's for FLUX.1 (its
             `scaling_factor` and `shift_factor` are heeded). Its output is an image, or has 3 n^2 channels, for cells of
             n x n pixels.
@@ -48,7 +51,8 @@ class FluxModel(FlowModel):
             own choice among those that CUDA graphs can hold.
 
     Raises:
-        ModelError: the object is no FluxPipeline, or parts of it are missing.
+        ModelError: the object is no FluxPipeline, parts of it are missing, or it is loaded in a way that no engine can
+            work with; see `rollflow.models.loaded`.
         RequestError: an unknown attention.
     """
 
@@ -68,30 +72,30 @@ class FluxModel(FlowModel):
         if missing:
             raise ModelError(f"the pipeline lacks {', '.join(missing)}: load it whole")
         acceleration.check_attention(attention)
+        self.loaded = loaded(pipeline)
         self.pipeline, self.attention = pipeline, attention
-        self.transformer = pipeline.transformer.eval().requires_grad_(False)
-        self.vae = pipeline.vae.eval().requires_grad_(False)
-        self.vae.to(memory_format=torch.channels_last)
-        self.light = light
+        self.transformer, self.vae, self.light = pipeline.transformer, pipeline.vae, light
         if light is not None:
-            light.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+            light.to(self.vae.device, self.vae.dtype)
+        decoders = [decoder for decoder in (self.vae, light) if decoder is not None]
+        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
+        # hook hands the embedding the exact one of the thread's own batch.
+        self._exact = threading.local()
+        hook = partial(_exact_time_hook, self.transformer, self._exact)
+        self._borrowed = Borrowed(self, [*networks_of(pipeline).values(), *decoders], decoders, hook)
+        self.borrow, self.give_back = self._borrowed.borrow, self._borrowed.give_back
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
         latent_channels = self.transformer.config.in_channels // math.prod(_PATCH)
         scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         self.layout = Layout(_PATCH, (scaling,) * latent_channels, (shift,) * latent_channels)
         self.capabilities = Capabilities(
-            preview=light is not None, graphable=True, recordable=True, releases_text=True, images=True,
-            signature=self._signature(),
+            preview=light is not None, graphable=self.loaded.graphable, recordable=True, releases_text=True,
+            images=True, returns=True, signature=self._signature(),
         )  # fmt: skip
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
         self._recorded: dict[Geometry, Callable[..., Tensor]] = {}
         self._decoders: dict[tuple[torch.nn.Module, tuple[int, ...]], Callable[..., Tensor]] = {}
-        # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
-        # hook hands the embedding the exact one of the thread's own batch.
-        self._exact = threading.local()
-        hook = self.transformer.time_text_embed.register_forward_pre_hook(partial(_exact_time, self._exact))
-        weakref.finalize(self, hook.remove)
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
         """See `FlowModel.geometry`; sizes are multiples of a token's."""
@@ -108,13 +112,7 @@ class FluxModel(FlowModel):
         """The networks' configurations."""
         light = None if self.light is None else dict(self.light.config)
         kinds = sorted({f"{type(p).__name__} {p.dtype}" for p in self.transformer.parameters()})
-        return repr(
-            (dict(self.transformer.config), dict(self.vae.config), light, kinds, self.attention, self._compiled)
-        )
-
-    @property
-    def _compiled(self) -> bool:
-        return any(block._compiled_call_impl is not None for block in self.transformer.modules())
+        return repr((dict(self.transformer.config), dict(self.vae.config), light, kinds, self.attention, self.loaded))
 
     def release_text_encoders(self) -> None:
         """Drops the text encoders, and their memory with them; prompts that were not encoded before are refused."""
@@ -184,6 +182,9 @@ class FluxModel(FlowModel):
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """`velocity` of collated conditionings: a function of tensors alone, which a CUDA graph can hold."""
+        if not self._borrowed.held:  # by a caller of one's own, after the last engine was closed
+            with self._borrowed:
+                return self.forward(x, tau, collated, guidance, geometry)
         network = None if torch.is_grad_enabled() else self._recorded.get(geometry)
         with acceleration.attention(self.attention, self.device):
             return (network or partial(self._network, geometry))(x, tau, *collated, guidance)
@@ -210,7 +211,7 @@ class FluxModel(FlowModel):
     def record(self, geometry: Geometry, conditioning: Conditioning) -> None:
         """Records transformer and decoders for an image size, for a CPU; see `rollflow.models.recorded`.
 
-        Compiled transformers stay as they are.
+        Compiled and quantized transformers stay as they are.
         """
         if geometry in self._recorded:
             return
@@ -228,7 +229,7 @@ class FluxModel(FlowModel):
             return (z.to(memory_format=torch.channels_last),)
 
         network: Callable[..., Tensor] = partial(self._network, geometry)
-        if not self._compiled:
+        if self.loaded.plain:
             network = traced(network, self.transformer, inputs(3), inputs(5), "transformer")
         self._recorded[geometry] = network
         for decoder in (self.vae, self.light):
@@ -262,6 +263,9 @@ class FluxModel(FlowModel):
 
     def _decode(self, decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
         """In chunks; what comes in cells of n x n pixels (3 n^2 channels) is spread out."""
+        if not self._borrowed.held:
+            with self._borrowed:
+                return self._decode(decoder, latents)
         latents = latents.to(decoder.dtype, memory_format=torch.channels_last)
         pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
         chunk = max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
@@ -271,6 +275,10 @@ class FluxModel(FlowModel):
         if images.shape[1] > 3:
             images = torch.nn.functional.pixel_shuffle(images, math.isqrt(images.shape[1] // 3))
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _exact_time_hook(transformer: FluxTransformer2DModel, exact: threading.local) -> list[RemovableHandle]:
+    return [transformer.time_text_embed.register_forward_pre_hook(partial(_exact_time, exact))]
 
 
 def _exact_time(exact: threading.local, module: torch.nn.Module, args: tuple) -> tuple | None:

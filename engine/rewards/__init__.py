@@ -23,6 +23,7 @@ _BUILT_IN = {  # name -> module and class; imported when first asked for
     "count": ("rollflow.rewards.count", "CountReward"),
     "classifier": ("rollflow.rewards.classifier", "CountClassifier"),
     "soft_count": ("rollflow.rewards.classifier", "SoftCount"),
+    "motion": ("rollflow.rewards.motion", "MotionReward"),
 }
 RETRIES = 3  # of a reward that says nothing else
 T = TypeVar("T")

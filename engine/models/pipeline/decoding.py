@@ -12,10 +12,13 @@ from torch import Tensor
 
 from rollflow.errors import ModelError
 from rollflow.models import Geometry
-from rollflow.models.pipeline.drive import Decode, Driver, Outputs, Recording, Script
+from rollflow.models.pipeline.drive import SCALES, Driver
+from rollflow.models.pipeline.learn import TIMES, Learned
+from rollflow.models.pipeline.outputs import random_outputs
+from rollflow.models.pipeline.recording import Decode, Recording, Script
 from rollflow.models.text import Size, Text
 
-TOLERANCE = 1e-3  # of a pixel, in float32
+TOLERANCE = {True: 1e-3, False: 0.2}  # of a pixel, where the decoder computes in 32 bits and in 16
 DIGITS = {torch.float32: 64, torch.float64: 64}  # how many numbers a dtype tells apart with certainty; others: 8
 
 
@@ -62,6 +65,12 @@ class Decodings:
         """What is decoded of states."""
         return self.of[geometry].latents(states)
 
+    def stated(self, latents: Float[Tensor, "*latent"], geometry: Geometry) -> Float[Tensor, "token channel"]:
+        """The elements of one row's latents where they lie in a state."""
+        source, flat = self.of[geometry].source, latents.reshape(-1)
+        state = flat if source is None else torch.zeros_like(flat).index_copy(0, source, flat)
+        return state.view(geometry.token, geometry.channel)
+
     def coarse(self, x: Float[Tensor, "token channel"], geometry: Geometry) -> Float[Tensor, "token channel"]:
         """Means over 2 x 2 latent pixels in place of their elements."""
         decoding = self.of[geometry]
@@ -73,15 +82,14 @@ class Decodings:
         return low.view_as(x)
 
 
-def learn_decoding(
-    driver: Driver, size: Size, text: Text, scale: float, time: float, shape: tuple[int, ...], outputs: Outputs
-) -> Decoding:
+def learn_decoding(driver: Driver, size: Size, text: Text, learned: Learned) -> Decoding:
     """Learns the way from a state to the decoder's door, which must be one that moves, scales and shifts elements.
 
     Raises:
         ModelError: it is another one.
     """
-    kind = type(driver.pipeline).__name__
+    kind, shape = driver.name, learned.shape
+    time, outputs = TIMES[driver.exact][0] * driver.clock.span, random_outputs(learned.real)
     numel = math.prod(shape)
     base = DIGITS.get(next(driver.pipeline.vae.parameters()).dtype, 8)
     index = torch.arange(numel, dtype=torch.float32)
@@ -91,7 +99,7 @@ def learn_decoding(
 
     def z_of(states: Tensor) -> Decode:
         script = Script([time], lambda i, x: states.to(x), outputs, decode=None)
-        decodes = driver.run([text] * len(states), size, scale, script).decodes
+        decodes = driver.run([text] * len(states), size, SCALES[0], script).decodes
         if not decodes:
             raise ModelError(f"the pipeline {kind} does not hand its latents to the `decode` of its `vae`")
         return decodes[0]

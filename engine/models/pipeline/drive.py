@@ -1,17 +1,15 @@
 """Drives a pipeline's own `__call__` with stand-ins that record what it does, and steer where its loop goes.
 
-The transformer's stand-in records every call, the scheduler's replaces states and times, the autoencoder's records what
-is to be decoded. They share their originals' weights; the pipeline itself is not touched.
+They share their originals' weights; the pipeline itself is not touched.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from functools import wraps
-from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
@@ -19,80 +17,49 @@ from torch import Tensor, nn
 
 from rollflow.errors import ModelError, RequestError, said
 from rollflow.models.pipeline.families import Family
+from rollflow.models.pipeline.recording import (
+    Over,
+    Recording,
+    Script,
+    cloned,
+    decoding,
+    recorded,
+    stand_in,
+    steered,
+    timed,
+)  # fmt: skip
 from rollflow.models.text import Size, Text
 
 NETWORKS = ("transformer", "transformer_2")
-Outputs = Callable[["Call"], Any]  # what a call of the transformer gives
+SCALES = (4.0, 8.0)  # of guidance, at which pipelines are probed; 16 bits hold them, and a thousand times them
+_ONE = threading.RLock()  # held by a run: encoders of transformers keep in their modules what they compute
+TEXTS = 16  # results of a pipeline's `encode_prompt` that are kept: learning asks for the same few again and again
 
 
-class Call(NamedTuple):
-    """A call of the transformer: which of the pipeline's networks, its arguments by name, what it gave."""
-
-    network: str
-    arguments: dict[str, Any]
-    output: Any
-
-
-class Evaluation(NamedTuple):
-    """What happened from one `scheduler.step` to the next: `velocity` is what the pipeline gave to the scheduler."""
-
-    time: float
-    sample: Tensor
-    calls: list[Call]
-    velocity: Tensor
-
-
-class Decode(NamedTuple):
-    """A call of `vae.decode`: its latents, and whatever else it was given."""
-
-    latents: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class Recording:
-    """What one run of a pipeline did.
+class Clock(NamedTuple):
+    """How a scheduler counts time.
 
     Attributes:
-        evaluations: in order.
-        sigmas: the scheduler's own noise levels, as the pipeline asked for them.
-        timesteps: its own times.
-        decodes: calls of the autoencoder's decoder.
-        images: what the pipeline returned, if it was let through.
+        span: its time at noise; at images it is 0.
+        inverted: whether it is the other way round.
+        shift: `s` where the noise level is `s u / (1 + (s - 1) u)` at the time `span u`: mostly 1, as schedulers mostly
+            shift their times with their noise levels.
     """
 
-    def __init__(self) -> None:
-        self.evaluations: list[Evaluation] = []
-        self.sigmas: list[float] = []
-        self.timesteps: list[float] = []
-        self.decodes: list[Decode] = []
-        self.calls: list[Call] = []  # since the last step
-        self.images: Any = None
+    span: int = 1000
+    inverted: bool = False
+    shift: float = 1.0
 
+    def time(self, tau: Any) -> Any:
+        """The scheduler's time at a linear time, a number or a tensor."""
+        part = (1 - tau) if self.inverted else tau
+        return self.span * (part if self.shift == 1 else part / (self.shift + (1 - self.shift) * part))
 
-class Script(NamedTuple):
-    """What a run is to do.
-
-    Attributes:
-        times: of the evaluations, as the scheduler counts them; None for the scheduler's own.
-        states: gives the state of evaluation i + 1 from that of evaluation i; None leaves it as it is. After the last
-            time it gives what is decoded.
-        outputs: gives what a call of the transformer gives; None for what it computes.
-        calls: how many calls of the transformer end the run; None for any number.
-        decode: whether it goes on to the decoder: False ends it after the last time, None at the decoder's door.
-        steps: how many steps the scheduler is asked for, by default as many as there are times.
-    """
-
-    times: Sequence[float] | None = None
-    states: Callable[[int, Tensor], Tensor] | None = None
-    outputs: Outputs | None = None
-    calls: int | None = None
-    decode: bool | None = False
-    steps: int | None = None
-
-
-class _Over(Exception):
-    """Ends a run from within."""
+    def tau(self, time: Any) -> Any:
+        """The linear time at a time of the scheduler's."""
+        part = time / self.span
+        part = part if self.shift == 1 else self.shift * part / (1 + (self.shift - 1) * part)
+        return 1 - part if self.inverted else part
 
 
 class Driver:
@@ -101,12 +68,26 @@ class Driver:
     Args:
         pipeline: is left as it is.
         family: what is known of its class.
+
+    Attributes:
+        networks: the names of its transformers.
+        clock: how its scheduler counts time.
+        exact: whether its network computes in 32 bits or more.
     """
 
     def __init__(self, pipeline: Any, family: Family):
         self.pipeline, self.family = pipeline, family
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
         self.networks = [name for name in NETWORKS if getattr(pipeline, name, None) is not None]
+        config = pipeline.scheduler.config
+        self.clock = Clock(int(config.get("num_train_timesteps", 1000)), bool(config.get("invert_sigmas", False)))
+        self.exact = getattr(pipeline, self.networks[0]).dtype in (torch.float32, torch.float64)
+        self._texts: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The pipeline's class."""
+        return type(self.pipeline).__name__
 
     @property
     def scale_argument(self) -> str | None:
@@ -115,6 +96,16 @@ class Driver:
             if name and name in self.parameters:
                 return name
         return None
+
+    @property
+    def negative(self) -> bool:
+        """Whether the scale may be one of classifier-free guidance with a negative prompt.
+
+        Pipelines with two scales embed the first, and lead away from a negative prompt by the second, which is not
+        theirs by default.
+        """
+        two = {"guidance_scale", "true_cfg_scale"} <= self.parameters.keys() and self.family.guidance is None
+        return "negative_prompt" in self.parameters and not two
 
     @property
     def default_scale(self) -> float:
@@ -133,20 +124,22 @@ class Driver:
             ModelError: it fails in another way.
         """
         recording = Recording()
-        pipeline = self._twin(recording, script, scale)
+        pipeline = self._twin(recording, script, size, scale)
         arguments = self._arguments(texts, size, scale, script)
         try:
-            with torch.no_grad(), redirect_stderr(StringIO()):
+            with _ONE, torch.no_grad():
                 result = pipeline(**arguments)
             recording.images = result[0] if isinstance(result, tuple) else next(iter(result.values()))
-        except _Over:
+        except Over:
             pass
         except torch.OutOfMemoryError:
             raise
         except ValueError as error:
-            raise RequestError(f"the pipeline {type(self.pipeline).__name__} refuses this: {said(error)}") from error
+            raise RequestError(f"the pipeline {self.name} refuses this: {said(error)}") from error
         except Exception as error:
-            raise ModelError(f"the pipeline {type(self.pipeline).__name__} cannot be run: {said(error)}") from error
+            absent = [name for name, part in self.pipeline.components.items() if part is None]
+            lacks = f"; it lacks {', '.join(absent)}" if absent else ""
+            raise ModelError(f"the pipeline {self.name} cannot be run: {said(error)}{lacks}") from error
         return recording
 
     def _arguments(self, texts: Sequence[Text], size: Size, scale: float | None, script: Script) -> dict[str, Any]:
@@ -159,30 +152,32 @@ class Driver:
             "frames": size.frames,
             "num_inference_steps": steps,
             "generator": torch.Generator("cpu").manual_seed(0),
-            "output_type": "pt" if self.family.tensors else "np",
-            **self.family.fixed,
+            "output_type": "pt",
         }
+        wanted = {name: value for name, value in wanted.items() if value is not None} | dict(self.family.fixed)
         if any(text.negative is not None for text in texts):
             wanted["negative_prompt"] = [text.negative or "" for text in texts]
         if scale is not None and (name := self.scale_argument) is not None:
             wanted[name] = scale
         if self.family.negative_needed and (scale is None or scale > 1) and "negative_prompt" not in wanted:
             wanted["negative_prompt"] = [""] * len(texts)
-        return {name: value for name, value in wanted.items() if name in self.parameters and value is not None}
+        return {name: value for name, value in wanted.items() if name in self.parameters}
 
-    def _twin(self, recording: Recording, script: Script, scale: float | None) -> Any:
+    def _twin(self, recording: Recording, script: Script, size: Size, scale: float | None) -> Any:
         """A copy of the pipeline with stand-ins in the places of its networks, scheduler and autoencoder."""
         twin = copy.copy(self.pipeline)
         own = twin.__dict__  # past `DiffusionPipeline.__setattr__`, which would write into the shared configuration
         own["_progress_bar_config"] = {"disable": True}
         for name in self.networks:
             network = getattr(self.pipeline, name)
-            own[name] = _stand_in(network, forward=_recorded(name, network, recording, script))
+            own[name] = stand_in(network, forward=recorded(name, network, recording, script))
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         own["scheduler"] = scheduler
-        scheduler.set_timesteps = _timed(scheduler, scheduler.set_timesteps, recording, script)
-        scheduler.step = _steered(scheduler, recording, script)
-        own["vae"] = _stand_in(self.pipeline.vae, decode=_decoding(self.pipeline.vae.decode, recording, script))
+        scheduler.set_timesteps = timed(scheduler, scheduler.set_timesteps, recording, script)
+        scheduler.step = steered(scheduler, recording, script)
+        if hasattr(twin, "encode_prompt"):
+            own["encode_prompt"] = self._remembered(twin.encode_prompt, (size, scale))
+        own["vae"] = stand_in(self.pipeline.vae, decode=decoding(self.pipeline.vae.decode, recording, script))
         for name in ("guider", "ocr_guider"):
             if (guider := getattr(self.pipeline, name, None)) is not None:
                 own[name] = copy.deepcopy(guider)
@@ -190,91 +185,20 @@ class Driver:
                     own[name].guidance_scale = scale
         return twin
 
+    def _remembered(self, usual: Callable[..., Any], asked: Any) -> Callable[..., Any]:
+        """`encode_prompt`, whose last results are kept: encoders take the largest part of a run."""
 
-def _stand_in(original: nn.Module, **members: Any) -> Any:
-    """A module of the same class with the same weights, without hooks, and with other members."""
-    made = type(original).__new__(type(original))
-    hooks = {key: type(value)() for key, value in original.__dict__.items() if key.endswith("_hooks")}
-    made.__dict__.update({**original.__dict__, **hooks, "_compiled_call_impl": None, **members})
-    return made
+        @wraps(usual)
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, Tensor | nn.Module) for value in (*args, *kwargs.values())):
+                return usual(*args, **kwargs)
+            key = repr((asked, args, sorted(kwargs.items())))
+            found = self._texts.get(key)
+            if found is None:
+                found = usual(*args, **kwargs)
+                self._texts[key] = found
+                for oldest in [*self._texts][:-TEXTS]:
+                    del self._texts[oldest]
+            return cloned(found)
 
-
-def _recorded(name: str, original: nn.Module, recording: Recording, script: Script) -> Callable[..., Any]:
-    signature = inspect.signature(original.forward)
-    absent = {key: None for key, value in signature.parameters.items() if value.default is None}
-
-    @wraps(original.forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.arguments.update({key: value for key, value in absent.items() if key not in bound.arguments})
-        made = Call(name, {key: cloned(value) for key, value in bound.arguments.items()}, None)
-        output = None if script.outputs is None else script.outputs(made)
-        if output is None:
-            output = original(*args, **kwargs)
-        recording.calls.append(made._replace(output=cloned(output)))
-        if script.calls is not None and len(recording.calls) == script.calls:
-            raise _Over
-        return output
-
-    return call
-
-
-def _steered(scheduler: Any, recording: Recording, script: Script) -> Callable[..., Any]:
-    def step(
-        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **kw: Any
-    ) -> Any:
-        calls, recording.calls = recording.calls, []
-        done = Evaluation(float(timestep), sample.clone(), calls, model_output.clone())
-        recording.evaluations.append(done)
-        if script.decode is False and len(recording.evaluations) == len(scheduler.timesteps):
-            raise _Over
-        following = sample if script.states is None else script.states(len(recording.evaluations) - 1, sample)
-        following = following.to(sample.dtype)
-        return _Stepped(following) if return_dict else (following,)
-
-    return step
-
-
-class _Stepped:
-    def __init__(self, sample: Tensor):
-        self.prev_sample = sample
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.prev_sample,)[index]
-
-
-def _timed(scheduler: Any, usual: Callable[..., None], recording: Recording, script: Script) -> Callable[..., None]:
-    @wraps(usual)  # pipelines look at the names of its parameters
-    def set_timesteps(*args: Any, **kwargs: Any) -> None:
-        usual(*args, **kwargs)
-        recording.sigmas = [float(sigma) for sigma in getattr(scheduler, "sigmas", ())]
-        recording.timesteps = [float(time) for time in scheduler.timesteps]
-        if script.times is not None:
-            scheduler.timesteps = torch.tensor(script.times, dtype=torch.float32, device=scheduler.timesteps.device)
-            scheduler.num_inference_steps = len(script.times)
-
-    return set_timesteps
-
-
-def _decoding(usual: Callable[..., Any], recording: Recording, script: Script) -> Callable[..., Any]:
-    @wraps(usual)
-    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        recording.decodes.append(Decode(latents.clone(), args, kwargs))
-        if script.decode is None:
-            raise _Over
-        return usual(latents, *args, **kwargs)
-
-    return decode
-
-
-def cloned(value: Any) -> Any:
-    """A copy of nested arguments: pipelines write into theirs."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict) and type(value) is dict:
-        return {key: cloned(one) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(cloned(one) for one in value)
-    if hasattr(value, "sample") and hasattr(value, "keys"):
-        return type(value)(**{key: cloned(value[key]) for key in value})
-    return value
+        return encode_prompt

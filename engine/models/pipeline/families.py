@@ -15,22 +15,17 @@ class Family:
         guidance: the argument of `__call__` that holds the scale of classifier-free guidance.
         fixed: further arguments of `__call__`.
         negative_needed: whether guidance takes place only where a negative prompt is given.
-        masks: of text arguments, the argument that says which of their places hold text, where a pipeline leaves that
-            out as long as all do.
-        tensors: whether `output_type="pt"` works.
     """
 
     guidance: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     negative_needed: bool = False
-    masks: Mapping[str, str] = field(default_factory=dict)
-    tensors: bool = True
 
 
 FAMILIES: dict[str, Family] = {
-    "QwenImagePipeline": Family(
-        "true_cfg_scale", negative_needed=True, masks={"encoder_hidden_states": "encoder_hidden_states_mask"}
-    ),
+    # Without a negative prompt it encodes one for the whole batch. Rewriting prompts runs a language model on each.
+    "LongCatImagePipeline": Family(fixed={"enable_prompt_rewrite": False}, negative_needed=True),
+    "QwenImagePipeline": Family("true_cfg_scale", negative_needed=True),
 }
 
 

@@ -8,45 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rollflow.errors import ModelError
-from rollflow.models.pipeline.drive import Call, Driver, Evaluation, Recording, Script
-from rollflow.models.pipeline.tree import Path, named, same
+from rollflow.models.pipeline.arguments import Argument, arguments_of, merged
+from rollflow.models.pipeline.drive import SCALES, Clock, Driver
+from rollflow.models.pipeline.outputs import normal, random_outputs, rows_of, viewed, views
+from rollflow.models.pipeline.recording import Call, Evaluation, Recording, Script
 from rollflow.models.rule import NORMS, Rule
 from rollflow.models.text import Size, Text
 
-Kind = Literal["state", "time", "scale", "rows", "shared"]
-LIST = -1  # in place of a dimension: a list with an entry a row
-SCALES = (3.0, 5.0)
-TIMES = (0.97, 0.93)  # as parts of the scheduler's, both of one expert where there are two
-EXACT = 1e-4  # relative to the largest element
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What an argument of the transformer is.
-
-    Attributes:
-        path: where it is among the arguments.
-        kind: the state; a time; a guidance scale; something of each row; or the same for all rows.
-        dim: along which dimension rows lie, or `LIST`; None for what has no rows.
-        place: of a state: the dimension and the offset at which it lies among constants, or None.
-        slope, offset: of times and scales: the argument is `slope value + offset`.
-        varies: whether it depends on the prompt.
-    """
-
-    path: Path
-    kind: Kind
-    dim: int | None = None
-    place: tuple[int, int] | None = None
-    slope: float = 0.0
-    offset: float = 0.0
-    varies: bool = False
+# Parts of the scheduler's span, of one expert where there are two. A network of 16 bits is probed at times that it can
+# hold, whether the pipeline counts them to 1 or to 1000.
+TIMES = {True: (0.97, 0.93), False: (1.0, 0.5)}
+EXACT = {True: 1e-4, False: 3e-2}  # relative to the largest element
+STEPS = 12
 
 
 class Part(NamedTuple):
@@ -70,9 +49,8 @@ class Learned:
         view: how the network's output becomes a state, see `views`.
         like: a call's arguments, as recorded.
         real: a call, with what the network itself gave.
-        rows: network rows of a call for one state.
         calls: calls of an evaluation.
-        embedded: whether a scale is an argument of the network.
+        clock: how the network's times follow linear times.
     """
 
     arguments: tuple[Argument, ...]
@@ -84,274 +62,76 @@ class Learned:
     view: str
     like: dict[str, Any]
     real: Call
-    rows: int
     calls: int
-    embedded: bool
+    clock: Clock
 
 
-def learn(driver: Driver, size: Size, texts: Sequence[Text], trainings: int) -> Learned:
+def learn(driver: Driver, size: Size, texts: Sequence[Text]) -> Learned:
     """Learns from a few runs.
 
     Args:
         driver: of the pipeline.
         size: of the images.
         texts: two prompts of different lengths.
-        trainings: the scheduler's number of training times.
 
     Raises:
         ModelError: the pipeline does something that no rule here describes; it says what.
     """
-    times = [trainings * time for time in (TIMES[0], TIMES[0], TIMES[0], TIMES[1])]
+    times = [driver.clock.span * TIMES[driver.exact][i] for i in (0, 0, 0, 1)]
     one, other = texts
-    real = driver.run([one], size, SCALES[0], Script(times, calls=1)).calls[0]
+    recording = driver.run([one], size, SCALES[0], Script(times, calls=1))
+    real, clock = recording.calls[0], _clock(driver, recording)
     outputs = random_outputs(real)
 
-    def run(asked: Sequence[Text], scale: float | None = SCALES[0]) -> Recording:
+    def run(asked: Sequence[Text], scale: float) -> list[Evaluation]:
         generator = torch.Generator().manual_seed(1)
-        script = Script(times, lambda i, x: _normal(x, generator) if i < 2 else x, outputs)
-        return driver.run(asked, size, scale, script)
+        script = Script(times, lambda i, x: normal(x, generator) if i < 2 else x, outputs)
+        return driver.run(asked, size, scale, script).evaluations
 
-    alone = run([one])
-    together, scaled, reworded = run([one, one]), run([one], SCALES[1]), run([other])
-    moved, still = alone.evaluations[1:3], alone.evaluations[2:4]
-    calls = len(moved[0].calls)
-    _check_calls([*moved, *still, together.evaluations[1], scaled.evaluations[1], reworded.evaluations[1]], calls)
-    found = [
-        [*_arguments(i, alone.evaluations, together.evaluations, scaled.evaluations, reworded.evaluations, trainings)]
-        for i in range(calls)
-    ]
-    arguments = _merged(found)
+    alone, together = run([one], SCALES[0]), run([one, one], SCALES[0])
+    scaled, reworded = run([one], SCALES[1]), run([other], SCALES[0])
+    calls = len(alone[1].calls)
+    _check_calls(driver, [*alone[1:4], together[1], scaled[1], reworded[1]], calls)
+    arguments = merged([[*arguments_of(i, alone, together, scaled, reworded)] for i in range(calls)])
     states = [argument for argument in arguments if argument.kind == "state"]
     if len(states) != 1:
-        raise ModelError(f"{_name(driver)}: {len(states)} arguments of its network are the state, there must be one")
+        raise ModelError(f"{driver.name}: {len(states)} arguments of its network are the state, there must be one")
     if not any(argument.kind == "time" for argument in arguments):
-        raise ModelError(f"{_name(driver)}: no argument of its network depends on the time")
-    first = moved[0].calls[0]
-    rows = count(leaf(first.arguments, states[0].path), states[0].dim)
+        raise ModelError(f"{driver.name}: no argument of its network depends on the time")
     learned = Learned(
-        tuple(arguments), tuple(moved[0].sample.shape[1:]), Part(0, 0), None, 1.0, Rule(), "same", first.arguments,
-        real, rows, calls, any(argument.kind == "scale" for argument in arguments),
+        tuple(arguments), tuple(alone[1].sample.shape[1:]), Part(0, 0), None, 1.0, Rule(), "same",
+        alone[1].calls[0].arguments, real, calls, clock,
     )  # fmt: skip
     return _with_rule(driver, size, one, learned, times[0])
 
 
-def _arguments(
-    i: int, alone: Sequence[Evaluation], together: Sequence[Evaluation], scaled: Sequence[Evaluation],
-    reworded: Sequence[Evaluation], trainings: int,
-) -> Iterator[Argument]:  # fmt: skip
-    """What each argument of call `i` is."""
-    here, there, later = (alone[k].calls[i].arguments for k in (1, 2, 3))
-    for path, value, double in _pairs(here, together[1].calls[i].arguments):
-        moved = not same(value, leaf(there, path))
-        timed = not same(leaf(there, path), leaf(later, path))
-        argument = Argument(path, "shared", _dimension(path, value, double))
-        if moved and timed:
-            raise ModelError(f"the argument {named(path)} of the network depends on state and time at once")
-        if moved:
-            place = _place(path, row_of(value, argument.dim, 0), alone[1].sample[0])
-            yield replace(argument, kind="state", place=place)
-        elif timed:
-            pairs = [(alone[k].time, leaf(alone[k].calls[i].arguments, path)) for k in (2, 3)]
-            yield replace(argument, kind="time", **_affine(path, pairs))
-        elif not same(value, leaf(scaled[1].calls[i].arguments, path)):
-            pairs = list(zip(SCALES, (value, leaf(scaled[1].calls[i].arguments, path)), strict=True))
-            yield replace(argument, kind="scale", **_affine(path, pairs))
-        else:
-            varies = not same(value, leaf(reworded[1].calls[i].arguments, path))
-            yield replace(argument, kind="shared" if argument.dim is None else "rows", varies=varies)
+def _clock(driver: Driver, recording: Recording) -> Clock:
+    """How the scheduler's own times follow its noise levels."""
+    span = driver.clock.span
+    points = [(sigma, time / span) for sigma, time in zip(recording.sigmas, recording.timesteps, strict=False)]
+    if all(abs(sigma - u) < 2 / span for sigma, u in points):  # some are cut to whole numbers
+        return driver.clock
+    shifts = [sigma * (1 - u) / (u * (1 - sigma)) for sigma, u in points if 0 < u < 1 and 0 < sigma < 1]
+    if not shifts or max(shifts) > min(shifts) * 1.001:
+        raise ModelError(f"{driver.name}: its scheduler's times follow its noise levels in a way that is not known")
+    return driver.clock._replace(shift=sum(shifts) / len(shifts))
 
 
-def _pairs(one: Any, two: Any, path: Path = ()) -> Iterator[tuple[Path, Any, Any]]:
-    """Leaves of the arguments for one row and for two; a list that is twice as long is a leaf, with an entry a row."""
-    if type(one) is dict and type(two) is dict and one.keys() == two.keys():
-        for key in one:
-            yield from _pairs(one[key], two[key], (*path, key))
-    elif type(one) in (list, tuple) and type(one) is type(two):
-        if len(one) and len(two) == 2 * len(one):
-            yield path, one, two
-        elif len(one) == len(two):
-            for i, (a, b) in enumerate(zip(one, two, strict=True)):
-                yield from _pairs(a, b, (*path, i))
-        else:
-            raise ModelError(f"the argument {named(path)} of the network has {len(two)} entries for two rows")
-    else:
-        yield path, one, two
-
-
-def _dimension(path: Path, one: Any, two: Any) -> int | None:
-    """Along which dimension rows lie."""
-    if type(one) in (list, tuple):
-        return LIST
-    if not isinstance(one, Tensor):
-        if not same(one, two):
-            raise ModelError(f"the argument {named(path)} of the network changes with the number of rows")
-        return None
-    if one.ndim == two.ndim:
-        grown = [dim for dim, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
-        if not grown and same(one, two):
-            return None
-        if len(grown) == 1 and two.shape[grown[0]] == 2 * one.shape[grown[0]]:
-            return grown[0]
-    raise ModelError(
-        f"the argument {named(path)} of the network has shape {list(one.shape)} for one row and {list(two.shape)} for "
-        "two, or other values"
-    )
-
-
-def row_of(value: Any, dim: int | None, j: int) -> Any:
-    """Row `j` of an argument; of a tensor without the dimension."""
-    if dim is None:
-        return value
-    return value[j] if dim == LIST else value.select(dim, j)
-
-
-def count(value: Any, dim: int | None) -> int:
-    return 1 if dim is None else len(value) if dim == LIST else value.shape[dim]
-
-
-def leaf(arguments: Any, path: Path) -> Any:
-    try:
-        for part in path:
-            arguments = arguments[part]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ModelError(f"the argument {named(path)} of the network is not there in every call") from error
-    return arguments
-
-
-def _place(path: Path, given: Tensor, state: Tensor) -> tuple[int, int] | None:
-    """Where a state lies in an argument: the dimension and the offset among constants; None where it is all of it."""
-    state = state.to(given.dtype)
-    if given.numel() == state.numel() and torch.equal(given.reshape(-1), state.reshape(-1)):
-        return None
-    if given.ndim == state.ndim:
-        longer = [dim for dim in range(given.ndim) if given.shape[dim] > state.shape[dim]]
-        if len(longer) == 1 and given.numel() // given.shape[longer[0]] == state.numel() // state.shape[longer[0]]:
-            (dim,) = longer
-            for offset in range(given.shape[dim] - state.shape[dim] + 1):
-                if torch.equal(given.narrow(dim, offset, state.shape[dim]), state):
-                    return dim, offset
-    raise ModelError(
-        f"the argument {named(path)} of the network, of shape {list(given.shape)}, is made of the state, of shape "
-        f"{list(state.shape)}, in a way that is not known"
-    )
-
-
-def _affine(path: Path, pairs: Sequence[tuple[float, Any]]) -> dict[str, float]:
-    """Slope and offset of an argument that follows a number."""
-    numbers = []
-    for at, value in pairs:
-        given = torch.as_tensor(value, dtype=torch.float64)
-        if given.numel() == 0 or not torch.all(given == given.reshape(-1)[0]):
-            raise ModelError(f"the argument {named(path)} of the network depends on a number, and differs along itself")
-        numbers.append((at, float(given.reshape(-1)[0])))
-    ((x, y),) = pairwise(numbers)
-    slope = (y[1] - x[1]) / (y[0] - x[0])
-    for nice in (1.0, 0.001, -0.001, 1000.0, -1.0):  # what was meant, where rounding hides it
-        if abs(slope / nice - 1) < 1e-3:
-            slope = nice
-    offset = x[1] - slope * x[0]
-    nearest = round(offset)
-    return {"slope": slope, "offset": float(nearest) if abs(offset - nearest) < 1e-3 * (1 + abs(x[1])) else offset}
-
-
-def _merged(found: Sequence[Sequence[Argument]]) -> list[Argument]:
-    """What all calls of an evaluation have in common: the same arguments, which are the same things."""
-    merged = {argument.path: argument for argument in found[0]}
-    for others in found[1:]:
-        if {argument.path for argument in others} != merged.keys():
-            raise ModelError("the calls of the network with and without the prompt have different arguments")
-        for argument in others:
-            before = merged[argument.path]
-            if replace(argument, varies=before.varies) != before:
-                raise ModelError(f"the argument {named(argument.path)} of the network is not the same in every call")
-            merged[argument.path] = replace(before, varies=before.varies or argument.varies)
-    return [*merged.values()]
-
-
-def _check_calls(evaluations: Sequence[Evaluation], calls: int) -> None:
+def _check_calls(driver: Driver, evaluations: Sequence[Evaluation], calls: int) -> None:
     for evaluation in evaluations:
         if len(evaluation.calls) != calls or not calls:
             raise ModelError(
-                f"the network is called {len(evaluation.calls)} times in one evaluation and {calls} in another"
+                f"{driver.name}: its network is called {calls} times in one evaluation and {len(evaluation.calls)} "
+                "times in another: guidance that depends on the step, or skips layers, is refused; switch it off"
             )
-
-
-# What follows from the network's outputs.
-
-
-def first(output: Any) -> Any:
-    """The tensor, or the list of them, that a network gives."""
-    if hasattr(output, "sample"):
-        return output.sample
-    return output[0] if isinstance(output, tuple) else output
-
-
-def rows_of(output: Any) -> Tensor:
-    """The same, with a row for each row of the call."""
-    given = first(output)
-    return torch.stack(list(given)) if isinstance(given, list | tuple) else given
-
-
-def views(output: Tensor, shape: Sequence[int]) -> Iterator[str]:
-    """Ways in which an output's rows can be states of a shape: the same, folded, or a part of them."""
-    rows = output.shape[1:]
-    if tuple(rows) == tuple(shape):
-        yield "same"
-    elif output[0].numel() == torch.Size(shape).numel():
-        yield "folded"
-    elif len(rows) == len(shape):
-        longer = [dim for dim in range(len(rows)) if rows[dim] != shape[dim]]
-        if len(longer) == 1 and rows[longer[0]] > shape[longer[0]]:
-            yield f"first {longer[0]}"
-            yield f"last {longer[0]}"
-
-
-def viewed(output: Tensor, shape: Sequence[int], view: str) -> Tensor:
-    """An output as states."""
-    if view == "same":
-        return output
-    if view == "folded":
-        return output.reshape(len(output), *shape)
-    end, dim = view.split()
-    along = int(dim)
-    size = shape[along]
-    return output.narrow(along + 1, 0 if end == "first" else output.shape[along + 1] - size, size)
-
-
-def random_outputs(real: Call, seed: int = 7) -> Callable[[Call], Any]:
-    """Gives outputs of the kind that a real call gave, for as many rows as a call has, with random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    before, given = len(rows_of(real.output)), _entries(real)
-
-    def output(call: Call) -> Any:
-        return _like(real.output, before * _entries(call) // given, generator)
-
-    return output
-
-
-def _entries(call: Call) -> int:
-    """The length of a call's first argument, which grows with its rows."""
-    return len(next(iter(call.arguments.values())))
-
-
-def _like(output: Any, rows: int, generator: torch.Generator) -> Any:
-    if isinstance(output, Tensor):
-        return _normal(output[:1].expand(rows, *output.shape[1:]), generator)
-    if isinstance(output, list):
-        return [_normal(output[0], generator) for _ in range(rows)]
-    if type(output) is tuple:
-        return tuple(_like(one, rows, generator) for one in output)
-    if hasattr(output, "sample") and hasattr(output, "keys"):
-        return type(output)(**{key: _like(output[key], rows, generator) for key in output})
-    return output
 
 
 def _with_rule(driver: Driver, size: Size, text: Text, learned: Learned, time: float) -> Learned:
     """Adds how the pipeline makes a velocity of what its network gives: random outputs go through its own code."""
-    steps, outputs = 12, random_outputs(learned.real)
+    outputs = random_outputs(learned.real)
 
     def run(scale: float | None) -> list[Evaluation]:
-        return driver.run([text], size, scale, Script([time] * steps, None, outputs)).evaluations
+        return driver.run([text], size, scale, Script([time] * STEPS, None, outputs)).evaluations
 
     known = {scale: run(scale) for scale in SCALES}
     tried = 0
@@ -359,11 +139,11 @@ def _with_rule(driver: Driver, size: Size, text: Text, learned: Learned, time: f
     for view in views(rows_of(known[SCALES[0]][0].calls[0].output), learned.shape):
         for candidate in _candidates(learned, blocks, view):
             tried += 1
-            if all(_fits(candidate, e, scale) for scale in SCALES for e in known[scale][:2]):
+            if all(_fits(candidate, e, scale) for scale in SCALES for e in known[scale][:1]):
                 _check_steps(driver, candidate, known)
                 return _with_threshold(candidate, run)
     raise ModelError(
-        f"{_name(driver)}: what it makes of the outputs of its network ({len(blocks)} a state) is none of the {tried} "
+        f"{driver.name}: what it makes of the outputs of its network ({len(blocks)} a state) is none of the {tried} "
         "known forms of guidance (rescaled, projected or momentum guidance is refused)"
     )
 
@@ -392,6 +172,9 @@ def _candidates(learned: Learned, parts: Sequence[Part], view: str) -> Iterator[
 def _fits(candidate: Learned, evaluation: Evaluation, scale: float) -> bool:
     """Whether a rule gives what the pipeline gave to its scheduler."""
 
+    if len(evaluation.calls) != candidate.calls:
+        return False
+
     def block(part: Part) -> Tensor:
         output = viewed(rows_of(evaluation.calls[part.call].output), candidate.shape, candidate.view)
         rows = len(evaluation.sample)
@@ -402,7 +185,7 @@ def _fits(candidate: Learned, evaluation: Evaluation, scale: float) -> bool:
         scales = torch.full((len(velocity),), scale, device=velocity.device)
         velocity = candidate.rule.guided(velocity, block(candidate.unconditional), scales)
     velocity, wanted = candidate.sign * velocity, evaluation.velocity.float()
-    tolerance = EXACT if evaluation.velocity.dtype == torch.float32 else 3e-2
+    tolerance = EXACT[evaluation.velocity.dtype in (torch.float32, torch.float64)]
     return velocity.shape == wanted.shape and bool(
         (velocity - wanted).abs().max() <= tolerance * (1 + wanted.abs().max())
     )
@@ -414,9 +197,8 @@ def _check_steps(driver: Driver, candidate: Learned, known: dict[float, list[Eva
         for i, evaluation in enumerate(evaluations):
             if not _fits(candidate, evaluation, scale):
                 raise ModelError(
-                    f"{_name(driver)}: its guidance changes at step {i} of {len(evaluations)}: what depends on the "
-                    "step's number or on earlier steps is refused; switch that off (or give the pipeline another "
-                    "guider)"
+                    f"{driver.name}: its guidance changes at step {i} of {len(evaluations)}: what depends on the "
+                    "step's number or on earlier steps is refused; switch that off, or give the pipeline another guider"
                 )
 
 
@@ -426,11 +208,3 @@ def _with_threshold(learned: Learned, run: Callable[[float], list[Evaluation]]) 
         return learned
     above = next((scale for scale in (1.0, 0.0) if len(_blocks(run(scale)[0])) == 1), -math.inf)
     return replace(learned, rule=replace(learned.rule, above=above))
-
-
-def _normal(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator).to(x)
-
-
-def _name(driver: Driver) -> str:
-    return type(driver.pipeline).__name__

@@ -1,0 +1,154 @@
+"""Counts what a model takes: bytes of its parts, tensors alive in a forward, floating-point operations."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from rollflow.models import Geometry
+
+SECONDS = 0.3  # that the matrix product is timed for
+SIDE = {"cpu": 1024, "cuda": 8192}  # of its matrices
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of rows of a forward or a decode: `base + slope` bytes of one row, `flops` and measured `seconds` of one."""
+
+    base: int
+    slope: int
+    flops: int
+    seconds: float
+
+    def bytes_of(self, rows: int) -> int:
+        """Of tensors that are alive at once, taken to grow by the same with each row."""
+        return self.base + self.slope * rows
+
+
+def parts(pipeline: Any) -> dict[str, int]:
+    """Bytes of the parameters and buffers of a pipeline's networks, by name; shared ones count once."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            tensors = {id(one): one for one in (*part.parameters(), *part.buffers()) if id(one) not in seen}
+            seen |= tensors.keys()
+            found[name] = sum(one.nbytes for one in tensors.values())
+    return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or available to new processes on this machine; 0 where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
+
+
+@torch.no_grad()
+def costs(model: Any, geometry: Geometry, conditioning: Any, guidance: float) -> tuple[Cost, Cost]:
+    """Of an evaluation, with the rows of the network that its guidance takes, and of a decode."""
+    generator = torch.Generator().manual_seed(0)
+
+    def forward(rows: int) -> Callable[[], Any]:
+        x = torch.randn(rows, geometry.token, geometry.channel, generator=generator).to(model.device, model.dtype)
+        tau, scale = torch.full((rows,), 0.7, device=model.device), torch.full((rows,), guidance, device=model.device)
+        return lambda: model.velocity(x, tau, [conditioning] * rows, scale, geometry)
+
+    def decode(rows: int) -> Callable[[], Any]:
+        x = torch.randn(rows, geometry.token, geometry.channel, generator=generator).to(model.device)
+        z = model.layout.decodable(x, geometry).to(model.dtype)
+        return lambda: model.decode(z)
+
+    return _cost(forward, model.device), _cost(decode, model.device)
+
+
+def _cost(make: Callable[[int], Callable[[], Any]], device: torch.device) -> Cost:
+    one, two = make(1), make(2)
+    one()  # what is loaded at the first call stays
+    # The counter knows the matrix products, and of attention's own kernels those of a GPU.
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with plain, FlopCounterMode(display=False) as counter:
+        one()
+    first, second = _peak(one), _peak(two)
+    slope = max(0, second - first)
+    seconds = min(_seconds(one, device) for _ in range(2))
+    return Cost(first - slope, slope, counter.get_total_flops(), seconds)
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    with Alive() as alive:
+        work()
+    return alive.peak
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product of large square matrices."""
+    side = SIDE.get(device.type, 1024)
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < until:
+        best = min(best, _seconds(lambda: a @ b, device))
+    return 2 * side**3 / best
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within it: `now`, and at most, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation; what it is given was there before, unless it was seen to be made."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage(), 0)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage: torch.UntypedStorage, size: int | None = None) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if size is None else size
+        self._known.add(key)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

@@ -1,0 +1,114 @@
+"""`rollflow plan`: what a model takes of a device, before it is used there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollflow.cli.options import File, Guidance, Place, Size
+from rollflow.errors import RequestError
+
+PROMPT = "two red circles"
+SHARE = 0.9  # of the free memory that is counted on: allocators lose some to gaps, and kernels have workspaces
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a model takes of a device: its memory, the largest batch, and the least time of an evaluation.
+
+    It loads the model and runs it on one row and on two. The rule: the model, the pool of particles and the tensors of
+    the batches that run at a time must fit into 90 % of the memory that was free before. The time is the floating-point
+    operations of an evaluation over those a second of a large matrix product here: no more than a lower bound.
+    """
+
+    height: Size = None
+    """Image height in pixels."""
+    width: Size = None
+    """Image width in pixels."""
+    frames: Size = None
+    """Frames of a clip, of a model of video."""
+    guidance: Guidance = None
+    """Guidance scale: with classifier-free guidance an evaluation takes two rows of the network."""
+    prompt: str = PROMPT
+    """A prompt, where the cost depends on its length."""
+    json: File = None
+    """A file for the figures."""
+    place: Place = field(default_factory=Place)
+
+    def __call__(self) -> int:
+        """Runs the command; returns 1 where the model does not fit."""
+        from rollflow.bench import outputs
+        from rollflow.cli.reports import print_plan
+
+        outputs.check_file(self.json)
+        found = self.figures()
+        if self.json is not None:
+            self.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print_plan(found)
+        return 0 if found["fits"] else 1
+
+    def figures(self) -> dict[str, Any]:
+        """What is printed, in bytes and seconds.
+
+        Raises:
+            RollflowError: there is no such model or device, or the model does not make what is asked.
+        """
+        import torch
+
+        from rollflow.cli import measuring
+        from rollflow.models import loading
+        from rollflow.settings import BUCKETS, CPU_BUCKETS, lanes_and_threads, slots_of
+
+        device, dtype = self.place.placed()
+        free = measuring.free_memory(device)
+        pipeline: Any = loading.load(self.place.model, torch.device("cpu"), dtype, self.place.pipeline)
+        parts = measuring.parts(pipeline)
+        resident = sum(parts.values())
+        found = {
+            "model": self.place.model, "pipeline": type(pipeline).__name__, "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."), "free": free, "resident": resident, "parts": parts,
+            "share": SHARE, "fits": resident <= SHARE * free,
+        }  # fmt: skip
+        if not found["fits"]:
+            return found
+        model: Any = loading.model(pipeline.to(device))
+        geometry = model.geometry(*self._size(model))
+        conditioning, rows, guidance = self._conditioning(model, geometry)
+        forward, decode = measuring.costs(model, geometry, conditioning, guidance)
+        slots, each = slots_of(None, geometry), 8 * geometry.token * geometry.channel
+        lanes = lanes_and_threads(device, None, None)[0]
+        left = SHARE * free - resident - slots * each
+        sizes = CPU_BUCKETS if device.type == "cpu" else BUCKETS
+        fitting = [size for size in sizes if lanes * max(forward.bytes_of(size), decode.bytes_of(size)) <= left]
+        rate = measuring.matmul_rate(device, dtype)
+        return {
+            **found, "fits": bool(fitting), "size": str(geometry), "state": [*geometry.state], "guidance": guidance,
+            "network_rows": rows, "slot": each, "slots": slots, "pool": slots * each, "lanes": lanes,
+            "batches": {size: max(forward.bytes_of(size), decode.bytes_of(size)) for size in sizes},
+            "largest": fitting[-1] if fitting else None,
+            "forward": {"flops": forward.flops, "seconds": forward.seconds, "row": forward.slope},
+            "decode": {"flops": decode.flops, "seconds": decode.seconds, "row": decode.slope},
+            "flops_per_second": rate, "least_seconds_an_nfe": forward.flops / rate,
+            "least_seconds_a_judged_nfe": (forward.flops + decode.flops) / rate,
+        }  # fmt: skip
+
+    def _size(self, model: Any) -> tuple[int | None, ...]:
+        if model.capabilities.frames:
+            return self.height, self.width, self.frames
+        if self.frames is not None:
+            raise RequestError(f"frames={self.frames}: this model makes images; leave it out")
+        return self.height, self.width
+
+    def _conditioning(self, model: Any, geometry: Any) -> tuple[Any, int, float]:
+        """Of the prompt; the rows of the network that an evaluation takes with it; and the guidance scale."""
+        from rollflow.models import traits
+
+        able, known = model.capabilities, traits(self.place.model).guidance
+        (conditioning,) = model.encode([self.prompt], geometry) if able.sized_text else model.encode([self.prompt])
+        usual = able.guidance if known is None else known
+        guidance = usual if self.guidance is None else self.guidance
+        if not able.companies:
+            return conditioning, 1, guidance
+        conditioning = model.for_request(conditioning, guidance)
+        return conditioning, model.network_rows(conditioning), guidance

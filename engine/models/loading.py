@@ -1,0 +1,149 @@
+"""Loads pipelines of diffusers: built-in ones, folders, hub ids and single files; and what the engine runs of them."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DiffusionPipeline, FluxPipeline
+from diffusers.utils import is_accelerate_available
+
+from rollflow.errors import ModelError, RequestError, line, said, shown
+from rollflow.models import BUILT_IN, FlowModel, adapt, folder
+from rollflow.models.flux import FluxModel
+
+SINGLE = (".safetensors", ".ckpt", ".gguf")  # suffixes of checkpoints in one file
+NETWORKS = ("transformer", "transformer_2")
+_NEEDED = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError)
+_WAYS = (
+    f"pass a built-in model ({', '.join(BUILT_IN)}), a folder that a pipeline's save_pretrained wrote, a hub id, or a "
+    "single .safetensors file with its class, as in pipeline='FluxPipeline'"
+)
+
+
+def load(name: str | Path, device: torch.device, dtype: torch.dtype, pipeline: str | None = None) -> DiffusionPipeline:
+    """A pipeline on a device.
+
+    Args:
+        name: a built-in name, a folder that `save_pretrained` wrote, a hub id, or a single file.
+        device: where its parts are to be.
+        dtype: of its networks.
+        pipeline: its class, by name; by default what the folder says. A single file needs it.
+
+    Raises:
+        ModelError: nothing there, something that is no pipeline, or a class that diffusers does not have.
+    """
+    kind = DiffusionPipeline if pipeline is None else _class(pipeline)
+    path = folder(str(name)) if str(name) in BUILT_IN else name
+    single = str(name).endswith(SINGLE)
+    if single and pipeline is None:
+        raise ModelError(
+            f"{shown(str(name))} is a single file, which does not say what it is: name its class, as in "
+            "pipeline='FluxPipeline' (--pipeline FluxPipeline)"
+        )
+    if single and "://" not in str(name) and not Path(name).is_file():
+        raise ModelError(f"{shown(str(name))}: there is no such file")
+    if single and not hasattr(kind, "from_single_file"):
+        raise ModelError(
+            f"{shown(str(name))}: a {kind.__name__} cannot be loaded from a single file; pass its folder or hub id"
+        )
+    try:
+        made: Any = kind.from_single_file if single else kind.from_pretrained
+        return made(str(path), **{"torch_dtype" if single else "dtype": dtype}).to(device)
+    except _NEEDED as error:
+        raise ModelError(f"{shown(str(name))} cannot be loaded as a pipeline ({_reason(error)}): {_WAYS}") from error
+
+
+def _class(name: object) -> Any:
+    """A class of pipelines of diffusers."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if isinstance(found, type) and issubclass(found, DiffusionPipeline):
+        return found
+    known = [one for one in dir(diffusers) if one.endswith("Pipeline")]
+    close = get_close_matches(str(name), known, 3)
+    meant = f": did you mean {', '.join(close)}?" if close else ", such as FluxPipeline or WanPipeline"
+    raise ModelError(f"pipeline={shown(name)}: diffusers {diffusers.__version__} has no pipeline of this name{meant}")
+
+
+def _reason(error: BaseException) -> str:
+    """Why a pipeline was not loaded, in a few words."""
+    text = str(error).strip()
+    if "low_cpu_mem_usage" in text and not is_accelerate_available():
+        return "it takes accelerate: pip install accelerate"
+    return line(text.splitlines()[0], 120) if text else type(error).__name__
+
+
+def class_of(name: str | Path, pipeline: str | None = None) -> str:
+    """The name of a pipeline's class, without loading it; empty where that cannot be read."""
+    if pipeline is not None or str(name).endswith(SINGLE):
+        return pipeline or ""
+    try:
+        config = DiffusionPipeline.load_config(str(folder(str(name)) if str(name) in BUILT_IN else name))
+        return str(config.get("_class_name", ""))
+    except _NEEDED:
+        return ""
+
+
+def check_options(kind: str, *, auto: bool = False, preview: Any = False, attention: str | None = None) -> None:
+    """Refuses what is known to do nothing for a class of pipelines, by name.
+
+    Raises:
+        RequestError: dtype="auto", a preview or an attention for what is no FluxPipeline.
+    """
+    if kind in ("", FluxPipeline.__name__):
+        return
+    asked = {"dtype='auto'": auto, f"preview={shown(preview)}": preview, f"attention={shown(attention)}": attention}
+    for option, given in asked.items():
+        if given:
+            raise RequestError(f"{option}: it is for FluxPipelines, and this is a {kind}; leave it out")
+
+
+def model(
+    pipeline: DiffusionPipeline,
+    light: AutoencoderKL | AutoencoderTiny | None = None,
+    attention: str | None = None,
+) -> FlowModel:
+    """What the engine runs of a pipeline.
+
+    Raises:
+        RequestError: an attention or a light decoder for what is no FluxPipeline.
+        ModelError: no flow pipeline.
+    """
+    if isinstance(pipeline, FluxPipeline):
+        return FluxModel(pipeline, light, attention)
+    check_options(type(pipeline).__name__, preview=light is not None, attention=attention)
+    return adapt(pipeline)
+
+
+def networks(pipeline: Any) -> list[torch.nn.Module]:
+    """The transformers of a pipeline: mostly one, two of one with an expert for each half of the times."""
+    found = [getattr(pipeline, name, None) for name in NETWORKS]
+    return [one for one in found if isinstance(one, torch.nn.Module)]
+
+
+def load_light(
+    name: str | Path, model: str | Path, device: torch.device, dtype: torch.dtype
+) -> AutoencoderKL | AutoencoderTiny:
+    """A light decoder: `name`, a folder or a hub id, or where that is empty the `preview` folder of `model`.
+
+    Raises:
+        ModelError: nothing there, or something that is no autoencoder.
+    """
+    path = name or (folder(str(model)) if str(model) in BUILT_IN else Path(model)) / "preview"
+    if not name and not Path(path).is_dir():
+        raise ModelError(
+            f"the model {shown(str(model))} has no folder 'preview' with a light decoder: pass the folder or hub id "
+            "of an AutoencoderTiny for its latents (madebyollin/taef1 for FLUX.1), or leave preview out"
+        )
+    try:
+        light = AutoModel.from_pretrained(str(path), torch_dtype=dtype).to(device)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise ModelError(f"{shown(str(path))} is no autoencoder that can be loaded: {said(error)}") from error
+    if not isinstance(light, AutoencoderKL | AutoencoderTiny):
+        raise ModelError(
+            f"{shown(str(path))} is a {type(light).__name__}: a light decoder is an AutoencoderTiny or AutoencoderKL"
+        )
+    return light
