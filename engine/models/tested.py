@@ -19,7 +19,8 @@ class Tested(NamedTuple):
         name: the pipeline's class, and which of its models.
         kind: what it makes.
         guidance: "embedded", or where classifier-free guidance takes two rows of the network: "s > 1", in
-            `u + s (c - u)`, or "s > 0", in `c + s (c - u)`; "norms" keeps the length of each vector.
+            `u + s (c - u)`, or "s > 0", in `c + s (c - u)`; "norms" keeps the length of each vector, "norms at most"
+            only shortens.
         texts: of other lengths in a batch: "fixed", all are equally long; "padded", with a mask; "grouped", apart;
             "listed", each as long as it is.
         note: what else there is to know.
@@ -51,7 +52,7 @@ TESTED = (
     Tested("Krea2Pipeline", "image", "s > 0", "fixed"),
     Tested("Kandinsky5T2IPipeline", "image", "s > 1", "grouped"),
     Tested("OvisImagePipeline", "image", "s > 1", "fixed"),
-    Tested("LongCatImagePipeline", "image", "s > 1", "fixed", "with enable_cfg_renorm=False"),
+    Tested("LongCatImagePipeline", "image", "s > 1, norms at most", "fixed"),
     Tested("PRXPipeline", "image", "s > 1", "fixed", "takes ftfy"),
     Tested("WanPipeline 2.1", "video", "s > 1", "fixed", _UNIPC),
     Tested("WanPipeline 2.2 A14B", "video", "s > 1", "fixed", f"two networks; {_UNIPC}"),
