@@ -54,6 +54,7 @@ class Job:
         dtype: of the networks.
         size: of images or clips; the sequential loop makes those of the model's own.
         reward: "count" or "brightness".
+        threads: on a CPU; by default one or all, whichever suits it better.
     """
 
     contender: str
@@ -65,10 +66,11 @@ class Job:
     dtype: torch.dtype = torch.float32
     size: Size = OWN
     reward: str = "count"
+    threads: int | None = None
 
     def __call__(self, threads: int | None = None) -> Timed:
-        """Runs it, here, on that many threads, by default as many as suit it best."""
-        usual = torch.get_num_threads()
+        """Runs it, here, on that many threads, by default on its own number of them."""
+        usual, threads = torch.get_num_threads(), threads or self.threads
         torch.set_num_threads(threads or _best_threads(replace(self, prompts=("two red circles",), nfe=0)))
         found: dict[str, int] = {}
         try:

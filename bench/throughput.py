@@ -57,6 +57,7 @@ class Throughput:
         height, width, frames: of images or clips, by default the model's own.
         reward: "count", which judges images of the built-in models, or "brightness", which judges all.
         lanes: of the engine; by default as measured.
+        baseline_threads: of the baselines, on a CPU; by default one or all, whichever measures faster.
         repetitions: how often each contender runs; the median counts.
         json: a file for the rows.
         plot: a file for the plot.
@@ -75,6 +76,7 @@ class Throughput:
     frames: int | None = None
     reward: Literal["count", "brightness"] = "count"
     lanes: int | None = None
+    baseline_threads: int | None = None
     repetitions: int = 3
     json: Path | None = None
     plot: Path | None = None
@@ -104,7 +106,7 @@ class Throughput:
             runs: dict[str, Run] = {}
             for name in ("sequential", "diffusers")[not (flux and self._size == OWN) :]:
                 what = (name, self.model, tuple(prompts), self.nfe, self.steps, str(device), exact)
-                job = Job(*what, self._size, self.reward)
+                job = Job(*what, self._size, self.reward, self.baseline_threads)
                 runs[name] = partial(alone, job)
             for name, engine in engines.items():
                 searches = [self._request(p, i) for i, p in enumerate(prompts)]

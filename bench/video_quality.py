@@ -14,11 +14,11 @@ from rich.table import Table
 from rollflow.bench import intervals, outputs
 from rollflow.bench.environment import environment
 from rollflow.engine import Engine
-from rollflow.models import folder, moving, unaided
+from rollflow.models import moving
 from rollflow.request import Request
 
 ODE = {"method": "bon", "interpolant": "linear", "diffusion": 0.0, "grid": "model"}
-SIZE = {"height": moving.SIZE, "width": moving.SIZE, "frames": moving.FRAMES}
+SDE = {"method": "rbf", "interpolant": "linear", "diffusion": 3.0, "grid": "model"}
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,13 @@ class Video:
             ("one sample", {**ODE, "steps": plain, "nfe": plain, "guidance": 1.0}),
             ("one sample", {**ODE, "steps": plain, "nfe": plain, "guidance": self.guidance}),
             (f"best of {self.samples}", {**ODE, "steps": plain, "nfe": search, "guidance": self.guidance}),
-            ("rbf", {"method": "rbf", "nfe": search, "guidance": self.guidance}),
+            ("rbf", {**SDE, "steps": plain, "nfe": search, "guidance": self.guidance}),
         )
         rows = []
-        with Engine(_pipeline()) as engine:
+        with Engine.from_pretrained("shapes-video") as engine:
             for label, fields in contenders:
                 requests = [
-                    Request(prompt, reward="motion", seed=self.seed + i, **SIZE, **fields)
-                    for i, prompt in enumerate(prompts)
+                    Request(prompt, reward="motion", seed=self.seed + i, **fields) for i, prompt in enumerate(prompts)
                 ]
                 results = engine.generate(requests)
                 scores = np.array([result.reward for result in results])
@@ -70,13 +69,6 @@ class Video:
         _table(rows, self.prompts)
         if self.json:
             self.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
-
-
-def _pipeline() -> Any:
-    from diffusers import WanPipeline
-
-    place = folder("shapes-video")
-    return WanPipeline.from_pretrained(place, **unaided.networks(place))
 
 
 def _table(rows: list[dict[str, Any]], prompts: int) -> None:

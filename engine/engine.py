@@ -23,7 +23,7 @@ from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.loop import Loop
-from rollflow.models import FlowModel, Traits, acceleration, adapt, loading
+from rollflow.models import FlowModel, Traits, acceleration, adapt, loading, own_size
 from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
 from rollflow.preparing import Preparations
@@ -181,7 +181,8 @@ class Engine:
         light = None
         if preview:
             light = loading.load_light("" if preview is True else preview, name_or_path, device, kind)
-        return cls(loading.model(loaded, light, attention), preview=light is not None, **options)
+        model = loading.model(loaded, light, attention, own_size(name_or_path))
+        return cls(model, preview=light is not None, **options)
 
     # Requests.
 

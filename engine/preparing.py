@@ -141,8 +141,10 @@ class Preparations:
             waiting = self._waiting.setdefault(need, [])
             waiting.append(partial(one, need))
             if len(waiting) == 1:
-                measured = isinstance(need, Geometry)
-                steps = self._measuring(need, wanted or self._any(need)) if measured else self._encoding(need)
+                if isinstance(need, Geometry):
+                    steps = self._measuring(need, wanted or self._any(need))
+                else:
+                    steps = self._encoding(need)
                 self._advance(need, steps, None, None)
 
     def _any(self, geometry: Geometry) -> Wanted:

@@ -17,7 +17,7 @@ class Stats:
         live: slots of particles that are in use.
         promised: slots that running requests were promised or have taken beyond that.
         free: slots that are not in use.
-        buckets: batch sizes by (height, width), of the image sizes that were used so far.
+        buckets: batch sizes by (height, width), of clips (height, width, frames), of the sizes that were used so far.
         nfe_per_second: evaluations a second over the last ten seconds, those that ran in vain included.
         abandoned: threads that were given up because a call of a reward did not come back within its timeout.
         healthy: whether it takes requests: it was not closed, and its device did not fail.
@@ -29,7 +29,7 @@ class Stats:
     live: int
     promised: int
     free: int
-    buckets: Mapping[tuple[int, int], tuple[int, ...]]
+    buckets: Mapping[tuple[int, ...], tuple[int, ...]]
     nfe_per_second: float
     abandoned: int
     healthy: bool

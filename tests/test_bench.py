@@ -206,7 +206,7 @@ def test_throughput(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rollflow.bench.measure.LEAST_SECONDS", 0.01)
     monkeypatch.setattr(throughput, "SIZES", (1, 4, 16))
     file, plot = tmp_path / "throughput.json", tmp_path / "throughput.png"
-    Throughput(prompts=(2,), nfe=13, steps=2, repetitions=1, json=file, plot=plot)()
+    Throughput(prompts=(2,), nfe=13, steps=2, repetitions=1, baseline_threads=1, json=file, plot=plot)()
     report = json.loads(file.read_text())
     searches = {row["contender"]: row for row in report["rows"] if "prompts" in row}
     engines = ["engine", "engine, bon", "engine, preview", "engine, preview, bon"]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rollflow.errors import ModelError, shown
 from rollflow.models.layout import LatentMap, Layout
+from rollflow.models.text import Size
 
-BUILT_IN = ("shapes", "shapes-base")
+BUILT_IN = ("shapes", "shapes-base", "shapes-video")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,14 @@ class Traits:
     guidance: float | None = None
 
 
-_TRAITS = {"shapes": Traits(5, 1.0), "shapes-base": Traits(10, 0.4)}
+_TRAITS = {"shapes": Traits(5, 1.0), "shapes-base": Traits(10, 0.4), "shapes-video": Traits(10, 0.5)}
+
+_SIZES = {"shapes-video": Size(32, 32, 9)}  # of those whose pipeline's class has another size as its own
+
+
+def own_size(name: str | Path) -> Size | None:
+    """The size that a built-in model was trained for, where its pipeline has another one as its own."""
+    return _SIZES.get(str(name))
 
 
 def traits(name: str | Path) -> Traits:

@@ -21,11 +21,8 @@ SIDES = (1, 2, 4, 8)  # of a patch, in latent pixels: what `rollflow.kernels.fin
 class LatentMap(Protocol):
     """The way from a state to what is decoded, which moves, scales and shifts elements.
 
-    Attributes:
-        fused: whether it is a `Layout`, which `rollflow.kernels.finish` does by itself.
+    That of a `Layout` is what `rollflow.kernels.finish` does by itself.
     """
-
-    fused: bool
 
     def shape(self, geometry: Any) -> tuple[int, ...]:
         """Of what is decoded of a row."""
@@ -87,11 +84,6 @@ class Layout:
         object.__setattr__(self, "scaling", tuple(map(float, self.scaling)))
         object.__setattr__(self, "shift", tuple(map(float, self.shift)))
 
-    @property
-    def fused(self) -> bool:
-        """See `LatentMap`."""
-        return True
-
     def shape(self, geometry: Any) -> tuple[int, int, int]:
         """See `LatentMap`."""
         return self.channels, geometry.latent_height, geometry.latent_width
@@ -150,7 +142,7 @@ class Layout:
         count = self.tokens(height, width)
         _, y, x = self.patch
         patches = latents.reshape(rows, channels, height // y, y, width // x, x)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, count, self.token_channels)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, count, self.token_channels).contiguous()
 
     def denormalise(
         self, latents: Float[Tensor, "*row channel height width"]

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DiffusionPipeli
 from diffusers.utils import is_accelerate_available
 
 from rollflow.errors import ModelError, RequestError, line, said, shown
-from rollflow.models import BUILT_IN, FlowModel, adapt, folder
+from rollflow.models import BUILT_IN, FlowModel, adapt, folder, unaided
 from rollflow.models.flux import FluxModel
+from rollflow.models.text import Size
 
 SINGLE = (".safetensors", ".ckpt", ".gguf")  # suffixes of checkpoints in one file
 NETWORKS = ("transformer", "transformer_2")
@@ -52,7 +53,10 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype, pipeline: s
         )
     try:
         made: Any = kind.from_single_file if single else kind.from_pretrained
-        return made(str(path), **{"torch_dtype" if single else "dtype": dtype}).to(device)
+        parts = {} if single else unaided.networks(Path(path), dtype)
+        if parts and pipeline is None:  # `DiffusionPipeline` itself would not take them
+            made = _class(class_of(path)).from_pretrained
+        return made(str(path), **{"torch_dtype" if single else "dtype": dtype}, **parts).to(device)
     except _NEEDED as error:
         raise ModelError(f"{shown(str(name))} cannot be loaded as a pipeline ({_reason(error)}): {_WAYS}") from error
 
@@ -105,8 +109,9 @@ def model(
     pipeline: DiffusionPipeline,
     light: AutoencoderKL | AutoencoderTiny | None = None,
     attention: str | None = None,
+    own: Size | None = None,
 ) -> FlowModel:
-    """What the engine runs of a pipeline.
+    """What the engine runs of a pipeline; `own` is the size of requests that name none, where the pipeline has another.
 
     Raises:
         RequestError: an attention or a light decoder for what is no FluxPipeline.
@@ -115,6 +120,10 @@ def model(
     if isinstance(pipeline, FluxPipeline):
         return FluxModel(pipeline, light, attention)
     check_options(type(pipeline).__name__, preview=light is not None, attention=attention)
+    if own is not None:
+        from rollflow.models.pipeline import PipelineModel
+
+        return PipelineModel(pipeline, own=own)
     return adapt(pipeline)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,6 @@ class Decoding:
 
 class Decodings:
     """The decodings of a model, by size; see `rollflow.models.layout.LatentMap`."""
-
-    fused = False
 
     def __init__(self) -> None:
         self.of: dict[Geometry, Decoding] = {}
@@ -144,10 +143,18 @@ def decoded(vae: Any, decoding: Decoding, z: Float[Tensor, "row ..."], clip: boo
         return value.expand(len(z), *value.shape[1:]) if isinstance(value, Tensor) and value.ndim else value
 
     args, kwargs = map(spread, decoding.args), {key: spread(value) for key, value in decoding.kwargs.items()}
-    made = vae.decode(z.to(decoding.dtype), *args, return_dict=False, **kwargs)[0]
+    made = apart(vae).decode(z.to(decoding.dtype), *args, return_dict=False, **kwargs)[0]
     if made.ndim == 5:  # [row, 3, frame, height, width]
         made = made.transpose(1, 2) if clip else made[:, :, 0]
     return (made.float() / 2 + 0.5).clamp(0, 1)
+
+
+def apart(vae: Any) -> Any:
+    """The autoencoder, for one call of one thread: those of Wan and Qwen-Image keep a cache of frames in attributes.
+
+    Such a one is copied without its networks, so that lanes do not write into one another's cache.
+    """
+    return copy.copy(vae) if hasattr(vae, "clear_cache") else vae
 
 
 def images_of(recording: Recording, clip: bool) -> Tensor:

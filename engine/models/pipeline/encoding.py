@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError
-from rollflow.models.pipeline.decoding import Decoding
+from rollflow.models.pipeline.decoding import Decoding, apart
 
 
 def state_of(vae: Any, decoding: Decoding, image: Float[Tensor, "... 3 height width"]) -> Float[Tensor, " element"]:
@@ -26,7 +26,7 @@ def state_of(vae: Any, decoding: Decoding, image: Float[Tensor, "... 3 height wi
     given = frames.transpose(0, 1)[None] if len(decoding.shape) == 4 else frames
     with torch.no_grad():
         try:
-            encoded = vae.encode(given)
+            encoded = apart(vae).encode(given)
         except (NotImplementedError, AttributeError) as error:
             raise ModelError(f"a {kind} does not encode images: leave image out") from error
     z = latents_of(encoded)

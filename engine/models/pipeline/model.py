@@ -44,6 +44,7 @@ class PipelineModel(FlowModel):
     Args:
         pipeline: a complete pipeline whose scheduler is one of flow matching.
         known: what is known of its class, by default what `rollflow.models.pipeline.families` holds.
+        own: the size of requests that name none, by default that of the pipeline's `__call__`.
 
     Attributes:
         pipeline: the pipeline.
@@ -54,7 +55,7 @@ class PipelineModel(FlowModel):
         ModelError: it is no flow pipeline, or it does something that cannot be replayed; the message says what.
     """
 
-    def __init__(self, pipeline: Any, known: Family | None = None):
+    def __init__(self, pipeline: Any, known: Family | None = None, own: Size | None = None):
         self.loaded = loaded(pipeline)
         _check(pipeline)
         borrowed = Borrowed(self, networks_of(pipeline).values())
@@ -66,6 +67,7 @@ class PipelineModel(FlowModel):
         self.spaces: dict[Geometry, Space] = {}
         self._clip = any(name in self.driver.parameters for name in ("num_frames", "frames"))
         self._exact: ExactTimes | None = None
+        self._own: Size = own or Size()
         self._sizes: dict[Size, Geometry] = {}
         self._lock = threading.Lock()
         self.capabilities = Capabilities(
@@ -87,7 +89,8 @@ class PipelineModel(FlowModel):
             RequestError: the pipeline refuses this size, or makes another one instead.
             ModelError: what it does there cannot be replayed.
         """
-        size = Size(height, width, frames)
+        asked = zip((height, width, frames), self._own, strict=True)
+        size = Size(*(own if value is None else value for value, own in asked))
         if frames is not None and not self._clip:
             raise RequestError(f"frames={frames}: a {self.driver.name} makes images; leave it out")
         with self._lock:
