@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from rollflow.bench import video_networks as networks
 from rollflow.bench.environment import environment
 from rollflow.bench.training import Run, wait
-from rollflow.models import moving
+from rollflow.models import moving, world
 from rollflow.rewards.motion import MotionReward
 
 STAGES = ("autoencoder", "latents", "flow", "save")
@@ -90,7 +90,7 @@ def autoencoder(recipe: Recipe) -> None:
     run = Run(recipe.work, "autoencoder", recipe.seed)
     torch.manual_seed(recipe.seed)
     vae = networks.autoencoder()
-    canvas = torch.tensor(moving.CANVAS).view(1, 3, 1, 1, 1) * 2 - 1
+    canvas = torch.tensor(world.CANVAS).view(1, 3, 1, 1, 1) * 2 - 1
 
     def loss() -> Tensor:
         draw = int(torch.randint(2**62, (1,), generator=run.rng))  # of the generator that a checkpoint keeps

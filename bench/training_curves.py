@@ -16,8 +16,8 @@ MEASURES = {
     "accuracy_1": "exact counts, 1 Euler step",
     "accuracy_4": "exact counts, 4 Euler steps",
     "accuracy_10": "exact counts, 10 Euler steps",
-    "exact_1": "exactly right, 10 Euler steps, guidance 1",
-    "exact_3": "exactly right, 10 Euler steps, guidance 3",
+    "exact_1": "exactly right, guidance 1",
+    "exact_3": "exactly right, guidance 3",
     "l1": "L1 of reconstructions",
 }
 
@@ -38,7 +38,7 @@ def draw(log: Path, out: Path) -> None:
             if seen:
                 axes[1, column].plot(list(seen), list(seen.values()), marker=".", label=label)
         axes[1, column].set(xlabel="step", ylabel="L1" if stage == "autoencoder" else "share of samples")
-        axes[1, column].legend(fontsize="small")
+        axes[1, column].legend(fontsize="x-small")
     figure.savefig(out, dpi=100)
 
 

@@ -136,7 +136,7 @@ class Engine:
         pipeline: str | None = None,
         **options: Any,
     ) -> Engine:
-        """An engine on a built-in model ("shapes", "shapes-base"), or on any flow pipeline of diffusers.
+        """An engine on a built-in model ("shapes", "shapes-base", "shapes-video"), or any flow pipeline of diffusers.
 
         A FluxPipeline is run by `rollflow.models.flux.FluxModel`, others by `rollflow.models.pipeline.PipelineModel`,
         for which `dtype="auto"`, `preview` and `attention` are refused.

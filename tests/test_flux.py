@@ -9,14 +9,14 @@ from diffusers import FluxPipeline
 from rollflow.bench import shapes_networks as networks
 from rollflow.engine import Engine
 from rollflow.errors import ModelError, RequestError
-from rollflow.models import BUILT_IN, folder
+from rollflow.models import folder
 from rollflow.models.flux import FluxModel
 from rollflow.request import Request
 
 PROMPT = "two red circles and three blue squares"
 
 
-@pytest.fixture(scope="module", params=["random", *BUILT_IN])
+@pytest.fixture(scope="module", params=["random", "shapes", "shapes-base"])
 def pipeline(request):
     if request.param != "random":
         return FluxPipeline.from_pretrained(folder(request.param), dtype=torch.float32)

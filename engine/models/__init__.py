@@ -255,7 +255,7 @@ def silence() -> None:
 
 
 def folder(name: str) -> Path:
-    """The folder of a built-in checkpoint, a `FluxPipeline` as diffusers saves it.
+    """The folder of a built-in checkpoint, a pipeline as diffusers saves it.
 
     Raises:
         ModelError: there is no built-in checkpoint of this name.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -18,7 +19,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def networks(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
-    """Those networks of a saved pipeline, by name, as `DiffusionPipeline.from_pretrained(path, **networks)` takes them.
+    """Those networks of a saved pipeline, by name, as `from_pretrained` of its class takes them.
 
     Empty where accelerate is there, `path` is no folder of a pipeline, or `dtype` is not float32.
     """
@@ -27,7 +28,8 @@ def networks(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.
         return {}
     loaded = {}
     for name, entry in json.loads(index.read_text()).items():
-        kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and entry[0] == "diffusers" else None
+        of_diffusers = isinstance(entry, list) and entry[0] == "diffusers"
+        kind: Any = getattr(diffusers, str(entry[1]), None) if of_diffusers else None
         weights = path / name / WEIGHTS
         if getattr(kind, "_keep_in_fp32_modules", None) and weights.is_file():
             network = kind.from_config(kind.load_config(path / name))

@@ -22,7 +22,7 @@ from rollflow.errors import RequestError, shown
 from rollflow.models import moving, world
 
 SIZE = moving.SIZE
-COLORS = len(moving.COLORS)
+COLORS = len(world.COLORS)
 STRAY = len(moving.WAYS)  # column of circles that stand still, or move neither along x nor along y
 
 FAINT, SOLID = 0.25, 0.5  # ink from which a pixel is not canvas; ink from which it is a circle
