@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from rollflow.admission import promise
 from rollflow.device.attempts import model_error
 from rollflow.errors import BudgetError, RequestError, RollflowError, line, shown
 from rollflow.models import FlowModel, Geometry, Traits
-from rollflow.plan import STRENGTH, Plan, plan
+from rollflow.models.text import Text
+from rollflow.plan import Plan, plan
 from rollflow.request import Request
-from rollflow.values import whole
 
 _FIELDS = {field.name for field in fields(Request)}
 
@@ -38,7 +39,7 @@ class Door:
         traits: what searches should know of it.
         preview: whether particles are judged on previews.
         slots: how many particles of a geometry can live at once.
-        known: whether a prompt was encoded already, and need not be looked at again.
+        known: whether a text was encoded already, and need not be looked at again.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Door:
         traits: Traits,
         preview: bool,
         slots: Callable[[Geometry], int],
-        known: Callable[[str], bool],
+        known: Callable[[Text], bool],
     ):
+        self._grids: dict[tuple[int, Geometry], tuple[float, ...]] = {}
         self._model, self._traits, self._preview, self._slots, self._known = model, traits, preview, slots, known
 
     def check(self, asked: str | Request, options: dict[str, Any]) -> Checked:
@@ -60,18 +62,26 @@ class Door:
         request = self._own(as_request(asked, options))
         timed = request.nfe is None and (request.seconds is not None or request.deadline is not None)
 
+        def planned(nfe: int | None) -> Plan:
+            return plan(replace(request, nfe=nfe), self._traits, self._preview, partial(self._times, request))
+
         def for_budget(nfe: int | None) -> Plan:
             try:
-                return plan(replace(request, nfe=nfe), self._traits, self._preview)
+                made = planned(nfe)
             except BudgetError as error:
                 if not timed:
                     raise
-                return plan(replace(request, nfe=error.smallest), self._traits, self._preview)
+                made = planned(error.smallest)
+            if made.latents is None or not known:
+                return made
+            return replace(made, latents=_states(made.latents, known[0]))
 
+        known: list[Geometry] = []
         checked = for_budget(request.nfe)
-        self.check_prompt(checked.request.prompt)
+        self.check_text(Text(checked.request.prompt, checked.request.negative))
         rewards.check(checked.reward, checked.request.prompt)
         geometry = self._geometry(checked)
+        known.append(geometry)
         if checked.latents is not None:
             checked = replace(checked, latents=_states(checked.latents, geometry))
         slots, needed = self._slots(geometry), promise(checked)
@@ -85,20 +95,17 @@ class Door:
                 "with Engine(slots=...)"
             )
 
-        latents = checked.latents
-
         def affordable(nfe: int) -> Plan:  # a method may hold far fewer particles than it draws
             found = for_budget(nfe := min(nfe, checks.MOST_NFE))
-            found = found if promise(found) <= slots else for_budget(min(nfe, slots))
-            return replace(found, latents=latents)
+            return found if promise(found) <= slots else for_budget(min(nfe, slots))
 
         return Checked(checked, geometry, affordable if timed else None)
 
-    def check_prompt(self, prompt: str) -> None:
+    def check_text(self, text: Text) -> None:
         """Raises `RequestError` for a prompt that the model cannot read."""
-        if not self._known(prompt):
+        if not self._known(text):
             try:
-                self._model.check_prompt(prompt)
+                self._model.check_prompt(text.prompt)
             except RollflowError:
                 raise
             except Exception as error:
@@ -116,28 +123,35 @@ class Door:
                 "from it; leave it out"
             )
         if request.image is not None and not able.images:
-            raise RequestError("image: this model has no encoder of images; leave it out")
+            raise RequestError("image: this model has no encoder of images (Capabilities.images); leave it out")
         if isinstance(request.image, Image.Image | torch.Tensor) and request.height is None and request.width is None:
-            width, height = getattr(request.image, "size", (0, 0)) if isinstance(request.image, Image.Image) else (0, 0)
-            if isinstance(request.image, torch.Tensor) and request.image.ndim in (3, 4):
-                height, width = request.image.shape[-2:]
-            if width and height:
+            if isinstance(request.image, Image.Image):
+                width, height = request.image.size
                 request = replace(request, height=height, width=width)
-        if isinstance(request.grid, str) and request.grid == "model" and request.times is None:
-            if not able.schedule:
-                raise RequestError(
-                    'grid="model": this model has no sampler of its own; choose paper, uniform or shifted'
-                )
-            steps = self._traits.steps if request.steps is None else request.steps
-            steps = whole("steps", steps, 1, checks.MOST_STEPS)
-            geometry = self.geometry(request.height, request.width, request.frames)
-            model: Any = self._model
-            times = model.times(steps, geometry)
-            if request.image is not None:
-                strength = STRENGTH if request.strength is None else checks.strength(request.strength)
-                times = [time for time in times if time <= strength + 1e-6] or times[-1:]
-            return replace(request, times=times, grid=None, steps=None, strength=None)
+            elif request.image.ndim in (3, 4):
+                height, width = request.image.shape[-2:]
+                request = replace(request, height=height, width=width)
+                if request.image.ndim == 4 and request.frames is None and able.frames:
+                    request = replace(request, frames=len(request.image))
         return request
+
+    def _times(self, request: Request, steps: int) -> Sequence[float]:
+        """The linear times of the model's own sampler, for the grid "model"."""
+        model: Any = self._model
+        if not model.capabilities.schedule:
+            raise RequestError(
+                'grid="model": this model has no sampler of its own (Capabilities.schedule); choose paper, uniform or '
+                "shifted"
+            )
+        key = steps, self.geometry(request.height, request.width, request.frames)
+        if key not in self._grids:
+            try:
+                self._grids[key] = tuple(float(time) for time in model.times(*key))
+            except RollflowError:
+                raise
+            except Exception as error:
+                raise model_error(error) from error
+        return self._grids[key]
 
     def geometry(self, height: object, width: object, frames: object = None) -> Geometry:
         """The model's geometry of a size; raises `RequestError` for one that it cannot do."""

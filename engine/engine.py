@@ -117,7 +117,7 @@ class Engine:
             self.traits,
             preview,
             self._slots_of,
-            lambda prompt: (Text(prompt), None) in preparations.conditioning,
+            preparations.encoded,
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
         self._host, self._render = Host(loop, runner, preparations), Rendering()
@@ -342,21 +342,24 @@ class Engine:
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
+        negative: str | None = None,
     ) -> None:
         """Encodes prompts that requests will come for, each distinct one once.
 
         Args:
             prompts: a prompt, or several.
             height, width, frames: the size that they will come with, for models whose encodings depend on it.
+            negative: the negative prompt that they will come with.
 
         Raises:
             RequestError: a prompt that the model cannot read.
         """
         checked = checks.prompts(prompts)
-        for prompt in checked:
-            self._door.check_prompt(prompt)
+        texts = [Text(prompt, None if negative is None else checks.negative(negative)) for prompt in checked]
+        for text in texts:
+            self._door.check_text(text)
         geometry = self._door.geometry(height, width, frames) if self.model.capabilities.sized_text else None
-        self._host.prepare([Text(prompt) for prompt in checked], geometry)
+        self._host.prepare(texts, geometry)
 
     def warm_up(self, height: int | None = None, width: int | None = None, frames: int | None = None) -> None:
         """Measures what batches of this image size cost, so that the first request does not have to wait for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -17,6 +18,7 @@ from rollflow.models import Traits
 from rollflow.request import Request
 from rollflow.sde import Step
 
+Own = Callable[[int], Sequence[float]]
 PREVIEW_FINALISTS = 8
 STRENGTH = 0.6  # of a request with an image that names none
 LARGEST = 1e18  # of a coefficient: its square is a 32-bit float still
@@ -88,7 +90,7 @@ class Plan:
         return (_finish_of_known if type(self.path) in _KNOWN else _finish)(self.path, start, count)
 
 
-def _grid(request: Request, path: interpolants.Interpolant) -> tuple[float, ...]:
+def _grid(request: Request, path: interpolants.Interpolant, own: Own | None) -> tuple[float, ...]:
     if request.strength is not None and request.image is None:
         raise RequestError(f"strength={request.strength:g}: it says how much of an image is replaced; give an image")
     if request.times is not None:
@@ -96,10 +98,16 @@ def _grid(request: Request, path: interpolants.Interpolant) -> tuple[float, ...]
             raise RequestError(f"strength={request.strength:g} and times: the first time is the start; give one")
         return (*request.times,) if request.times[-1] == 0.0 else (*request.times, 0.0)
     assert request.grid is not None and request.steps is not None, "plan() has filled them in"
+    strength = request.strength if request.image is not None else None
+    if isinstance(request.grid, str) and request.grid == "model" and own is not None:
+        taus = [*own(request.steps)]
+        if strength is not None:
+            taus = [strength, *(tau for tau in taus if tau < strength - 1e-6)]
+        return *dict.fromkeys(time_of(path, tau) for tau in taus), 0.0
     times = tuple(sde.time_grid(request.steps, request.grid, request.shift))
-    if request.image is None:
+    if strength is None:
         return times
-    start = time_of(path, STRENGTH if request.strength is None else request.strength)
+    start = time_of(path, strength)
     return tuple(start * time for time in times)
 
 
@@ -213,10 +221,11 @@ def _whole_request(request: Request, traits: Traits) -> Request:
     return replace(request, **{name: value for name, value in given.items() if getattr(request, name) is None})
 
 
-def plan(request: Request, traits: Traits | None = None, preview: bool = False) -> Plan:
+def plan(request: Request, traits: Traits | None = None, preview: bool = False, own: Own | None = None) -> Plan:
     """Checks a request, but for what depends on the model, and computes every coefficient it will need.
 
-    `traits` are those of the model, by default those of any; `preview` says that particles will be judged on previews.
+    `traits` are those of the model, by default those of any; `preview` says that particles will be judged on previews;
+    `own` gives the linear times of the model's own sampler for a number of steps, for the grid "model".
 
     Raises:
         RequestError: what was given, what is allowed, what to do.
@@ -226,7 +235,9 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False) 
     reward = rewards.make(request.reward)
     assert request.interpolant is not None
     path, diffusion = interpolants.make(request.interpolant), sde.diffusion(request.diffusion)
-    times = _grid(request, path)
+    if request.image is not None and request.strength is None and request.times is None:
+        request = replace(request, strength=STRENGTH)
+    times = _grid(request, path, own)
     steps = _steps(path, times[:-1], diffusion, request.solver)
     usual = 1 if request.finish else PREVIEW_FINALISTS if preview else 2
     finalists = usual if request.finalists is None else request.finalists

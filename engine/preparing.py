@@ -95,6 +95,11 @@ class Preparations:
         text = text if able.negative else Text(text.prompt)
         return text, geometry if able.sized_text else None
 
+    def encoded(self, text: Text) -> bool:
+        """Whether a text is known, for any size; of any thread."""
+        text = text if self.runner.model.capabilities.negative else Text(text.prompt)
+        return any(text == known for known, _ in [*self.conditioning])
+
     def known(self, text: Text, geometry: Geometry) -> Any:
         """What the model made of a text; raises `KeyError` where it is not there (any more)."""
         return self.conditioning[self.wanted(text, geometry)]

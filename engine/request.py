@@ -33,7 +33,7 @@ class Request:
         interpolant: the path that the particles follow, a name or an `Interpolant`.
         seed: of all noise of this request, any whole number of 64 bits.
         grid: kind of time grid, see `rollflow.sde.time_grid`; `shift` is for the kind "shifted". "model" is the grid of
-            the model's own sampler, where it has one.
+            the model's own sampler, where it has one, at the same linear times on any interpolant.
         times: an explicit grid in place of `steps` and `grid`: decreasing times in (0, 1]; a last 0 may be left out.
             A search starts at the first from noise alone, so that a first time well below 1 is for given `latents`.
         diffusion: `g(t)` of the SDE: a `rollflow.sde` diffusion, a function of t, or a scale s for the paper's
@@ -61,7 +61,8 @@ class Request:
         image: where the search starts from in place of noise alone: a PIL image or a tensor [3, height, width] in
             [0, 1], or for a model of video [frame, 3, height, width]; of the size that is asked for, by default its.
         strength: how much of the image is replaced, above 0 to 1, by default 0.6: the linear time at which the search
-            starts, from `(1 - strength) x0 + strength noise`. With `times` the first of them says that.
+            starts, from `(1 - strength) x0 + strength noise`. The grid is shrunk to what lies below, with as many
+            points; that of "model" is cut there. With `times` the first of them says where it starts.
         mask: of an image, where it is drawn anew: a PIL image (white) or a tensor [height, width] (at least 0.5). What
             lies outside stays as it was, at every point of the grid and in what the reward sees, as in pipelines of
             inpainting, whose mask is sampled at the latents' pixels, too.

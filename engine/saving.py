@@ -24,7 +24,7 @@ def check(path: Path) -> None:
                 f"path={shown(str(path))}: an {suffix} takes imageio and imageio-ffmpeg (pip install imageio "
                 "imageio-ffmpeg); or choose .gif"
             )
-    elif suffix not in Image.registered_extensions():
+    elif Image.registered_extensions().get(suffix) not in Image.SAVE:  # the first call fills both
         raise RequestError(
             f"path={shown(str(path))}: its suffix must be that of an image (.png, .jpg, .webp), or of a clip (.gif, "
             ".webp, .mp4)"

@@ -48,7 +48,9 @@ def time_grid(steps: int, kind: str = "paper", shift: float = 3.0) -> tuple[floa
     if type(count) is not int or count < 1:
         raise RequestError(f"a time grid of {shown(steps)} steps: the number of steps is a whole number of at least 1")
     if not isinstance(kind, str) or kind not in GRIDS:
-        raise RequestError(f"unknown time grid {shown(kind)}: choose one of {', '.join(GRIDS)}")
+        raise RequestError(
+            f"unknown time grid {shown(kind)}: choose one of {', '.join(GRIDS)} (of a request also model)"
+        )
     if by is None or not 0.0 < by < math.inf:
         raise RequestError(
             f"a time grid shifted by {shown(shift)}: the shift is positive and finite; 1 is the uniform grid"

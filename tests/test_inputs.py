@@ -516,6 +516,16 @@ def test_latents_are_taken_as_they_were_given(engine):
     assert made.latents.dtype == torch.float32 and made.latents.shape == (4, 12) and made.latents.min() == 1
 
 
+def test_latents_of_a_request_with_a_time_are_those_that_were_given(engine):
+    noise = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    with Engine(Tiny(), slots=16, buckets=[1, 4]) as made:
+        fields = {"method": "bon", "steps": 1, "latents": noise, "finalists": 1}
+        plain = made.generate(ask(nfe=1, **fields))
+        timed = made._door.check(ask(nfe=None, seconds=1e4, **fields), {})
+        assert torch.equal(timed.plan.latents, noise[None]) and torch.equal(timed.resize(3).latents, noise[None])
+        assert plain.pixels.isfinite().all()
+
+
 def test_latents_may_have_a_batch_dimension_or_be_flat(engine):
     latents = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     shapes = [latents, latents[None], latents.flatten(), latents.flatten()[None]]

@@ -93,7 +93,7 @@ def test_a_layout_is_a_value():
     ("fields", "message"),
     [
         (((2, 2), (1.0,), (0.0,)), r"patch=\(2, 2\)\): it must be three numbers, \(t, y, x\)"),
-        (((4, 2, 2), (1.0,), (0.0,)), r"patch=\(4, 2, 2\)\): t must be 1, video comes later"),
+        (((4, 2, 2), (1.0,), (0.0,)), r"patch=\(4, 2, 2\)\): t must be 1; a model of clips has a LatentMap"),
         (((1, 3, 2), (1.0,), (0.0,)), "y and x must each be one of 1, 2, 4, 8"),
         (((1, 2.0, 2), (1.0,), (0.0,)), "y and x must each be one of 1, 2, 4, 8"),
         ((2, (1.0,), (0.0,)), "patch=2\\): it must be a tuple of numbers"),

@@ -20,9 +20,10 @@ from rollflow import Engine, Request
 from rollflow.errors import LONGEST, ModelError, RequestError
 from rollflow.models import Geometry, adapt
 from rollflow.models.layout import Layout
-from rollflow.models.pipeline import Family, PipelineModel, memory
+from rollflow.models.pipeline import Family, PipelineModel, learn, memory
 from rollflow.models.pipeline.exact import ExactTimes
 from rollflow.models.pipeline.families import family
+from rollflow.models.pipeline.recording import Recording
 from rollflow.models.text import Text
 
 FAMILIES = {**IMAGE, **MORE, **VIDEO}
@@ -81,6 +82,34 @@ def test_models_that_predict_noise_are_refused():
     refused(ModelError, "DDIMScheduler: its model must be one of flow matching", adapt, diffusion)
 
 
+@pytest.mark.parametrize("kind", [diffusers.UniPCMultistepScheduler, diffusers.DPMSolverMultistepScheduler])
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"prediction_type": "flow_prediction"}, "it is 'flow_prediction'. and use_flow_sigmas=True .it is False"),
+        ({"use_flow_sigmas": True}, "it is 'epsilon'. and use_flow_sigmas=True .it is True"),
+    ],
+)
+def test_schedulers_that_are_flow_by_half_are_refused(kind, config, found):
+    pipeline = stable_diffusion_3()
+    pipeline.scheduler = kind(**config)
+    refused(ModelError, f"has a {kind.__name__}: its model must be one of flow matching, .*{found}", adapt, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "times", "message"),
+    [
+        ([14.6, 0.9, 0.4, 0.0], [999, 800, 500], r"noise levels reach 14.6, those of flow matching lie in \[0, 1\]"),
+        ([1.0, 0.9, 0.0], [1000, 500], "times follow its noise levels in a way that is not known"),
+        ([1.0, 0.9, 0.5, 0.0], [1000, 500, 400], "times follow its noise levels in a way that is not known"),
+    ],
+)
+def test_a_clock_is_learned_from_enough_noise_levels_of_flow_matching(sigmas, times, message):
+    recording = Recording()
+    recording.sigmas, recording.timesteps = sigmas, times
+    refused(ModelError, message, learn._clock, model_of("StableDiffusion3Pipeline").driver, recording)
+
+
 def test_trigflow_is_refused():
     pipeline = sana()
     parts = {name: pipeline.components[name] for name in ("tokenizer", "text_encoder", "vae", "transformer")}
@@ -127,7 +156,27 @@ def test_guidance_that_depends_on_the_step_is_refused(name, fixed, message):
 
 def test_experts_with_scales_of_their_own_are_refused():
     model = model_of("WanPipeline 2.2 A14B", guidance_scale_2=2.0)
-    refused(ModelError, "velocities are replayed with relative errors", geometry_of, "WanPipeline 2.2 A14B", model)
+    refused(ModelError, "guidance changes at step [0-9]", geometry_of, "WanPipeline 2.2 A14B", model)
+
+
+class Until(diffusers.StableDiffusion3Pipeline):
+    """Guides at times above 200 alone."""
+
+    @property
+    def guidance_scale(self):
+        return self._guidance_scale if self._at > 200 else 1.0
+
+    def __call__(self, *args, **kwargs):
+        usual = self.transformer.forward
+
+        def forward(hidden_states, timestep, **rest):
+            self._at = float(timestep[0])
+            return usual(hidden_states=hidden_states, timestep=timestep, **rest)
+
+        self.transformer.forward = forward
+        return super().__call__(*args, **kwargs)
+
+    __call__.__signature__ = inspect.signature(diffusers.StableDiffusion3Pipeline.__call__)
 
 
 class Mixing(diffusers.StableDiffusion3Pipeline):
@@ -169,6 +218,7 @@ class Brightening(diffusers.StableDiffusion3Pipeline):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (Until, "its guidance changes at step [0-9]+ of 12: what depends on the time"),
         (Mixing, "hidden_states of the network depends on state and time at once"),
         (Scaling, r"what it makes of the outputs of its network \(2 a state\) is none of the"),
         (Brightening, "its pixels differ by .* from those of its decoder alone"),
@@ -353,6 +403,23 @@ def test_times_are_those_of_the_pipelines_own_scheduler():
     mochi = model_of("MochiPipeline")  # inverted
     times = mochi.times(5, geometry_of("MochiPipeline", mochi))
     assert times[0] == 1 and times == sorted(times, reverse=True) and times[-1] > 0
+
+
+def test_the_rounding_of_16_bits_is_averaged_where_latents_are_scaled():
+    model = model_of("StableDiffusion3Pipeline", in_bfloat16(stable_diffusion_3()))
+    decoding = model.spaces[geometry_of("StableDiffusion3Pipeline", model)].decoding
+    config = model.pipeline.vae.config
+    assert decoding.scale.ndim == 0 and decoding.dtype == torch.bfloat16
+    assert float(decoding.scale) == pytest.approx(1 / config.scaling_factor, rel=3e-4)  # of one number, 1e-3
+    assert float(decoding.offset) == pytest.approx(config.shift_factor, abs=2e-4)
+
+
+def test_a_decoder_in_32_bits_may_follow_a_network_in_16():
+    pipeline = in_bfloat16(VIDEO["LTXPipeline"].build())
+    pipeline.vae.float()
+    model = model_of("LTXPipeline", pipeline)
+    space = model.spaces[geometry_of("LTXPipeline", model)]
+    assert space.decoding.dtype == torch.float32 and space.errors["pixels"] < 0.02
 
 
 def test_the_networks_time_may_be_another_than_the_noise_level():

@@ -108,6 +108,36 @@ def test_little_strength_leaves_the_image_as_it_was(engine, picture):
     assert changes[0] < 1e-3 < changes[1] < changes[2]
 
 
+@pytest.mark.parametrize("interpolant", ["linear", "vp"])
+def test_the_grid_of_the_model_is_cut_at_the_strength(engine, picture, interpolant):
+    model = engine.model
+    if not model.capabilities.schedule:
+        pytest.skip("this adapter has no sampler of its own")
+    own = model.times(6, model.geometry(32, 48))
+    seen = []
+
+    def velocity(x, tau, *rest):
+        seen.append(float(tau[0]))
+        return type(model).velocity(model, x, tau, *rest)
+
+    model.velocity = velocity
+    try:
+        for strength, wanted in ((None, own), (0.6, [0.6, *(tau for tau in own if tau < 0.6 - 1e-6)])):
+            fields = {} if strength is None else {"image": picture, "strength": strength}
+            nfe = len(wanted)
+            seen.clear()
+            found = engine.generate(
+                ask(grid="model", steps=6, nfe=nfe, height=32, width=48, interpolant=interpolant, **fields)
+            )
+            reached = [tau if interpolant == "linear" else min(tau, VP().linear_time(1.0)) for tau in wanted]
+            assert seen == pytest.approx(reached, abs=1e-6)
+            assert (found.request.grid, found.request.steps) == ("model", 6)
+    finally:
+        del model.velocity
+    with pytest.raises(RequestError, match="give an image"):
+        engine.generate(ask(grid="model", steps=6, height=32, width=48, strength=0.5))
+
+
 @pytest.mark.parametrize("method", ["bon", "rbf", "sop"])
 def test_what_a_mask_leaves_out_stays_as_it_was(engine, picture, mask, method, monkeypatch):
     seen, model = [], engine.model

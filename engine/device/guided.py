@@ -16,6 +16,7 @@ from rollflow.device.judge import Judge, Timed, grouped
 from rollflow.device.storage import Storage
 from rollflow.errors import RequestError
 from rollflow.models import FlowModel, Geometry
+from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
 from rollflow.rewards import Reward
 from rollflow.row import Event, Failed, Free, Landed, Report, Rerun, Row
@@ -127,7 +128,8 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         p, q = tables.posterior[:, :, None, None].unbind(1)
         latents = model.layout.decodable(p * x + q * u, geometry)
         latents = moves.kept(latents, [row.brief for row in rows])
-        images = runner.decode(latents.to(model.dtype), len(rows), geometry, preview=False)
+        entering = latents.to(model.dtype) if isinstance(model.layout, Layout) else latents
+        images = runner.decode(entering, len(rows), geometry, preview=False)
         scores, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):
             (gradient,) = torch.autograd.grad(total, x)

@@ -41,7 +41,7 @@ def kept(latents: Float[Tensor, "row ..."], briefs: Sequence[Brief]) -> Float[Te
     keep, known = torch.zeros_like(latents), torch.zeros_like(latents)
     for i, start in starts.items():
         if start.latents is not None and start.latents_keep is not None:
-            keep[i], known[i] = start.latents_keep, start.latents
+            keep[i], known[i] = start.latents_keep.to(keep), start.latents.to(known)
     return torch.lerp(latents, known, keep)
 
 
@@ -58,7 +58,7 @@ def started(model: Any, image: Tensor, mask: Tensor | None, geometry: Geometry) 
         keep = 1 - (mask >= 0.5).float().to(state.device)
         keep = torch.nn.functional.interpolate(keep[None, None], size=latents.shape[-2:])[0, 0]
         wide = keep.expand(latents.shape).contiguous()
-        return Start(state, layout.stated(wide, geometry), latents.to(model.dtype), wide.to(model.dtype))
+        return Start(state, layout.stated(wide, geometry), latents, wide)
 
 
 def _stepped(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:

@@ -267,8 +267,7 @@ class Runner:
             live = slots >= 0
             storage.u.index_copy_(0, slots[live], u[live].float())
             p, q = torch.where(live[:, None], posterior, 0.0)[:, :, None, None].unbind(1)
-            latents = layout.decodable(p * storage.x[slots.clamp(min=0)] + q * u.float(), geometry)
-            return latents.to(self.model.dtype)
+            return layout.decodable(p * storage.x[slots.clamp(min=0)] + q * u.float(), geometry)
         return kernels.finish(
             u,
             storage.x,

@@ -147,6 +147,13 @@ class FlowModel(Protocol):
 
     For guided methods `velocity` and `decode` must let gradients through; for others they run without. A model that
     inherits from this class has no capabilities unless it declares some.
+
+    Attributes:
+        device: where it computes.
+        dtype: of the states that it is given.
+        layout: the way from a state to what `decode` is given: a `Layout` of images, or for other states, such as those
+            of clips, an object with the members of `LatentMap`.
+        capabilities: what it offers beyond this.
     """
 
     device: torch.device

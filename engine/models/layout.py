@@ -50,7 +50,7 @@ class Layout:
     `latents / scaling + shift`, channel by channel.
 
     Attributes:
-        patch: (t, y, x), latent pixels that a token covers; t is 1 until there is video.
+        patch: (t, y, x), latent pixels that a token covers; t is 1: a model of clips has a `LatentMap` of its own.
         scaling: the autoencoder's scaling factors, one a latent channel.
         shift: the autoencoder's shifts, one a latent channel.
 
@@ -180,7 +180,7 @@ def _check_patch(patch: Sequence[float]) -> None:
     if len(patch) != 3:
         raise ModelError(f"Layout(patch={shown(patch)}): it must be three numbers, (t, y, x)")
     if patch[0] != 1:
-        raise ModelError(f"Layout(patch={shown(patch)}): t must be 1, video comes later")
+        raise ModelError(f"Layout(patch={shown(patch)}): t must be 1; a model of clips has a LatentMap of its own")
     if not all(isinstance(side, int) and side in SIDES for side in patch):
         raise ModelError(f"Layout(patch={shown(patch)}): y and x must each be one of {', '.join(map(str, SIDES))}")
 

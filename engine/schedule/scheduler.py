@@ -114,7 +114,13 @@ class Scheduler:
     def landed(self, rows: Sequence[Row]) -> None:
         """Rows of one batch are no longer on the device."""
         brief = rows[0].brief
-        self._flying[brief.geometry, brief.company, rows[0].kind == "guided"] -= len(rows)
+        kind = (brief.geometry, brief.company, rows[0].kind == "guided")
+        self._flying[kind] -= len(rows)
+        if (
+            brief.company is not None and not self._queues[kind] and not self._flying[kind]
+        ):  # there may be ever new ones
+            del self._queues[kind], self._flying[kind]
+            self._order.remove(kind)
 
     def choose(self, lanes: int) -> list[Row]:
         """The rows to run now on `lanes` free lanes: of the kind with the highest priority, and of equals in turn."""

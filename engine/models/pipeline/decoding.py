@@ -19,8 +19,9 @@ from rollflow.models.pipeline.outputs import random_outputs
 from rollflow.models.pipeline.recording import Decode, Recording, Script
 from rollflow.models.text import Size, Text
 
-TOLERANCE = {True: 1e-3, False: 0.2}  # of a pixel, where the decoder computes in 32 bits and in 16
-DIGITS = {torch.float32: 64, torch.float64: 64}  # how many numbers a dtype tells apart with certainty; others: 8
+TOLERANCE = {True: 1e-3, False: 0.2}  # of a pixel, where all is computed in 32 bits, and where something is in 16
+AVERAGED = 2  # random states, and as many of the other sign, over which the rounding of 16 bits is averaged
+DIGITS = {True: 64, False: 8}  # how many numbers 32 bits and 16 bits tell apart with certainty
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,17 @@ def learn_decoding(driver: Driver, size: Size, text: Text, learned: Learned) -> 
     kind, shape = driver.name, learned.shape
     time, outputs = TIMES[driver.exact][0] * driver.clock.span, random_outputs(learned.real)
     numel = math.prod(shape)
-    base = DIGITS.get(next(driver.pipeline.vae.parameters()).dtype, 8)
+    dtype = next(driver.pipeline.vae.parameters()).dtype
+    precise = driver.exact and dtype in (torch.float32, torch.float64)
+    base = DIGITS[precise]
     index = torch.arange(numel, dtype=torch.float32)
     count = max(1, math.ceil(math.log(numel, base))) if numel > 1 else 1
     probes = [torch.zeros(numel), torch.ones(numel)]
     probes += [torch.div(index, base**k, rounding_mode="floor") % base for k in range(count)]
+    if not precise:
+        generator = torch.Generator().manual_seed(3)
+        many = [(1 + torch.rand(numel, generator=generator)).bfloat16().float() for _ in range(AVERAGED)]
+        probes += [*many, *(-x for x in many)]
 
     def z_of(states: Tensor) -> Decode:
         script = Script([time], lambda i, x: states.to(x), outputs, decode=None)
@@ -119,6 +126,9 @@ def learn_decoding(driver: Driver, size: Size, text: Text, learned: Learned) -> 
         source += digit.round().long() * base**k
     if bool((source < 0).any() or (source >= numel).any()):
         raise ModelError(f"the pipeline {kind} does more to its latents than to move, scale and shift them")
+    if not precise:
+        last = slice(-2 * AVERAGED, None)
+        factor = _averaged(factor, offset, torch.stack(probes[last])[:, source], z[last])
     device = found.latents.device
     order = None if len(source) == numel and torch.equal(source, torch.arange(numel)) else source.to(device)
     if bool((factor == factor[0]).all() and (offset == offset[0]).all()):
@@ -128,6 +138,20 @@ def learn_decoding(driver: Driver, size: Size, text: Text, learned: Learned) -> 
     return Decoding(
         order, factor.to(device), offset.to(device), tuple(found.latents.shape[1:]), args, kwargs, found.latents.dtype
     )
+
+
+def _averaged(
+    factor: Float[Tensor, " element"], offset: Float[Tensor, " element"], x: Float[Tensor, "probe element"],
+    z: Float[Tensor, "probe element"],
+) -> Float[Tensor, " element"]:  # fmt: skip
+    """Scales by least squares, over all elements for which what was rounded is the same; probes have a mean of 0."""
+    pairs, group = torch.unique(torch.stack([factor, offset]), dim=1, return_inverse=True)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(pairs.shape[1], dtype=torch.float64).index_add_(0, group, values.sum(0))
+
+    x = x.double()
+    return (total(x * z) / total(x.square())).float()[group]
 
 
 def _one_row(value: Any, latents: Tensor) -> Any:

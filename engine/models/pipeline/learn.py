@@ -102,17 +102,22 @@ def learn(driver: Driver, size: Size, texts: Sequence[Text]) -> Learned:
         tuple(arguments), tuple(alone[1].sample.shape[1:]), Part(0, 0), None, 1.0, Rule(), "same",
         alone[1].calls[0].arguments, real, calls, clock,
     )  # fmt: skip
-    return _with_rule(driver, size, one, learned, times[0])
+    return _with_rule(driver, size, one, learned)
 
 
 def _clock(driver: Driver, recording: Recording) -> Clock:
     """How the scheduler's own times follow its noise levels."""
     span = driver.clock.span
+    if not all(-1e-6 <= sigma <= 1 + 1e-6 for sigma in recording.sigmas):
+        raise ModelError(
+            f"{driver.name}: its scheduler's noise levels reach {max(recording.sigmas, key=abs):.4g}, those of flow "
+            "matching lie in [0, 1]; give it a scheduler of flow matching"
+        )
     points = [(sigma, time / span) for sigma, time in zip(recording.sigmas, recording.timesteps, strict=False)]
     if all(abs(sigma - u) < 2 / span for sigma, u in points):  # some are cut to whole numbers
         return driver.clock
     shifts = [sigma * (1 - u) / (u * (1 - sigma)) for sigma, u in points if 0 < u < 1 and 0 < sigma < 1]
-    if not shifts or max(shifts) > min(shifts) * 1.001:
+    if len(shifts) < 2 or max(shifts) > min(shifts) * 1.001:  # one point fits any shift
         raise ModelError(f"{driver.name}: its scheduler's times follow its noise levels in a way that is not known")
     return driver.clock._replace(shift=sum(shifts) / len(shifts))
 
@@ -126,12 +131,14 @@ def _check_calls(driver: Driver, evaluations: Sequence[Evaluation], calls: int) 
             )
 
 
-def _with_rule(driver: Driver, size: Size, text: Text, learned: Learned, time: float) -> Learned:
+def _with_rule(driver: Driver, size: Size, text: Text, learned: Learned) -> Learned:
     """Adds how the pipeline makes a velocity of what its network gives: random outputs go through its own code."""
     outputs = random_outputs(learned.real)
+    first = driver.clock.span * TIMES[driver.exact][0]
+    times = torch.linspace(first, first / 64, STEPS).bfloat16().tolist()  # all of the span, as 16 bits hold it
 
     def run(scale: float | None) -> list[Evaluation]:
-        return driver.run([text], size, scale, Script([time] * STEPS, None, outputs)).evaluations
+        return driver.run([text], size, scale, Script(times, None, outputs)).evaluations
 
     known = {scale: run(scale) for scale in SCALES}
     tried = 0
@@ -192,13 +199,13 @@ def _fits(candidate: Learned, evaluation: Evaluation, scale: float) -> bool:
 
 
 def _check_steps(driver: Driver, candidate: Learned, known: dict[float, list[Evaluation]]) -> None:
-    """Guidance must be the same at every step: rows of an engine are at steps of their own."""
+    """Guidance must be the same at every step and time: rows of an engine are at steps of their own."""
     for scale, evaluations in known.items():
         for i, evaluation in enumerate(evaluations):
             if not _fits(candidate, evaluation, scale):
                 raise ModelError(
-                    f"{driver.name}: its guidance changes at step {i} of {len(evaluations)}: what depends on the "
-                    "step's number or on earlier steps is refused; switch that off, or give the pipeline another guider"
+                    f"{driver.name}: its guidance changes at step {i} of {len(evaluations)}: what depends on the time, "
+                    "on the step's number or on earlier steps is refused; switch it off, or give it another guider"
                 )
 
 

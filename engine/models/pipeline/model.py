@@ -93,6 +93,8 @@ class PipelineModel(FlowModel):
         size = Size(*(own if value is None else value for value, own in asked))
         if frames is not None and not self._clip:
             raise RequestError(f"frames={frames}: a {self.driver.name} makes images; leave it out")
+        if (known := self._sizes.get(size)) is not None:  # nobody waits for a size that another learns
+            return known
         with self._lock:
             if size not in self._sizes:
                 with torch.no_grad():
@@ -134,7 +136,8 @@ class PipelineModel(FlowModel):
             replay.learn_times(conditioning.conditional)
         made = decoded(self.pipeline.vae, decoding, decoding.latents(state.to(self.device).float()), self._clip)
         error = float((made.cpu() - pixels.cpu()).abs().max())
-        if not error <= TOLERANCE[decoding.dtype in (torch.float32, torch.float64)]:
+        precise = self.driver.exact and decoding.dtype in (torch.float32, torch.float64)
+        if not error <= TOLERANCE[precise]:
             raise ModelError(
                 f"{self.driver.name}: its pixels differ by {error:.2g} from those of its decoder alone: it does more "
                 "to them, which is not known"
@@ -228,7 +231,7 @@ class PipelineModel(FlowModel):
 
     def decode(self, latents: Float[Tensor, "row ..."]) -> Float[Tensor, "row *frame 3 h w"]:
         """See `FlowModel.decode`: images, or clips [row, frame, 3, height, width]."""
-        decoding = next(one for one in self.layout.of.values() if one.shape == tuple(latents.shape[1:]))
+        decoding = next(one for one in [*self.layout.of.values()] if one.shape == tuple(latents.shape[1:]))
         pixels = math.prod(latents.shape[2:]) * 64
         chunk = 1 if self._clip else max(1, DECODE_PIXELS[self.device.type == "cuda"] // pixels)
         return torch.cat([decoded(self.pipeline.vae, decoding, part, self._clip) for part in latents.split(chunk)])
@@ -243,13 +246,13 @@ def _check(pipeline: Any) -> None:
     kind = type(pipeline).__name__
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is not None:
-        config = scheduler.config
-        flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
-        if type(scheduler).__name__ not in SCHEDULERS and not flow:
+        prediction, sigmas = (scheduler.config.get(name) for name in ("prediction_type", "use_flow_sigmas"))
+        if type(scheduler).__name__ not in SCHEDULERS and not (prediction == "flow_prediction" and sigmas):
             raise ModelError(
                 f"the pipeline {kind} has a {type(scheduler).__name__}: its model must be one of flow matching, with "
-                f"{SCHEDULERS[0]} or another scheduler in flow prediction (UniPC, DPM-Solver++); diffusion models that "
-                "predict noise, and TrigFlow, are not sampled here"
+                f"{SCHEDULERS[0]}, or UniPC or DPM-Solver++ with prediction_type='flow_prediction' (it is "
+                f"{shown(prediction)}) and use_flow_sigmas=True (it is {shown(sigmas)}); diffusion models that predict "
+                "noise, and TrigFlow, are not sampled here"
             )
     missing = [name for name in ("vae", "scheduler") if getattr(pipeline, name, None) is None]
     if all(getattr(pipeline, name, None) is None for name in NETWORKS):
