@@ -124,15 +124,14 @@ class Door:
             )
         if request.image is not None and not able.images:
             raise RequestError("image: this model has no encoder of images (Capabilities.images); leave it out")
-        if isinstance(request.image, Image.Image | torch.Tensor) and request.height is None and request.width is None:
-            if isinstance(request.image, Image.Image):
-                width, height = request.image.size
-                request = replace(request, height=height, width=width)
-            elif request.image.ndim in (3, 4):
-                height, width = request.image.shape[-2:]
-                request = replace(request, height=height, width=width)
-                if request.image.ndim == 4 and request.frames is None and able.frames:
-                    request = replace(request, frames=len(request.image))
+        image = request.image
+        if request.height is None and request.width is None:
+            if isinstance(image, Image.Image):
+                request = replace(request, height=image.height, width=image.width)
+            elif isinstance(image, torch.Tensor) and image.ndim in (3, 4):
+                height, width = image.shape[-2:]
+                frames = len(image) if image.ndim == 4 and request.frames is None and able.frames else request.frames
+                request = replace(request, height=height, width=width, frames=frames)
         return request
 
     def _times(self, request: Request, steps: int) -> Sequence[float]:

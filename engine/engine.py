@@ -402,7 +402,7 @@ class Engine:
         """What it holds now; of any thread."""
         host = self._host
         found = host.do(host.loop.snapshot)
-        buckets = {
+        buckets: dict[tuple[int, ...], tuple[int, ...]] = {
             (g.height, g.width) if g.frames is None else (g.height, g.width, g.frames): sizes
             for g, sizes in [*host.runner.buckets.items()]
         }

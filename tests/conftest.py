@@ -84,3 +84,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# What tests report for a reader, such as the kernels' registers: at the end of the run, from whichever process.
+REPORTED: list[str] = []
+
+
+@pytest.fixture
+def reported():
+    """Takes a text that is shown at the end of the run."""
+    return REPORTED.append
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["reported"] = [*REPORTED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    REPORTED.extend(getattr(node, "workeroutput", {}).get("reported", []))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for text in REPORTED:
+        terminalreporter.write_line(text)

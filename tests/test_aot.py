@@ -9,13 +9,12 @@ import pytest
 pytest.importorskip("triton.backends.nvidia.compiler")
 
 
-def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_compile_without_spills(reported) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "rollflow.kernels.aot"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    with capsys.disabled():
-        print(f"\n{run.stdout}")
+    reported(run.stdout)
     header, *rows = (line.rsplit(maxsplit=5) for line in run.stdout.splitlines())
     assert header == ["kernel", "target", "registers", "spills", "stack", "shared"]
     assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 27
