@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -87,8 +89,13 @@ def text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's vocabulary; other words become `<unk>`."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words()))}
+    """That of the world's vocabulary."""
+    return word_tokenizer((*SPECIAL, *words()), TEXT_TOKENS, bos_token="<s>")
+
+
+def word_tokenizer(known: Sequence[str], most: int, **special: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over a vocabulary, special tokens first; other words become `<unk>`."""
+    vocabulary = {word: i for i, word in enumerate(known)}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words_only.normalizer = normalizers.Lowercase()
     words_only.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -98,8 +105,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         pad_token="<pad>",
         eos_token="</s>",
-        bos_token="<s>",
-        model_max_length=TEXT_TOKENS,
+        model_max_length=most,
+        **special,
     )
 
 

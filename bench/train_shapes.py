@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 
 from rollflow.bench import shapes_networks as networks
-from rollflow.bench.training import Run, wait
+from rollflow.bench.training import Run, muon, wait
 from rollflow.models import world
 from rollflow.rewards.count import CountReward, parse
 
@@ -199,13 +199,7 @@ def evaluator(recipe: Recipe, rows: int = 192) -> Callable[[networks.Flow], dict
 
 def optimizers(parts: list[nn.Module], scale: float = 1.0) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices of the blocks, AdamW for the rest (modulation, embeddings, norms, text, output)."""
-    named = [(name, p) for part in parts for name, p in part.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in named if p.ndim == 2 and "transformer_blocks" in n and ".linear." not in n]
-    rest = [p for _, p in named if not any(p is h for h in hidden)]
-    return [
-        torch.optim.Muon(hidden, lr=0.01 * scale, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=1e-3 * scale, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    return muon(parts, lambda name: "transformer_blocks" in name and ".linear." not in name, scale)
 
 
 def flow(recipe: Recipe) -> None:

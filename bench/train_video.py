@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from rollflow.bench import video_networks as networks
 from rollflow.bench.environment import environment
-from rollflow.bench.training import Run, wait
+from rollflow.bench.training import Run, muon, wait
 from rollflow.models import moving, world
 from rollflow.rewards.motion import MotionReward
 
@@ -184,13 +184,7 @@ def evaluator(recipe: Recipe, rows: int = 96) -> Callable[[networks.Flow], dict]
 
 def optimizers(model: nn.Module, scale: float = 1.0) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer's blocks, AdamW for the rest."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and ".blocks." in name]
-    rest = [p for _, p in named if not any(p is h for h in hidden)]
-    return [
-        torch.optim.Muon(hidden, lr=0.01 * scale, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=1e-3 * scale, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    return muon([model], lambda name: ".blocks." in name, scale)
 
 
 def flow(recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -112,3 +112,20 @@ class Run:
         self.rng.set_state(saved["rng"])
         self.log(resumed=saved["step"])
         return saved["step"]
+
+
+def muon(parts: Iterable[nn.Module], hidden: Callable[[str], bool], scale: float = 1.0) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices whose name `hidden` accepts, AdamW for all other weights.
+
+    Args:
+        parts: what is trained.
+        hidden: whether a matrix of this name is one of the blocks'.
+        scale: of the learning rates.
+    """
+    named = [(name, p) for part in parts for name, p in part.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and hidden(name)]
+    rest = [p for _, p in named if not any(p is matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=0.01 * scale, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=1e-3 * scale, betas=(0.9, 0.99), weight_decay=0.0),
+    ]

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from rollflow.bench.shapes_networks import word_tokenizer
 from rollflow.models.moving import FRAMES, SIZE, words
 
 TEXT_TOKENS = 13  # the longest prompt of the world has 11 words and an end mark; the last token is always padding
@@ -92,19 +92,8 @@ def text_encoder() -> UMT5EncoderModel:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's vocabulary; other words become `<unk>`."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words()))}
-    words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words_only.normalizer = normalizers.Lowercase()
-    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
-    words_only.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words_only,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        model_max_length=WAN_TOKENS,
-    )
+    """That of the world's vocabulary."""
+    return word_tokenizer((*SPECIAL, *words()), WAN_TOKENS)
 
 
 def pipeline(vae: AutoencoderKLWan, flow: WanTransformer3DModel, text: UMT5EncoderModel) -> WanPipeline:

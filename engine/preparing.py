@@ -97,8 +97,10 @@ class Preparations:
 
     def encoded(self, text: Text) -> bool:
         """Whether a text is known, for any size; of any thread."""
-        text = text if self.runner.model.capabilities.negative else Text(text.prompt)
-        return any(text == known for known, _ in [*self.conditioning])
+        wanted, geometry = self.wanted(text, None)
+        if not self.runner.model.capabilities.sized_text:
+            return (wanted, geometry) in self.conditioning
+        return any(wanted == known for known, _ in [*self.conditioning])
 
     def known(self, text: Text, geometry: Geometry) -> Any:
         """What the model made of a text; raises `KeyError` where it is not there (any more)."""

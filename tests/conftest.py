@@ -86,6 +86,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny operations gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # What tests report for a reader, such as the kernels' registers: at the end of the run, from whichever process.
 REPORTED: list[str] = []
 

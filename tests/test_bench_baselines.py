@@ -12,20 +12,13 @@ from rollflow.models import folder, traits
 from rollflow.models.flux import FluxModel
 from rollflow.request import Request
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = prompt_sets.load("medium", 4)
 
 
 def load():
     return FluxPipeline.from_pretrained(folder("shapes"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Batches of one row gain little from a second thread, and wait long for it where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

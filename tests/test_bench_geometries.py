@@ -17,6 +17,8 @@ from rollflow.errors import ModelError, RequestError
 from rollflow.models import world
 from rollflow.models.flux import FluxModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "two red circles and three blue squares"
 SHRINK = 16
 # As deep as the true models, but narrow: what a chain of blocks does to activations shows here.
@@ -25,15 +27,6 @@ DEEP = {
     for name, of in GEOMETRIES.items()
     if not of.built_in
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of tiny operations: a second thread only waits at each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=GEOMETRIES)

@@ -23,17 +23,10 @@ from rollflow.cli import commands as cli
 from rollflow.cli import options, output
 from rollflow.cli.method_options import method_options
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "two red circles"
 SMALL = ("--nfe", "12", "--steps", "3")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small forwards gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ from rollflow.models.pipeline import PipelineModel
 from rollflow.models.tested import TESTED
 from rollflow.models.text import Size
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLIP = {"height": 64, "width": 96, "frames": 9}
 SIZE = ("--height", 64, "--width", 96, "--frames", 9)
 CPU = torch.device("cpu")
@@ -37,15 +39,6 @@ def redness(images, prompts):
 
 
 REDNESS = f"{__file__}:redness"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small forwards gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,10 @@ EMBEDDED = ("FluxPipeline", "HunyuanVideoPipeline")  # the scale is an argument 
 PLUS = ("ZImagePipeline", "Krea2Pipeline")  # v = c + s (c - u), so that a scale of 0 leaves guidance out
 GROUPED = ("CogView4Pipeline", "Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline")  # no mask: calls by length of the text
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's rotary embeddings ask for 32 bits
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),  # Mochi's rotary embeddings ask for 32 bits
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @dataclass
@@ -67,15 +70,6 @@ class Case:
         with torch.no_grad():
             rows = x.view(len(x), self.geometry.token, self.geometry.channel)
             return self.model.velocity(rows, torch.tensor(tau), conditioning, torch.tensor(scales), self.geometry)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny operations take longer on two threads than on one, where something else runs too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

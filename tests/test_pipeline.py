@@ -26,16 +26,9 @@ from rollflow.models.pipeline.families import family
 from rollflow.models.pipeline.recording import Recording
 from rollflow.models.text import Text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = {**IMAGE, **MORE, **VIDEO}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny operations take longer on two threads than on one, where something else runs too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of(name, pipeline=None, **fixed):

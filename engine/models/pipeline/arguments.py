@@ -125,10 +125,12 @@ def row_of(value: Any, dim: int | None, j: int) -> Any:
 
 
 def count(value: Any, dim: int | None) -> int:
+    """How many rows an argument has."""
     return 1 if dim is None else len(value) if dim == LIST else value.shape[dim]
 
 
 def leaf(arguments: Any, path: Path) -> Any:
+    """What lies at a path of nested arguments; raises `ModelError` where nothing does."""
     try:
         for part in path:
             arguments = arguments[part]

@@ -90,4 +90,5 @@ def _similar(like: Tensor, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def normal(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of a tensor's shape, dtype and device."""
     return torch.randn(x.shape, generator=generator).to(x)
