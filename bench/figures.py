@@ -30,6 +30,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, out: Path, name: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
+    name = name.replace("/", "-")  # of a reward's name
     for suffix in ("png", "svg"):
         figure.savefig(out / f"{name}.{suffix}", dpi=110)
     _pyplot().close(figure)

@@ -31,12 +31,18 @@ def judged_paths(nfe: int, steps: int) -> Search:
     return particles[0]
 
 
-def fidelity(engine: Engine, reward: str, prompts: Sequence[str], path: dict[str, Any]) -> list[Row]:
+def fidelity(engine: Engine, reward: Any, prompts: Sequence[str], path: dict[str, Any]) -> list[Row]:
     """The correlation of the reward of the posterior mean with the final reward of the same path, at each point.
 
     Of `PATHS_A_PROMPT` paths a prompt, Pearson's coefficient and Spearman's within each prompt (where both rewards
     vary), averaged, with a bootstrap interval over prompts. On an SDE the way from a point to the end is drawn at
     random, as it is for a search; the last point's own reward is the final one.
+
+    Args:
+        engine: of the model.
+        reward: as `Request.reward`.
+        prompts: at least two.
+        path: the fields of requests that say on which path, and of which size.
     """
     nfe = STEPS * PATHS_A_PROMPT
     requests = [
@@ -119,7 +125,7 @@ def siblings(nfe: int, steps: int) -> Search:
     return particles[0]
 
 
-def diversity(engine: Engine, reward: str, prompts: Sequence[str], path: dict[str, Any]) -> list[Row]:
+def diversity(engine: Engine, reward: Any, prompts: Sequence[str], path: dict[str, Any]) -> list[Row]:
     """How far `CHILDREN` children of one initial latent differ: the root mean square of the difference of two posterior
     means, in pixel values, over all pairs; at point 1 and at the end. Means over prompts with bootstrap intervals.
 

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -143,10 +144,10 @@ def differences(entries: list[Row]) -> str:
 
 
 def _difference(entry: Row) -> str:
-    (low, high), scale, digits = entry["gain_95"], 1, 2
+    (low, high), scale, digits = entry["gain_95"], 1, ".4g"
     if entry["reward"] in SHARES:
-        scale, digits = 100, 0
-    middle, low, high = (f"{scale * x:+.{digits}f}" for x in (entry["gain"], low, high))
+        scale, digits = 100, ".0f"
+    middle, low, high = (f"{scale * x:+{digits}}" for x in (entry["gain"], low, high))
     return f"{middle} [{low}, {high}]"
 
 
@@ -195,8 +196,8 @@ def shown(entry: Row | None) -> str:
     low, high = entry["score_95"]
     if share:
         return f"{100 * entry['score']:.0f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * entry['held_out']:.0f}"
-    held = "" if np.isnan(entry["held_out"]) else f" / {entry['held_out']:.2f}"
-    return f"{entry['score']:.2f} [{low:.2f}, {high:.2f}]{held}"
+    held = "" if np.isnan(entry["held_out"]) else f" / {entry['held_out']:.4g}"
+    return f"{entry['score']:.4g} [{low:.4g}, {high:.4g}]{held}"
 
 
 def _lines(entries: list[Row]) -> list[list[str]]:
@@ -243,10 +244,18 @@ def _tables(entries: list[Row]) -> Iterator[Table]:
 
 
 def plain(title: str, entries: list[Row]) -> Table:
-    """Entries as they are, for the screen."""
-    table = Table(title=title)
-    for head in entries[0]:
+    """Entries as they are, for the screen; what is the same in all of them stands in the title."""
+    same = [head for head in entries[0] if len({repr(entry[head]) for entry in entries}) == 1]
+    table = Table(title=f"{title}: {', '.join(f'{head} {_plain(entries[0][head])}' for head in same)}")
+    heads = [head for head in entries[0] if head not in same]
+    for head in heads:
         table.add_column(head)
     for entry in entries:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in entry.values()))
+        table.add_row(*(_plain(entry[head]) for head in heads))
     return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

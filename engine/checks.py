@@ -15,7 +15,7 @@ from PIL import Image
 from rollflow import sde
 from rollflow.errors import RequestError, line, said, shown
 from rollflow.models.text import Size
-from rollflow.request import Request
+from rollflow.request import Request, pixels_of
 from rollflow.values import number, plain, whole
 
 MOST_NFE = 2**20  # what a noise key numbers
@@ -196,20 +196,28 @@ def _times(given: object) -> tuple[float, ...]:
 def _image(given: object) -> torch.Tensor:
     """An image as float32 [3, height, width] in [0, 1], or a clip [frame, 3, height, width]; a copy."""
     if isinstance(given, Image.Image):
-        try:
-            return torch.from_numpy(np.array(given.convert("RGB"))).permute(2, 0, 1).float() / 255
-        except Exception as error:
-            raise RequestError(f"image={shown(given)}: it cannot be read ({said(error)})") from error
+        return pixels_of(given, "image")
+    if isinstance(given, list | tuple):  # of one that is a clip, the request has made a tensor
+        raise RequestError(f"image=a {_frames(given)}: the frames of a clip must be PIL images of one size")
     fit = isinstance(given, torch.Tensor) and given.ndim in (3, 4) and given.shape[-3] == 3 and given.numel() > 0
     if not fit or not given.dtype.is_floating_point or given.layout != torch.strided or given.is_meta:  # type: ignore
         raise RequestError(
-            f"image={shown(given)}: it must be a PIL image, or a tensor of floats [3, height, width] (of a clip "
-            "[frame, 3, height, width]) in [0, 1]"
+            f"image={shown(given)}: it must be a PIL image, or a tensor of floats [3, height, width] in [0, 1]; of a "
+            "clip a list of PIL images, or a tensor [frame, 3, height, width]"
         )
     pixels = given.detach().to(device="cpu", dtype=torch.float32, copy=True)  # type: ignore[attr-defined]
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):  # NaN too
         raise RequestError(f"image={shown(given)}: its numbers must be in [0, 1]")
     return pixels
+
+
+def _frames(given: Sequence[Any]) -> str:
+    """What is in a list that is no clip, in a few words."""
+    kinds = dict.fromkeys(
+        f"images of {one.width}x{one.height} pixels" if isinstance(one, Image.Image) else f"{type(one).__name__}s"
+        for one in islice(given, MOST_FRAMES)
+    )
+    return line(f"list of {' and '.join(kinds) or 'nothing'}", 200)
 
 
 def _mask(given: object) -> torch.Tensor:
@@ -219,6 +227,8 @@ def _mask(given: object) -> torch.Tensor:
             return torch.from_numpy(np.array(given.convert("L"))).float() / 255
         except Exception as error:
             raise RequestError(f"mask={shown(given)}: it cannot be read ({said(error)})") from error
+    if isinstance(given, list | tuple):
+        raise RequestError(f"mask=a {_frames(given)}: it must be one image, for all frames of a clip")
     fit = isinstance(given, torch.Tensor) and given.ndim == 2 and given.numel() > 0 and not given.is_complex()
     if not fit or given.layout != torch.strided or given.is_meta:  # type: ignore[attr-defined]
         raise RequestError(

@@ -5,17 +5,20 @@ Both are work for a lane, done in small pieces between the batches of the reques
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from rollflow.device import calibrate, moves
 from rollflow.device.attempts import model_error
+from rollflow.device.memory import Memory, Room
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.errors import EngineClosed
@@ -26,6 +29,7 @@ from rollflow.schedule.cost import CostModel
 ENCODED_PROMPTS = 256  # kept for later requests
 Wanted = tuple[Text, Geometry | None]  # a text, and where it matters the size that it is encoded for
 Need = Wanted | Geometry
+Bound = Literal["time", "memory", "sizes"]  # of batch sizes
 Chore = tuple[
     Callable[[], Any], Callable[[Any, BaseException | None], None]
 ]  # what to do on a lane, and with its result
@@ -42,10 +46,13 @@ class Preparations:
         keep_buckets: whether every batch size is kept, whatever it costs.
         choose_lanes: whether the first measurement also chooses the numbers of lanes and threads.
         graphs: whether to capture CUDA graphs.
+        memory: what the device says of its memory; None on a CPU.
 
     Attributes:
+        memory: the same.
         conditioning: what the model made of texts.
         costs: what batches cost, by image size.
+        bounds: why batches are no larger, by image size; see `rollflow.stats.Stats`.
         chores: work for a lane.
         changed: called when the lanes were chosen.
         pinned: whether no encoding may be forgotten, because the encoders are gone.
@@ -60,7 +67,9 @@ class Preparations:
         keep_buckets: bool,
         choose_lanes: bool,
         graphs: bool,
+        memory: Memory | None = None,
     ):
+        self.memory, self.bounds = memory, dict[Geometry, Bound]()
         self.runner, self._slots = runner, slots
         self._measure, self._keep, self._choose, self._graphs = measure, keep_buckets, choose_lanes, graphs
         self.conditioning: dict[Wanted, Any] = {}
@@ -86,7 +95,7 @@ class Preparations:
             fitting = {half: known[min(known)] * half / min(known)}
         if max(fitting) >= max(known):
             return False
-        self._set(geometry, fitting)
+        self._set(geometry, fitting, "memory")
         return True
 
     def wanted(self, text: Text, geometry: Geometry | None) -> Wanted:
@@ -211,16 +220,27 @@ class Preparations:
         if self._choose:
             chosen = yield partial(self._best_lanes, geometry, conditioning)
             self._choose_lanes(*chosen)
+        if self.memory is not None or self._graphs:
+            runner.allocate(geometry, self._slots(geometry))  # first, as batches have what the particles leave
+        room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), self._in_graphs)
         known = (model, geometry, conditioning)
         seconds = yield from calibrate.measured(
-            *known, runner.usual, runner.threads.threads, runner.preview, self._keep
+            *known, runner.usual, runner.threads.threads, runner.preview, self._keep, room
         )
         if self._graphs:
-            runner.allocate(geometry, self._slots(geometry))
             yield partial(runner.record, geometry, [*seconds], conditioning)
             replay = partial(runner.replay, geometry, conditioning)
-            seconds = yield from calibrate.replayed([*seconds], *known, runner.preview, replay)
-        self._set(geometry, seconds)  # last: what failed is tried again, not skipped
+            seconds = yield from calibrate.replayed([*seconds], *known, runner.preview, replay, room)
+        tried = max(room.peaks, default=0) <= max(seconds)  # nothing larger
+        bound: Bound = "memory" if room.full is not None and tried else "time"
+        bound = "sizes" if max(seconds) == runner.usual[-1] else bound
+        if self._keep and bound == "memory":
+            _warn_of_memory(geometry, [size for size in runner.usual if size > max(seconds)])
+        self._set(geometry, seconds, bound)  # last: what failed is tried again, not skipped
+
+    def _in_graphs(self) -> int:
+        """Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them."""
+        return sum(sum(graphs.memory.values()) for graphs in [*self.runner.graphs.values()])
 
     def _best_lanes(self, geometry: Geometry, conditioning: Any) -> tuple[int, int]:
         """How many lanes of how many threads are fastest; on a lane, before any batch runs.
@@ -252,13 +272,24 @@ class Preparations:
             self.changed()
         self._choose = False
 
-    def _set(self, geometry: Geometry, seconds: dict[int, float]) -> None:
-        self.costs[geometry] = CostModel(seconds)
+    def _set(self, geometry: Geometry, seconds: dict[int, float], bound: Bound) -> None:
+        self.costs[geometry], self.bounds[geometry] = CostModel(seconds), bound
         self.runner.buckets[geometry] = tuple(sorted(seconds))
 
 
 def _closed() -> EngineClosed:
     return EngineClosed("the engine was closed: make a new one")
+
+
+def _warn_of_memory(geometry: Geometry, left_out: list[int]) -> None:
+    """Batch sizes that the caller chose are not used."""
+    with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+        warnings.warn(
+            f"batches of {left_out[0]} rows of {geometry} do not fit into the device's memory: the batch sizes "
+            f"{', '.join(map(str, left_out))} are not used for this size, which may be slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _nothing() -> None:

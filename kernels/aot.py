@@ -11,20 +11,22 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from .finish import finish_kernel, tile
+from .finish import ELEMENTS, finish_kernel, tile
 from .noise import BLOCK, noise_kernel
 from .philox import OPTIONS
 from .propose import propose_kernel
 
 TARGETS = (80, 90, 100)  # A100; H100 and H200; B200
 
-# Argument types as a launch specialises them at FLUX's sizes: pointers and sizes divisible by 16, then the constants.
+# Argument types as a launch specialises them at FLUX's sizes: pointers and sizes divisible by 16, then the constants,
+# with the integers that are 1.
 _NOISE = {"seed": "*i64", "key": "*i64", "out": "*fp32", "elements": "i32", "blocks": "i32"}
 _PROPOSE = {
     "x_pool": "*fp32", "u_pool": "*fp32", "parent": "*i64", "child": "*i64", "coefficients": "*fp32", "seed": "*i64",
@@ -32,17 +34,26 @@ _PROPOSE = {
 }  # fmt: skip
 _FINISH = {
     "u": "*bf16", "x_pool": "*fp32", "u_pool": "*fp32", "slot": "*i64", "coefficients": "*fp32",
-    "inverse_scaling": "*fp32", "shift": "*fp32", "latents": "*bf16",
+    "scale": "*fp32", "offset": "*fp32", "latents": "*bf16",
     "elements": "i32", "channels": "i32", "rows": "i32", "columns": "i32",
 }  # fmt: skip
-KERNELS = (
+_PRECISIONS: tuple[tuple[str, dict[str, str]], ...] = (("bf16", {}), ("fp32", {"u": "*fp32", "latents": "*fp32"}))
+_PATCHES = ((2, 2, "latent"), (2, 2, "channel"), (1, 1, "latent"), (4, 4, "latent"))
+_FLAT: dict[str, Any] = {"channels": 1, "PATCH_Y": 1, "PATCH_X": 1, "CHANNELS": 1, "COLUMNS": ELEMENTS}
+_FINISHES: dict[str, dict[str, Any]] = {
+    **{f"{y}x{x}, {t}": {"PATCH_Y": y, "PATCH_X": x, "TABLE": t, **tile(64, x)} for y, x, t in _PATCHES},
+    "flat, one": _FLAT | {"rows": 1, "TABLE": "row"},
+    "flat, row": _FLAT | {"TABLE": "row"},
+    "flat, column": _FLAT | {"rows": 1, "TABLE": "column"},
+}
+KERNELS: tuple[tuple[str, Any, dict[str, str], dict[str, Any]], ...] = (
     ("noise", noise_kernel, _NOISE, {"BLOCK": BLOCK}),
     ("propose (bf16)", propose_kernel, _PROPOSE, {"BLOCK": BLOCK}),
     ("propose (fp32)", propose_kernel, _PROPOSE | {"model_input": "*fp32"}, {"BLOCK": BLOCK}),
     *(
-        (f"finish {y}x{x} ({name})", finish_kernel, _FINISH | types, {"PATCH_Y": y, "PATCH_X": x, **tile(64, x)})
-        for y, x in ((2, 2), (1, 1), (4, 4))
-        for name, types in (("bf16", {}), ("fp32", {"u": "*fp32", "latents": "*fp32"}))
+        (f"finish {name} ({precision})", finish_kernel, _FINISH | types, constants)
+        for name, constants in _FINISHES.items()
+        for precision, types in _PRECISIONS
     ),
 )
 _UNALIGNED = ("blocks",)
@@ -109,10 +120,10 @@ def _resources(ptx: str, target: int) -> tuple[int, int, int]:
 
 def main() -> None:
     """Print the table."""
-    print(f"{'kernel':<18}{'target':<8}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}")
+    print(f"{'kernel':<28}{'target':<8}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}")
     for use in compile_all():
         target = f"sm_{use.target}"
-        print(f"{use.kernel:<18}{target:<8}{use.registers:>10}{use.spills:>8}{use.stack:>7}{use.shared:>8}")
+        print(f"{use.kernel:<28}{target:<8}{use.registers:>10}{use.spills:>8}{use.stack:>7}{use.shared:>8}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Triton kernel of `rollflow.kernels.finish`: keep the velocity, form the posterior mean, unpack its patches."""
+"""Triton kernel of `rollflow.kernels.finish` and `finish_flat`: keep velocities, form and unpack posterior means."""
 
 from typing import no_type_check
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .operators import finish_operator
+from .operators import finish_flat_operator, finish_operator
 from .philox import OPTIONS
 
 PIXELS = 64  # contiguous latent pixels of a line that a program writes
@@ -18,11 +18,12 @@ ELEMENTS = 2048  # of a program: 16 a thread, whose loads in flight hide latency
 @triton.jit
 @no_type_check
 def finish_kernel(
-    u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents,
+    u, x_pool, u_pool, slot, coefficients, scale, offset, latents,
     elements, channels, rows, columns,
-    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     # Program = (batch row, token row, tile of token columns, tile of channels). `rows` and `columns` count tokens.
+    # A flat row has tokens of one channel. TABLE is what the tables hold a number for.
     program = tl.program_id(0)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     column_tiles = tl.cdiv(columns, COLUMNS)
@@ -44,14 +45,24 @@ def finish_kernel(
     x = tl.load(x_pool + source * elements + packed, mask=inside, other=0.0)
     tl.store(u_pool + source * elements + packed, velocity, mask=inside)
 
-    # A latent channel's elements of a token lie side by side, [token, c, (dy, dx)], and share a factor and an offset.
+    # A latent channel's elements of a token lie side by side, [token, c, (dy, dx)].
     latents_of_tile: tl.constexpr = CHANNELS // (PATCH_Y * PATCH_X)
-    latent = channel_tile * latents_of_tile + tl.arange(0, latents_of_tile)
-    known = latent < channels // (PATCH_Y * PATCH_X)
-    factor = tl.load(inverse_scaling + latent, mask=known, other=0.0)
-    offset = tl.where(live, tl.load(shift + latent, mask=known, other=0.0), 0.0)
+    if TABLE == "row":
+        number = token_row
+        known = number < rows
+    elif TABLE == "column":
+        number = column[:, None, None]
+        known = number < columns
+    elif TABLE == "channel":
+        number = tl.reshape(channel, [1, latents_of_tile, PATCH_Y * PATCH_X])
+        known = number < channels
+    else:
+        number = (channel_tile * latents_of_tile + tl.arange(0, latents_of_tile))[None, :, None]
+        known = number < channels // (PATCH_Y * PATCH_X)
+    factor = tl.load(scale + number, mask=known, other=0.0)
+    shift = tl.where(live, tl.load(offset + number, mask=known, other=0.0), 0.0)
     value = tl.reshape(p * x + q * velocity, [COLUMNS, latents_of_tile, PATCH_Y * PATCH_X])
-    value = (value * factor[None, :, None] + offset[None, :, None]).to(latents.dtype.element_ty)
+    value = (value * factor + shift).to(latents.dtype.element_ty)
 
     # [token, (c, dy), dx] -> [(c, dy), (token, dx)]: contiguous pixels of one line of one latent channel.
     value = tl.reshape(value, [COLUMNS, CHANNELS // PATCH_X, PATCH_X])
@@ -79,22 +90,50 @@ def launch_finish(
     coefficients: Float32[Tensor, "row 2"],
     patch_y: int,
     patch_x: int,
-    inverse_scaling: Float32[Tensor, " latent"],
-    shift: Float32[Tensor, " latent"],
+    inverse_scaling: Float32[Tensor, " number"],
+    shift: Float32[Tensor, " number"],
     latents: Float[Tensor, "row latent height width"],
     pixels: int = PIXELS,
 ) -> None:
-    """Fill `latents` and the rows `slot` of `u_pool`. The one-dimensional grid has room for 2^31 programs."""
-    channels = u.shape[2]
+    """Fill `latents` and the rows `slot` of `u_pool`."""
+    channels, latent = u.shape[2], latents.shape[1]
     rows, columns = latents.shape[2] // patch_y, latents.shape[3] // patch_x
-    sizes = tile(channels, patch_x, pixels)
+    table = "latent" if len(shift) == latent else "channel"
+    tensors = (u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents)
+    _launch(tensors, (channels, rows, columns), (patch_y, patch_x), tile(channels, patch_x, pixels), table)
+
+
+def launch_finish_flat(
+    u: Float[Tensor, "row token channel"],
+    x_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float32[Tensor, "slot token channel"],
+    slot: Int64[Tensor, " row"],
+    coefficients: Float32[Tensor, "row 2"],
+    scale: Float32[Tensor, " number"],
+    offset: Float32[Tensor, " number"],
+    latents: Float[Tensor, "row element"],
+    block: int = ELEMENTS,
+) -> None:
+    """Fill `latents` and the rows `slot` of `u_pool`; elements that share a number are a row of one-channel tokens."""
+    elements, numbers = latents.shape[1], len(scale)
+    rows, table = (numbers, "row") if numbers < elements else (1, "column")
+    columns = elements // rows
+    sizes = {"CHANNELS": 1, "COLUMNS": min(block, triton.next_power_of_2(columns))}
+    tensors = (u, x_pool, u_pool, slot, coefficients, scale, offset, latents)
+    _launch(tensors, (1, rows, columns), (1, 1), sizes, table)
+
+
+def _launch(
+    tensors: tuple[Tensor, ...], shape: tuple[int, int, int], patch: tuple[int, int], sizes: dict[str, int], table: str
+) -> None:
+    """Run the kernel on states of `shape`, (channels, rows, columns) of tokens; a grid has room for 2^31 programs."""
+    u, x_pool = tensors[:2]
+    channels, rows, columns = shape
     grid = len(u) * rows * triton.cdiv(columns, sizes["COLUMNS"]) * triton.cdiv(channels, sizes["CHANNELS"])
     with torch.cuda.device_of(u):
         finish_kernel[(grid,)](
-            u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents,
-            x_pool[0].numel(), channels, rows, columns,
-            PATCH_Y=patch_y, PATCH_X=patch_x, **sizes, **OPTIONS,
-        )  # fmt: skip
+            *tensors, x_pool[0].numel(), *shape, PATCH_Y=patch[0], PATCH_X=patch[1], TABLE=table, **sizes, **OPTIONS
+        )
 
 
 @finish_operator.register_kernel("cuda")
@@ -102,6 +141,17 @@ def _(
     u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, height: int, width: int,
     patch_y: int, patch_x: int, inverse_scaling: Tensor, shift: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    latents = torch.empty(len(u), len(shift), height, width, dtype=dtype, device=u.device)
+    latent = u.shape[2] // (patch_y * patch_x)
+    latents = torch.empty(len(u), latent, height, width, dtype=dtype, device=u.device)
     launch_finish(u, x_pool, u_pool, slot, coefficients, patch_y, patch_x, inverse_scaling, shift, latents)
+    return latents
+
+
+@finish_flat_operator.register_kernel("cuda")
+def _(
+    u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, scale: Tensor, offset: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    latents = torch.empty(len(u), u.shape[1] * u.shape[2], dtype=dtype, device=u.device)
+    launch_finish_flat(u, x_pool, u_pool, slot, coefficients, scale, offset, latents)
     return latents

@@ -1,9 +1,9 @@
-"""The three operators of the device hot path: their contract, their checks, their registration with torch.
+"""The operators of the device hot path: their contract, their checks, their registration with torch.
 
 Each is one `torch.library` operator of the namespace `rollflow`, so `torch.compile` and CUDA graphs see one node. A CPU
-runs `rollflow.kernels.reference`; a CUDA device runs the Triton kernel in the file of the operator's name, which
-registers itself here. None of them synchronises with the host. Indices are not checked (that would cost a
-synchronisation): a slot must be -1 or lie inside the pool.
+runs `rollflow.kernels.reference`; a CUDA device runs the Triton kernel in the file of the operator's name (of
+`finish_flat`, that of `finish`), which registers itself here. None of them synchronises with the host. Indices are not
+checked (that would cost a synchronisation): a slot must be -1 or lie inside the pool.
 """
 
 import torch
@@ -38,6 +38,13 @@ def _check_pools(x_pool: Tensor, u_pool: Tensor) -> None:
     _check_row(x_pool.shape[1], x_pool.shape[2])
     _check("x_pool", x_pool, x_pool, (torch.float32,), x_pool.shape)
     _check("u_pool", u_pool, x_pool, (torch.float32,), x_pool.shape)
+
+
+def _check_rows(u: Tensor, x_pool: Tensor, slot: Tensor, coefficients: Tensor) -> None:
+    rows = slot.numel()
+    _check("u", u, x_pool, HALF_OR_SINGLE, (rows, *x_pool.shape[1:]))
+    _check("slot", slot, x_pool, (torch.int64,), (rows,))
+    _check("coefficients", coefficients, x_pool, (torch.float32,), (rows, 2))
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -124,8 +131,8 @@ def finish(
     width: int,
     patch_y: int,
     patch_x: int,
-    inverse_scaling: Float32[Tensor, " latent"],
-    shift: Float32[Tensor, " latent"],
+    inverse_scaling: Float32[Tensor, " number"],
+    shift: Float32[Tensor, " number"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "row latent height width"]:
     """Keep the velocities that the model returned and give the decoder the posterior means.
@@ -149,9 +156,9 @@ def finish(
         width: of the latents, in latent pixels; a multiple of `patch_x`.
         patch_y: latent pixels that a token covers from top to bottom: 1, 2, 4 or 8.
         patch_x: latent pixels that a token covers from left to right: 1, 2, 4 or 8.
-        inverse_scaling: 1 / the autoencoder's scaling factor, one a latent channel; finite. The inverse, because it is
-            computed once, in double precision.
-        shift: the autoencoder's shift, one a latent channel.
+        inverse_scaling: 1 / the autoencoder's scaling factor, one a latent channel or one a channel of a token (FLUX.2
+            normalises patches); finite. The inverse, because it is computed once, in double precision.
+        shift: the autoencoder's shift, as many numbers.
         dtype: of the latents: float32, bfloat16 or float16.
 
     Raises:
@@ -169,15 +176,52 @@ def finish(
         raise ValueError(
             f"height {height} and width {width} with {token} tokens; expected {token} patches of {patch} latent pixels"
         )
-    rows, latent = slot.numel(), channel // (patch_y * patch_x)
-    _check("u", u, x_pool, HALF_OR_SINGLE, (rows, token, channel))
-    _check("slot", slot, x_pool, (torch.int64,), (rows,))
-    _check("coefficients", coefficients, x_pool, (torch.float32,), (rows, 2))
-    _check("inverse_scaling", inverse_scaling, x_pool, (torch.float32,), (latent,))
-    _check("shift", shift, x_pool, (torch.float32,), (latent,))
+    _check_rows(u, x_pool, slot, coefficients)
+    latent = channel // (patch_y * patch_x)
+    numbers = channel if inverse_scaling.numel() == channel else latent
+    _check("inverse_scaling", inverse_scaling, x_pool, (torch.float32,), (numbers,))
+    _check("shift", shift, x_pool, (torch.float32,), (numbers,))
     return torch.ops.rollflow.finish(
         u, x_pool, u_pool, slot, coefficients, height, width, patch_y, patch_x, inverse_scaling, shift, dtype
     )
+
+
+def finish_flat(
+    u: Float[Tensor, "row token channel"],
+    x_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float32[Tensor, "slot token channel"],
+    slot: Int64[Tensor, " row"],
+    coefficients: Float32[Tensor, "row 2"],
+    scale: Float32[Tensor, " number"],
+    offset: Float32[Tensor, " number"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "row element"]:
+    """`finish` of states whose elements lie as those of latents do, of any number of dimensions.
+
+    With `x0_hat` as in `finish` and `e` an element of a row:
+
+        returned[e] = x0_hat[e] scale[c] + offset[c],  c = e // (elements / numbers), rounded to `dtype`
+
+    so that tables of one number stand for all elements, of a number a channel for latents [channel, ...], and of one an
+    element for any.
+
+    Args:
+        u, x_pool, u_pool, slot, coefficients, dtype: see `finish`.
+        scale: each number for as many consecutive elements; finite.
+        offset: as many numbers.
+
+    Raises:
+        ValueError: a shape, dtype, device or memory layout is not the one above.
+    """
+    _check_pools(x_pool, u_pool)
+    _check_dtype(dtype)
+    _check_rows(u, x_pool, slot, coefficients)
+    elements, numbers = x_pool.shape[1] * x_pool.shape[2], scale.numel()
+    if not numbers or elements % numbers:
+        raise ValueError(f"scale has {numbers} numbers; expected a divisor of {elements} elements")
+    _check("scale", scale, x_pool, (torch.float32,), (numbers,))
+    _check("offset", offset, x_pool, (torch.float32,), (numbers,))
+    return torch.ops.rollflow.finish_flat(u, x_pool, u_pool, slot, coefficients, scale, offset, dtype)
 
 
 noise_operator = torch.library.custom_op(
@@ -203,6 +247,14 @@ finish_operator = torch.library.custom_op(
     schema="(Tensor u, Tensor x_pool, Tensor(a!) u_pool, Tensor slot, Tensor coefficients, SymInt height, "
     "SymInt width, int patch_y, int patch_x, Tensor inverse_scaling, Tensor shift, ScalarType dtype) -> Tensor",
 )
+finish_flat_operator = torch.library.custom_op(
+    "rollflow::finish_flat",
+    reference.finish_flat,
+    mutates_args=("u_pool",),
+    device_types="cpu",
+    schema="(Tensor u, Tensor x_pool, Tensor(a!) u_pool, Tensor slot, Tensor coefficients, Tensor scale, "
+    "Tensor offset, ScalarType dtype) -> Tensor",
+)
 
 
 @noise_operator.register_fake
@@ -223,4 +275,12 @@ def _(
     u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, height: int, width: int,
     patch_y: int, patch_x: int, inverse_scaling: Tensor, shift: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return u.new_empty(u.shape[0], shift.shape[0], height, width, dtype=dtype)
+    return u.new_empty(u.shape[0], u.shape[2] // (patch_y * patch_x), height, width, dtype=dtype)
+
+
+@finish_flat_operator.register_fake
+def _(
+    u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, scale: Tensor, offset: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return u.new_empty(u.shape[0], u.shape[1] * u.shape[2], dtype=dtype)

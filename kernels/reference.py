@@ -108,18 +108,50 @@ def finish(
     width: int,
     patch_y: int,
     patch_x: int,
-    inverse_scaling: Float32[Tensor, " latent"],
-    shift: Float32[Tensor, " latent"],
+    inverse_scaling: Float32[Tensor, " number"],
+    shift: Float32[Tensor, " number"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "row latent height width"]:
     """`u_pool[slot] = u`; returns `(p x_pool[slot] + q u) inverse_scaling + shift`, unpacked to latents, in `dtype`."""
+    latent = u.shape[2] // (patch_y * patch_x)
+    x0_hat = _posterior_means(u, x_pool, u_pool, slot, coefficients)
+    patches = x0_hat.view(-1, height // patch_y, width // patch_x, latent, patch_y, patch_x)
+    unpacked = patches.permute(0, 3, 1, 4, 2, 5).contiguous()
+    sides = (1, 1) if len(shift) == latent else (patch_y, patch_x)
+    factor, offset = (table.view(latent, 1, sides[0], 1, sides[1]) for table in (inverse_scaling, shift))
+    latents = u.new_zeros(len(u), latent, height, width, dtype=dtype)
+    latents[slot >= 0] = unpacked.mul_(factor).add_(offset).view(-1, latent, height, width).to(dtype)
+    return latents
+
+
+def finish_flat(
+    u: Float[Tensor, "row token channel"],
+    x_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float32[Tensor, "slot token channel"],
+    slot: Int64[Tensor, " row"],
+    coefficients: Float32[Tensor, "row 2"],
+    scale: Float32[Tensor, " number"],
+    offset: Float32[Tensor, " number"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "row element"]:
+    """`u_pool[slot] = u`; returns `(p x_pool[slot] + q u) scale + offset`, flat, in `dtype`."""
+    elements = u.shape[1] * u.shape[2]
+    x0_hat = _posterior_means(u, x_pool, u_pool, slot, coefficients).view(-1, len(scale), elements // len(scale))
+    latents = u.new_zeros(len(u), elements, dtype=dtype)
+    latents[slot >= 0] = x0_hat.mul_(scale[:, None]).add_(offset[:, None]).view(-1, elements).to(dtype)
+    return latents
+
+
+def _posterior_means(
+    u: Float[Tensor, "row token channel"],
+    x_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float32[Tensor, "slot token channel"],
+    slot: Int64[Tensor, " row"],
+    coefficients: Float32[Tensor, "row 2"],
+) -> Float32[Tensor, "live token channel"]:
+    """`p x_pool[slot] + q u` of the rows that have a slot; `u_pool[slot] = u`."""
     live = slot >= 0
     p, q = coefficients[live].unbind(1)
     velocity = u[live].to(torch.float32)
     u_pool.index_copy_(0, slot[live], velocity)
-    x0_hat = x_pool[slot[live]].mul_(p[:, None, None]).add_(velocity * q[:, None, None])
-    patches = x0_hat.view(-1, height // patch_y, width // patch_x, len(shift), patch_y, patch_x)
-    unpacked = patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, len(shift), height, width)
-    latents = u.new_zeros(len(u), len(shift), height, width, dtype=dtype)
-    latents[live] = unpacked.mul_(inverse_scaling[:, None, None]).add_(shift[:, None, None]).to(dtype)
-    return latents
+    return x_pool[slot[live]].mul_(p[:, None, None]).add_(velocity * q[:, None, None])

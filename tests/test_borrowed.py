@@ -13,7 +13,7 @@ from rollflow import Engine
 from rollflow.models import Capabilities
 from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.flux import FluxModel
-from rollflow.models.pipeline import PipelineModel
+from rollflow.models.pipeline import Family, PipelineModel
 
 
 def brightness(images, prompts):
@@ -155,10 +155,11 @@ def test_engines_of_both_kinds_on_one_pipeline():
     assert known(pipeline) == before
 
 
-def test_a_model_may_have_engines_one_after_another_and_at_a_time():
-    pipeline = flux()
+@pytest.mark.parametrize(("kind", "build"), [(FluxModel, flux), (PipelineModel, chroma)])
+def test_a_model_may_have_engines_one_after_another_and_at_a_time(kind, build):
+    pipeline = build()
     before = known(pipeline)
-    model = FluxModel(pipeline)
+    model = kind(pipeline)
     with Engine(model, buckets=(8,), lanes=1, threads=1) as engine:
         first = search(engine)
         with Engine(model, buckets=(8,), lanes=1, threads=1) as inner:
@@ -195,6 +196,30 @@ def test_a_model_that_gave_back_computes_the_same_and_leaves_nothing():
     for one, other in zip(first, both(), strict=True):
         assert torch.equal(one, other)
     assert known(pipeline) == before
+
+
+def test_a_learned_model_that_gave_back_computes_the_same_and_leaves_nothing():
+    pipeline = chroma()
+    pipeline.text_encoder.train()  # it has dropout
+    before = known(pipeline)
+    model = PipelineModel(pipeline, Family(fixed=IMAGE["ChromaPipeline"].call))
+
+    def computed():
+        geometry = model.geometry(32, 32)
+        x = torch.randn(1, geometry.token, geometry.channel, generator=torch.Generator().manual_seed(0))
+        conditioning, times = model.encode(["a cat"], geometry), model.times(3, geometry)
+        u = model.velocity(x, torch.tensor([0.5]), conditioning, torch.tensor([3.0]), geometry)
+        images = model.decode(model.layout.decodable(x - u, geometry))
+        return u, images, model.state(images[0], geometry), torch.tensor(times)
+
+    first = computed()
+    assert not first[0].requires_grad
+    model.give_back()
+    assert known(pipeline) == before
+    for one, other in zip(first, computed(), strict=True):
+        assert torch.equal(one, other) and not other.requires_grad
+    other = model.geometry(48, 32)  # one that it has not learned yet
+    assert model.encode(["a dog"], other) and known(pipeline) == before
 
 
 def test_a_light_decoder_is_given_back_too():

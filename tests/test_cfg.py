@@ -126,7 +126,7 @@ def test_requests_of_all_kinds_share_an_engine_and_are_what_they_are_alone():
     kinds = [
         {"guidance": 3.0}, {"guidance": 7.5}, {"guidance": 3.0, "negative": "far"}, {"guidance": 1.0}, {},
         {"prompt": "right", "guidance": 2.0, "negative": "left"},
-        {"prompt": "right", "guidance": 1.0, "negative": "far"},
+        {"prompt": "right", "guidance": 1.0, "negative": ""},
     ]  # fmt: skip
     requests = [ask(**kind, seed=i, latents=start(i)) for i, kind in enumerate(kinds)]
     requests += [
@@ -242,7 +242,7 @@ def test_capabilities_are_passed_on_where_they_stay_true():
     assert able.negative and able.companies and able.guidance == 6.0 and not able.graphable and not able.frames
     assert "able" in able.signature and able.signature != "able"
     none = ClassifierFree(Mixture()).capabilities
-    assert none == Capabilities(negative=True, companies=True)
+    assert none == Capabilities(negative=True, guides=True, companies=True)
     with engine(model, preview=True) as made:
         result = made.generate(ask(grid="model"))
         made.release_text_encoders()

@@ -1,4 +1,4 @@
-"""`propose` and `finish`: the Triton kernels (interpreted where there is no GPU) against torch, and the operators."""
+"""`propose`: the Triton kernel (interpreted where there is no GPU) against torch, and what holds for all operators."""
 
 import inspect
 import math
@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor
 
 from rollflow import kernels
 from rollflow.kernels import reference
-from rollflow.kernels.finish import launch_finish
 from rollflow.kernels.propose import launch_propose
-from rollflow.models.layout import Layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = math.nan
@@ -139,134 +136,14 @@ def test_propose_noise_is_the_noise_operator() -> None:
     torch.testing.assert_close(prior.on(DEVICE).triton(), noise, rtol=0, atol=4e-6)
 
 
-@dataclass
-class Tail:
-    """Arguments of `finish`: three particles and a padding row."""
-
-    u: Tensor
-    x_pool: Tensor
-    u_pool: Tensor
-    slot: Tensor
-    coefficients: Tensor
-
-    def on(self, device: str) -> "Tail":
-        return Tail(**{name: value.to(device, copy=True) for name, value in vars(self).items()})
-
-
-def tail(layout: Layout, height: int, width: int) -> Tail:
-    generator = torch.Generator().manual_seed(layout.token_channels * height * width)
-    token, channel = layout.tokens(height, width), layout.token_channels
-    u = torch.randn(4, token, channel, generator=generator)
-    u[3] = NAN
-    x_pool = torch.full((6, token, channel), NAN)
-    slot = torch.tensor([4, 0, 3, -1])
-    x_pool[slot[:3]] = torch.randn(3, token, channel, generator=generator)
-    coefficients = torch.tensor([[1.0, -0.9], [1.2, -0.5], [0.8, 0.1], [NAN, NAN]])
-    return Tail(u, x_pool, torch.full_like(x_pool, NAN), slot, coefficients)
-
-
-def layout_of(patch_y: int, patch_x: int, channels: int) -> Layout:
-    """A scaling and a shift of its own for each channel; the first are FLUX's."""
-    scaling = tuple((0.3611 + 0.05 * (c % 7)) * (-1) ** c for c in range(channels))
-    return Layout((1, patch_y, patch_x), scaling, tuple(0.1159 - 0.3 * (c % 5) for c in range(channels)))
-
-
-@pytest.mark.parametrize(
-    ("patch", "channels", "height", "width"),
-    [
-        ((2, 2), 8, 8, 8),
-        ((2, 2), 16, 4, 68),
-        ((2, 2), 1, 2, 2),
-        ((2, 2), 3, 2, 6),
-        ((2, 2), 24, 6, 2),
-        ((2, 2), 33, 2, 70),  # more channels than a tile
-        ((1, 1), 1, 1, 1),
-        ((1, 1), 16, 3, 67),
-        ((1, 1), 35, 2, 5),
-        ((1, 2), 5, 3, 10),
-        ((2, 1), 4, 6, 5),
-        ((4, 4), 3, 8, 72),
-        ((4, 4), 9, 4, 4),
-        ((8, 8), 2, 8, 24),
-        ((8, 1), 2, 16, 3),
-        ((1, 8), 17, 2, 16),
-    ],
-)
-def test_finish_equals_reference_and_diffusers(patch: tuple[int, int], channels: int, height: int, width: int) -> None:
-    layout = layout_of(*patch, channels)
-    on_cpu = tail(layout, height, width)
-    before, on_device = on_cpu.on("cpu"), on_cpu.on(DEVICE)
-    inverse_scaling, shift = layout.affine(torch.device("cpu"))
-    arguments = (height, width, *patch, inverse_scaling, shift, torch.float32)
-    expected = reference.finish(*vars(on_cpu).values(), *arguments)
-    latents = torch.full((4, channels, height, width), NAN, device=DEVICE)
-    launch_finish(*vars(on_device).values(), *patch, *layout.affine(torch.device(DEVICE)), latents)
-    actual = latents.cpu()
-    operator = kernels.finish(*vars(before.on("cpu")).values(), *arguments)
-    assert torch.equal(operator, expected)
-
-    for got, u_pool in ((expected, on_cpu.u_pool), (actual, on_device.u_pool.cpu())):
-        assert not got[3].any()
-        assert torch.equal(u_pool[before.slot[:3]], before.u[:3])
-        assert u_pool[[1, 2, 5]].isnan().all()
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=4e-6)
-
-    p, q = before.coefficients[:3].double().unbind(1)
-    truth = p[:, None, None] * before.x_pool[before.slot[:3]].double() + q[:, None, None] * before.u[:3].double()
-    if patch == (2, 2):
-        truth = FluxPipeline._unpack_latents(truth, height * 8, width * 8, vae_scale_factor=8)
-    else:
-        truth = layout.unpack(truth, height, width)
-    scale, offset = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (layout.scaling, layout.shift))
-    truth = truth / scale + offset
-    theirs = (expected[:3] - truth).abs().max()
-    assert theirs < 4e-6
-    assert (actual[:3] - truth).abs().max() <= 2 * theirs + 2**-23
-
-
-def test_finish_computes_what_it_computed_with_one_number_for_all_channels() -> None:
-    """2x2 patches, one scaling and one shift: the bits of `x0_hat.mul_(1 / scaling).add_(shift)` on tokens."""
-    generator = torch.Generator().manual_seed(0)
-    for scaling, shift in ((0.3611, 0.1159), (0.9785169963011986, -0.0389750674366951), (0.18215, 0.0)):
-        layout = Layout((1, 2, 2), (scaling,) * 16, (shift,) * 16)
-        x_pool, u = torch.randn(2, 3, 24, 64, generator=generator).unbind(0)
-        p, q = torch.rand(2, 3, generator=generator).unbind(0)
-        tokens = x_pool.mul(p[:, None, None]).add_(u * q[:, None, None]).mul_(1.0 / scaling).add_(shift)
-        expected = tokens.view(3, 4, 6, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 16, 8, 12)
-        affine = layout.affine(torch.device("cpu"))
-        arguments = (torch.arange(3), torch.stack([p, q], 1), 8, 12, 2, 2, *affine)
-        for dtype in (torch.float32, torch.bfloat16):
-            actual = kernels.finish(u, x_pool, torch.empty_like(x_pool), *arguments, dtype)
-            assert torch.equal(actual, expected.to(dtype))
-
-
-@pytest.mark.parametrize("patch", [(2, 2), (1, 1), (2, 4)])
-def test_finish_bits_do_not_depend_on_the_tile(patch: tuple[int, int]) -> None:
-    layout = layout_of(*patch, 16)
-    on_device = tail(layout, 4, 68).on(DEVICE)
-    results = []
-    for pixels in (32, 64, 128):
-        latents = torch.full((4, 16, 4, 68), NAN, device=DEVICE)
-        affine = layout.affine(torch.device(DEVICE))
-        launch_finish(*vars(on_device).values(), *patch, *affine, latents, pixels=pixels)
-        results.append(latents)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_half_precision_on_the_operators() -> None:
-    """The state stays float32; only what goes to the model and the decoder is rounded, once."""
+def test_half_precision_on_the_operator() -> None:
+    """The state stays float32; only what goes to the model is rounded, once."""
     for dtype in (torch.bfloat16, torch.float16):
         half, single = step(16, 32), step(16, 32)
         model_input = kernels.propose(**vars(half), dtype=dtype)
         assert model_input.dtype == dtype
         assert torch.equal(model_input, kernels.propose(**vars(single), dtype=torch.float32).to(dtype))
         assert torch.equal(half.x_pool[WRITTEN], single.x_pool[WRITTEN])
-        layout = layout_of(2, 2, 8)
-        t = tail(layout, 8, 8)
-        t.u = t.u.to(dtype)
-        latents = kernels.finish(*vars(t).values(), 8, 8, 2, 2, *layout.affine(torch.device("cpu")), dtype)
-        assert latents.dtype == dtype
-        assert torch.equal(t.u_pool[t.slot[:3]], t.u[:3].float())
 
 
 def test_no_rows() -> None:
@@ -286,10 +163,6 @@ def finite_step() -> Step:
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.rollflow.noise.default, (torch.arange(3), torch.arange(3), 4, 8))
     torch.library.opcheck(torch.ops.rollflow.propose.default, (*vars(finite_step()).values(), torch.bfloat16))
-    layout = layout_of(2, 4, 2)
-    t = Tail(**{name: value.nan_to_num(0.5) for name, value in vars(tail(layout, 4, 4)).items()})
-    rest = (4, 4, 2, 4, *layout.affine(torch.device("cpu")), torch.float32)
-    torch.library.opcheck(torch.ops.rollflow.finish.default, (*vars(t).values(), *rest))
 
 
 COMPILE = """
@@ -325,7 +198,7 @@ def test_compile_sees_one_operator() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    noise, propose, finish = (inspect.unwrap(f) for f in (kernels.noise, kernels.propose, kernels.finish))
+    noise, propose = (inspect.unwrap(f) for f in (kernels.noise, kernels.propose))
     index = torch.arange(3)
     for arguments, message in (
         ((index, index[:2], 4, 8), r"key has shape \(2,\); expected \(3,\)"),
@@ -347,26 +220,3 @@ def test_errors_say_what_was_given() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             propose(**({"dtype": torch.float32} | good | change))
-    layout = layout_of(2, 2, 2)
-    sizes = {"height": 4, "width": 6, "patch_y": 2, "patch_x": 2, "dtype": torch.float32}
-    affine = dict(zip(("inverse_scaling", "shift"), layout.affine(torch.device("cpu")), strict=True))
-    good = vars(tail(layout, 4, 6)) | sizes | affine
-    for change, message in (
-        ({"height": 3, "width": 8}, "height 3 and width 8 with 6 tokens; expected 6 patches of 2x2 latent pixels"),
-        ({"height": 4, "width": 8}, "height 4 and width 8 with 6 tokens"),
-        ({"height": -4, "width": -6}, "height -4 and width -6"),
-        (
-            {"x_pool": torch.zeros(6, 6, 6), "u_pool": torch.zeros(6, 6, 6)},
-            "6 channels; a token is a 2x2 patch: .* of 4",
-        ),
-        ({"u": good["u"][:, :5]}, r"u has shape \(4, 5, 8\); expected \(4, 6, 8\)"),
-        ({"patch_x": 3}, "a patch of 2x3; allowed sides: 1, 2, 4, 8"),
-        ({"patch_y": 1}, "height 4 and width 6 with 6 tokens; expected 6 patches of 1x2"),
-        ({"shift": torch.zeros(8)}, r"shift has shape \(8,\); expected \(2,\)"),
-        (
-            {"inverse_scaling": torch.ones(2).double()},
-            "inverse_scaling has dtype torch.float64; allowed: torch.float32",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            finish(**(good | change))

@@ -85,6 +85,41 @@ def test_finish_equals_cpu(
     torch.testing.assert_close(u_pool.cpu(), pools[0], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("numbers", "elements"), [(1, 16 * 128 * 128), (16, 16 * 21 * 60 * 104), (3, 3 * 35), (12, 12 * 16), (4100, 4100)]
+)
+def test_finish_flat_equals_cpu(numbers: int, elements: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(elements)
+    x_pool = torch.randn(4, 1, elements, generator=generator)
+    u = torch.randn(3, 1, elements, generator=generator).to(dtype)
+    slot, coefficients = torch.tensor([3, -1, 0]), torch.rand(3, 2, generator=generator)
+    tables = [table.contiguous() for table in torch.rand(2, numbers, generator=generator).unbind(0)]
+    pools = [torch.full_like(x_pool, math.nan) for _ in range(2)]
+    expected = kernels.finish_flat(u, x_pool, pools[0], slot, coefficients, *tables, dtype)
+    moved = [value.cuda() for value in (u, x_pool, pools[1], slot, coefficients, *tables)]
+    actual = kernels.finish_flat(*moved, dtype).cpu()
+    rounding = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=rounding, atol=max(rounding / 8, 4e-6))
+    torch.testing.assert_close(moved[2].cpu(), pools[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_finish_flat_waits_for_nothing_and_lives_in_a_cuda_graph() -> None:
+    """A batch of padding captured; replays with rows, of other slots, write those and nothing else."""
+    x_pool, u = torch.randn(2, 4, 1, 640, device="cuda").unbind(0)
+    kept, slot = torch.full_like(x_pool, math.nan), torch.full((4,), -1, device="cuda")
+    rest = [torch.rand(4, 2, device="cuda"), torch.rand(16, device="cuda"), torch.rand(16, device="cuda")]
+    kernels.finish_flat(u, x_pool, kept, slot, *rest, torch.float32)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        latents = kernels.finish_flat(u, x_pool, kept, slot, *rest, torch.float32)
+    slot.copy_(torch.tensor([2, -1, 0, -1]))
+    graph.replay()
+    assert torch.equal(kept[[2, 0]], u[[0, 2]]) and kept[[1, 3]].isnan().all()
+    assert torch.equal(latents, kernels.finish_flat(u, x_pool, kept.clone(), slot, *rest, torch.float32))
+    assert not latents[[1, 3]].any() and latents[[0, 2]].any()
+
+
 def test_noise_equals_cpu() -> None:
     seed, key = torch.tensor([0, -1, 2**62]), torch.tensor([7, -(2**63), 2**33])
     for shape in ((4096, 64), (5, 205), (1, 3)):

@@ -1,16 +1,26 @@
 """Layouts: packing as diffusers packs, other patches, a scaling for each channel, and both through the whole engine."""
 
 import inspect
+import math
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
+from tiny_image import IMAGE
+from tiny_video import VIDEO
 
+from rollflow import kernels
+from rollflow.device.finish import Finish
+from rollflow.device.storage import Storage
 from rollflow.engine import Engine
 from rollflow.errors import ModelError, RequestError
 from rollflow.models import FlowModel, Geometry
-from rollflow.models.layout import SIDES, Layout
+from rollflow.models.layout import SIDES, FusedMap, LatentMap, Layout, patch_of
+from rollflow.models.pipeline import PipelineModel
+from rollflow.models.pipeline.families import family
 from rollflow.request import Request
 
 PATCHES = [(1, 1, 1), (1, 2, 2), (1, 1, 2), (1, 4, 4), (1, 8, 1)]
@@ -157,7 +167,7 @@ class Brightness:
     differentiable = True
 
     def __call__(self, images, prompts):
-        return images.mean((1, 2, 3))
+        return images.flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("patch", PATCHES)
@@ -170,3 +180,153 @@ def test_the_engine_decodes_what_the_model_knows(patch, options):
     model = Certain(layout_of(patch))
     result = Engine(model, lanes=1, threads=1).generate(Request("a", reward=Brightness(), seed=1, **options))
     torch.testing.assert_close(result.pixels, model.layout.denormalise(model.clean)[0], atol=1e-4, rtol=1e-4)
+
+
+# What the kernels go by themselves.
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("shape", [(3, 16, 8), (5, 2, 8, 24), (2, 8)])
+def test_a_patch_is_known_by_where_it_moves_elements(patch, shape):
+    """Those of clips too, frame by frame; a single line has no patches of many."""
+    height, width = math.prod(shape[1:-1]), shape[-1]
+    if height % patch[1]:
+        return
+    layout = layout_of(patch, shape[0])
+    tokens = numbered(1, math.prod(shape) // layout.token_channels, layout.token_channels)
+    source = layout.unpack(tokens, height, width).flatten().long()
+    assert patch_of(source, shape) == patch[1:]
+    assert patch_of(source[:-1], shape) is None
+    swapped = source.clone()
+    swapped[-2:] = source[-2:].flip(0)
+    assert patch_of(swapped, shape) is None
+
+
+def test_channels_in_another_order_are_no_patch():
+    """(dy, dx, channel) as some pipelines pack them, in place of (channel, dy, dx)."""
+    source = torch.arange(96).view(4, 2, 2, 2, 3).permute(4, 0, 2, 1, 3).flatten()
+    assert sorted(source.tolist()) == [*range(96)] and patch_of(source, (3, 8, 4)) is None
+
+
+@cache
+def model_of(name):
+    tiny = {**IMAGE, **VIDEO}[name]
+    pipeline = tiny.build()
+    known = family(pipeline)
+    model = PipelineModel(pipeline, replace(known, fixed={**known.fixed, **tiny.call}))
+    return model, {"height": tiny.height, "width": tiny.width, "frames": tiny.frames}
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """Of every batch: the operators that finished it, its rows' u, x, p and q, and their latents."""
+    calls, inside = [], []
+    usual = {name: getattr(kernels, name) for name in ("finish", "finish_flat")}
+    whole = Finish.__call__
+
+    def patches(*args):
+        inside.append(("finish", args[7:9], len(args[9])))
+        return usual["finish"](*args)
+
+    def flat(*args):
+        inside.append(("finish_flat", len(args[5])))
+        return usual["finish_flat"](*args)
+
+    def finish(self, u, storage, slots, posterior):
+        live = slots >= 0
+        x = storage.x[slots[live]]
+        latents = whole(self, u, storage, slots, posterior)
+        assert torch.equal(storage.u[slots[live]], u[live].float())
+        calls.append(([*inside], u[live], x, posterior[live], latents[live]))
+        inside.clear()
+        return latents
+
+    monkeypatch.setattr(Finish, "__call__", finish)
+    monkeypatch.setattr(kernels, "finish", patches)
+    monkeypatch.setattr(kernels, "finish_flat", flat)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "fused"),
+    [
+        ("StableDiffusion3Pipeline", ("finish_flat", 1), True),
+        ("WanPipeline 2.1", ("finish_flat", 16), True),
+        ("QwenImagePipeline", ("finish", (2, 2), 4), True),
+        ("Flux2KleinPipeline", ("finish", (2, 2), 16), True),
+        ("LTXPipeline", ("finish", (1, 1), 8), True),
+        ("LTXPipeline", ("finish_flat", 1), False),  # and then by torch
+    ],
+)
+def test_a_pipeline_is_finished_in_one_pass(name, operator, fused, finished, monkeypatch):
+    """Each batch by one operator; what is decoded is what `Decoding.latents` gives of the posterior means."""
+    model, size = model_of(name)
+    decoding = model.layout.of[model.geometry(**size)]
+    if not fused:
+        monkeypatch.setattr(type(model.layout), "fused", lambda self, geometry, device: None)
+    asked = {"method": "bon", "nfe": 4, "steps": 2, "seed": 1, "guidance": 1.0}
+    with Engine(model, buckets=[4], lanes=1, threads=1) as engine:
+        engine.generate(Request("a cat", Brightness(), **asked, **size))
+    assert finished
+    for used, u, x, posterior, latents in finished:
+        assert used == [operator]
+        p, q = posterior[:, :, None, None].unbind(1)
+        expected = decoding.latents(p * x + q * u)
+        assert latents.dtype == expected.dtype == torch.float32 and len(latents)
+        torch.testing.assert_close(latents, expected, rtol=1e-6, atol=1e-6)
+
+
+class Mirrored:
+    """A way to latents that no kernel knows."""
+
+    def shape(self, geometry):
+        return 3, 4, 2
+
+    def decodable(self, states, geometry):
+        return states.view(-1, 3, 4, 2).flip(3) * 2 + 1
+
+    def stated(self, latents, geometry):
+        return latents
+
+    def coarse(self, x, geometry):
+        return x
+
+
+@pytest.fixture
+def mirrored():
+    """A model under it, and a batch of two rows with padding between: NaN wherever nothing may be read."""
+    model, generator = Certain(layout_of((1, 1, 1))), torch.Generator().manual_seed(0)
+    model.layout = Mirrored()
+    storage, slots = Storage(5, 8, 3, model.device), torch.tensor([4, -1, 0, -1])
+    u, posterior = torch.full((4, 8, 3), math.nan), torch.full((4, 2), math.nan)
+    storage.x.fill_(math.nan), storage.u.fill_(math.nan)
+    storage.x[[4, 0]], u[[0, 2]] = torch.randn(2, 2, 8, 3, generator=generator).unbind(0)
+    posterior[[0, 2]] = torch.tensor([[1.0, -0.9], [0.8, 0.1]])
+    return model, storage, u, slots, posterior
+
+
+def test_any_latent_map_is_finished(mirrored):
+    model, storage, u, slots, posterior = mirrored
+    assert isinstance(model.layout, LatentMap) and not isinstance(model.layout, FusedMap)
+    geometry = Geometry(4, 2, 4, 2, 8, 3)
+    finish = Finish(model, geometry)
+    latents = finish(u, storage, slots, posterior)
+    p, q = posterior[[0, 2], :, None, None].unbind(1)
+    expected = model.layout.decodable(p * storage.x[[4, 0]] + q * u[[0, 2]], geometry)
+    torch.testing.assert_close(latents[[0, 2]], expected)
+    assert latents.isfinite().all() and torch.equal(storage.u[[4, 0]], u[[0, 2]])
+    assert storage.u[[1, 2, 3]].isnan().all()
+    other = u.double().mT.contiguous().mT  # whatever a model gives
+    assert torch.equal(finish(other, storage, slots, posterior), latents)
+
+
+@pytest.mark.parametrize("layout", [Mirrored(), layout_of((1, 1, 1))])
+def test_finishing_waits_for_no_device(layout, mirrored):
+    """On a device that has no data, whatever must know some raises."""
+    model, _, *batch = mirrored
+    model.layout, model.device = layout, torch.device("meta")
+    u, slots, posterior = (value.to("meta") for value in batch)
+    finish, storage = Finish(model, Geometry(4, 2, 4, 2, 8, 3)), Storage(5, 8, 3, model.device)
+    assert finish(u, storage, slots, posterior).shape == (4, 3, 4, 2)
+    with pytest.raises(NotImplementedError):
+        u[slots >= 0]

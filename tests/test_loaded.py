@@ -9,6 +9,7 @@ from tiny_image import IMAGE
 from rollflow import Engine, ModelError
 from rollflow.models import adapt
 from rollflow.models.loaded import Loaded, loaded
+from rollflow.models.pipeline import memory
 
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 CALL = {"height": 32, "width": 48}
@@ -286,6 +287,31 @@ def test_compiled_blocks_are_supported_and_stay(build):
     found, *_ = sample(pipeline, guidance=3.0)
     assert (found.pixels - plain.pixels).abs().max() < 1e-5
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
+
+
+def test_a_compiled_decoder_is_told_from_a_plain_one():
+    pipeline = chroma()
+    pipeline.vae.decoder.compile(backend="eager")
+    assert loaded(pipeline) == Loaded()
+    assert adapt(pipeline).capabilities.signature != adapt(chroma()).capabilities.signature
+
+
+@pytest.mark.parametrize("how", ["lora", "quantized", "compiled"])
+def test_what_was_learned_of_the_plain_networks_is_learned_again(how):
+    pipeline = chroma()
+    learned = memory.known(pipeline.transformer)
+    for _ in range(2):
+        adapt(pipeline).geometry(32, 48)
+        assert len(learned) == 1
+    if how == "lora":
+        lora(pipeline)
+    elif how == "quantized":
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(pipeline.transformer, torchao.Int8WeightOnlyConfig())
+    else:
+        pipeline.transformer.compile_repeated_blocks(backend="eager")
+    adapt(pipeline).geometry(32, 48)
+    assert len(learned) == 2
 
 
 def test_caches_between_steps_are_refused():

@@ -147,6 +147,26 @@ def test_guidance_that_depends_on_the_step_is_refused(name, fixed, message):
     refused(ModelError, message, geometry_of, name, model_of(name, **fixed))
 
 
+@pytest.mark.parametrize("distort", [lambda scale: scale.clamp(min=3), torch.sqrt, lambda scale: 16 / scale])
+def test_a_scale_that_is_not_embedded_linearly_is_refused(distort):
+    class Bent(diffusers.FluxPipeline):
+        def __call__(self, *args, **kwargs):
+            usual = self.transformer.forward
+
+            def forward(guidance, **rest):
+                return usual(guidance=distort(guidance), **rest)
+
+            self.transformer.forward = forward
+            return super().__call__(*args, **kwargs)
+
+        __call__.__signature__ = inspect.signature(diffusers.FluxPipeline.__call__)
+
+    pipeline = Bent(**IMAGE["FluxPipeline"].build().components)
+    model = PipelineModel(pipeline, Family(fixed=IMAGE["FluxPipeline"].call))
+    message = r"argument guidance of its network is [\d.]+ at guidance 2, and .* is not embedded linearly is refused"
+    refused(ModelError, message, model.geometry, 32, 48)
+
+
 def test_experts_with_scales_of_their_own_are_refused():
     model = model_of("WanPipeline 2.2 A14B", guidance_scale_2=2.0)
     refused(ModelError, "guidance changes at step [0-9]", geometry_of, "WanPipeline 2.2 A14B", model)
@@ -373,6 +393,17 @@ def test_a_pipeline_is_learned_once(monkeypatch):
     del pipeline, again
     gc.collect()
     assert network() is None  # what was learned keeps nothing alive
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "rows"),
+    [("FluxPipeline", 5, 7), ("StableDiffusion3Pipeline", 9, 20), ("LTXPipeline", 9, 20), ("WanPipeline 2.1", 12, 19)],
+)
+def test_a_size_takes_few_forwards_of_the_network(name, calls, rows):
+    model, made = model_of(name), []
+    model.pipeline.transformer.register_forward_hook(lambda module, args, output: made.append(len(output[0])))
+    geometry_of(name, model)
+    assert 0 < len(made) <= calls and sum(made) <= rows  # as the docstring of `memory` says; stand-ins make none
 
 
 def test_texts_are_encoded_once_for_a_size():

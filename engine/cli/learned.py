@@ -22,15 +22,16 @@ NORMS = {
 }
 
 
-def calls(learned: Any, known: Mapping[Path, Any] | None = None) -> Described:
+def calls(learned: Any, known: Mapping[Path, Any] | None = None, masks: Mapping[Path, Path] | None = None) -> Described:
     """How the network is called: its arguments, and what becomes of its outputs.
 
     Args:
         learned: a `rollflow.models.pipeline.learn.Learned`.
         known: the arguments of a text's own row, whose shapes are told.
+        masks: the arguments that the pipeline leaves out of a text alone, and the texts' arguments that they mask.
     """
     return {
-        "arguments": [_argument(one, learned.like, known or {}) for one in learned.arguments],
+        "arguments": [_argument(one, learned.like, known or {}, masks or {}) for one in learned.arguments],
         "evaluation": {
             "calls": learned.calls,
             "rows": 1 + max(learned.conditional.block, learned.unconditional.block if learned.unconditional else 0),
@@ -63,7 +64,8 @@ def guidance(learned: Any, default: float) -> Described:
 
 def text(replay: Any) -> Described:
     """What happens to texts of different lengths in one batch."""
-    ragged, arguments = [named(path) for path in replay.ragged], replay.learned.arguments
+    ragged = [named(path) for path in (*replay.ragged, *replay.masks)]
+    arguments = replay.learned.arguments
     listed = [named(one.path) for one in arguments if one.kind == "rows" and one.varies and one.dim == LIST]
     if listed:
         return {"lengths": "listed", "arguments": listed}
@@ -88,8 +90,10 @@ def size(geometry: Geometry) -> Described:
     return {"height": geometry.height, "width": geometry.width, "frames": geometry.frames}
 
 
-def _argument(one: Any, like: Any, known: Mapping[Path, Any]) -> Described:
+def _argument(one: Any, like: Any, known: Mapping[Path, Any], masks: Mapping[Path, Path]) -> Described:
     found: Described = {"name": named(one.path), "kind": one.kind, "rows": _rows(one.dim), "varies": one.varies}
+    if one.path in masks:  # the pipeline's own call, of one text, has none; those of batches have a row for each text
+        found |= {"kind": "rows", "rows": 0, "varies": True, "masks": named(masks[one.path])}
     if one.kind in ("time", "scale"):
         found |= {"slope": one.slope, "offset": one.offset}
     if one.kind == "state" and one.place is not None:

@@ -39,6 +39,7 @@ class Probe:
         from rollflow.cli.reports import print_probe
         from rollflow.models import loading
 
+        self.place.check()
         outputs.check_file(self.json)
         device, dtype = self.place.placed()
         pipeline = loading.load(self.place.model, device, dtype, self.place.pipeline)
@@ -54,16 +55,20 @@ class Probe:
         Raises:
             RequestError: the pipeline does not make this size.
         """
+        from rollflow.cli import sizes
+        from rollflow.models import own_size
         from rollflow.models.pipeline import PipelineModel
         from rollflow.models.text import Size as Asked
 
+        own = own_size(self.place.model)
         found: dict[str, Any] = {"pipeline": type(pipeline).__name__, "scheduler": type(pipeline.scheduler).__name__}
         try:
-            model = PipelineModel(pipeline)
+            model = PipelineModel(pipeline, own=own)
         except ModelError as error:
             return {**found, "reached": "nothing of it was run", "refused": str(error)}
         found["networks"] = [type(getattr(pipeline, name)).__name__ for name in model.driver.networks]
         size = Asked(self.height, self.width, self.frames)
+        sizes.tell(model, size, own)
         try:
             geometry = model.geometry(*size)
         except ModelError as error:  # a RequestError is of the size
@@ -81,7 +86,7 @@ class Probe:
         steps = steps if isinstance(steps, int) else STEPS
         return {
             "size": learned.size(geometry),
-            **learned.calls(known, conditioning.conditional.arguments),
+            **learned.calls(known, conditioning.conditional.arguments, space.replay.masks),
             "guidance": learned.guidance(known, model.capabilities.guidance),
             "text": learned.text(space.replay),
             "latents": learned.latents(space.decoding, known.shape),

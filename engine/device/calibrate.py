@@ -1,5 +1,8 @@
 """Measures what batches cost, before any request runs: which batch sizes pay, and on a CPU how its cores are best used.
 
+Two things bound the batch sizes: time, where larger ones are no faster a row, and on a GPU memory, see
+`rollflow.device.memory`.
+
 Measurements are kept for the process: by the model's signature, image size, dtype, device, threads and kind of decoder.
 """
 
@@ -13,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from rollflow.device.memory import Room
 from rollflow.device.workers import Lanes
+from rollflow.errors import ModelError
 from rollflow.models import FlowModel, Geometry
 
 GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or three in a row end the search
@@ -21,16 +26,18 @@ SHORT = 0.1  # seconds of a batch up to which sizes are timed and kept in any ca
 ROUNDS = 2  # in which a CPU's lanes are compared, in turns; each option's best counts
 TIMED = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sizes that are timed; what lies between is interpolated
 PROBE = 16  # rows of the batch by which a CPU's lanes are chosen
-Timing = Generator[Callable[[], float], float, dict[int, float]]  # yields work for a lane, is sent its seconds
+# Yields work for a lane, is sent its seconds, or None where it did not fit into the memory.
+Timing = Generator[Callable[[], float | None], float | None, dict[int, float]]
 _seconds_by: dict[tuple, dict[int, float]] = {}
+_peaks_by: dict[tuple, dict[int, int]] = {}  # the bytes that they took
 _lanes: dict[tuple, tuple[int, int]] = {}
 
 
 def measured(
     model: FlowModel, geometry: Geometry, conditioning: Any, buckets: tuple[int, ...], threads: int, preview: bool,
-    keep_all: bool,
+    keep_all: bool, room: Room | None = None,
 ) -> Timing:  # fmt: skip
-    """Seconds of forward and decode at each bucket, on a lane.
+    """Seconds of forward and decode at each bucket, on a lane, up to the largest that pays and fits.
 
     Args:
         model: the model.
@@ -40,16 +47,29 @@ def measured(
         threads: cores of a lane.
         preview: whether the light decoder is the one that counts.
         keep_all: whether to keep buckets that are no faster a row than smaller ones.
+        room: which of them fit into the memory.
+
+    Raises:
+        ModelError: not even the smallest fits.
     """
-    key = (*_key(model), geometry, buckets, threads, preview, keep_all)
+    key, room = (*_key(model), geometry, buckets, threads, preview, keep_all), room or Room()
     if key in _seconds_by:
-        return _seconds_by[key]
+        room.peaks.update(_peaks_by[key])  # how much is free by now is another matter
+        known = _seconds_by[key]
+        return {b: seconds for b, seconds in known.items() if b == min(known) or room.fits(b)}
     timed = buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]
     seconds: dict[int, float] = {}
     best = slower = 0
     for bucket in timed:
+        if not room.fits(bucket):
+            break
         repetitions = 4 if bucket <= 8 else 2
-        seconds[bucket] = yield partial(_seconds, model, geometry, conditioning, bucket, preview, repetitions)
+        work = partial(_seconds, model, geometry, conditioning, bucket, preview, repetitions)
+        took = yield partial(room.run, bucket, work)
+        if took is None:
+            _check_any(seconds, bucket, geometry)
+            break
+        seconds[bucket] = took
         if not best or bucket / seconds[bucket] > GAIN * best / seconds[best]:
             best, slower = bucket, 0
         else:
@@ -58,21 +78,31 @@ def measured(
             break
     largest = max([best, *(bucket for bucket in seconds if keep_all or seconds[bucket] <= SHORT)])
     found = {b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest}
-    if model.capabilities.signature is not None:  # what tells it from other models
-        _seconds_by[key] = found
+    if model.capabilities.signature is not None and room.full is None:  # another time there may be more memory
+        _seconds_by[key], _peaks_by[key] = found, dict(room.peaks)
     return found
 
 
 def replayed(
     buckets: Iterable[int], model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool,
-    replay: Callable[[int], Any],
+    replay: Callable[[int], Any], room: Room,
 ) -> Timing:  # fmt: skip
-    """The seconds of buckets where the forward is a replay of the bucket's CUDA graph."""
+    """The seconds of buckets, ascending, where the forward is a replay of the bucket's CUDA graph."""
     seconds: dict[int, float] = {}
     for bucket in buckets:
-        work = (model, geometry, conditioning, bucket, preview, 4, partial(replay, bucket))
-        seconds[bucket] = yield partial(_seconds, *work)
+        work = partial(_seconds, model, geometry, conditioning, bucket, preview, 4, partial(replay, bucket))
+        took = yield partial(room.run, bucket, work)
+        if took is None:
+            _check_any(seconds, bucket, geometry)
+            break
+        seconds[bucket] = took
     return seconds
+
+
+def _check_any(seconds: dict[int, float], bucket: int, geometry: Geometry) -> None:
+    if not seconds:
+        rest = "make the engine with smaller buckets" if bucket > 1 else "ask for a smaller size, or free some of it"
+        raise ModelError(f"a batch of {bucket} rows of {geometry} does not fit into the device's memory: {rest}")
 
 
 def best_lanes(

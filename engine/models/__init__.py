@@ -14,8 +14,7 @@ from torch import Tensor
 from rollflow.errors import ModelError, shown
 from rollflow.models.layout import LatentMap, Layout
 from rollflow.models.text import Size
-
-BUILT_IN = ("shapes", "shapes-base", "shapes-video")
+from rollflow.names import BUILT_IN as BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,7 @@ class Capabilities:
         frames: it makes clips: its `geometry(height, width, frames)` takes their number, and `decode` gives
             `[row, frame, 3, height, width]`.
         negative: its `encode` takes `rollflow.models.text.Text`s, prompts with what guidance leads away from.
+        guides: it has `guides(guidance, geometry)`, whether a request with that scale is led away from anything.
         sized_text: conditionings belong to one size: its `encode(texts, geometry)` is told which.
         companies: it has `for_request(conditioning, guidance)`, the conditioning of a request with that guidance scale,
             `company(conditioning)`, which rows of one batch have in common, and `network_rows(conditioning)`, how many
@@ -132,6 +132,7 @@ class Capabilities:
     releases_text: bool = False
     frames: bool = False
     negative: bool = False
+    guides: bool = False
     sized_text: bool = False
     companies: bool = False
     images: bool = False
@@ -197,6 +198,7 @@ _DECLARED = {
     "graphable": ("collate", "forward"),
     "recordable": ("record",),
     "releases_text": ("release_text_encoders",),
+    "guides": ("guides",),
     "companies": ("for_request", "company", "network_rows"),
     "images": ("state",),
     "returns": ("borrow", "give_back"),

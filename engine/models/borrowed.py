@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,10 @@ class Borrowed:
             self._engines = max(0, self._engines - 1)
             if not self._engines:
                 self._return()
+
+    def lent(self) -> AbstractContextManager[None]:
+        """Holds them for a call of the model by others than engines, after the last engine gave them back."""
+        return nullcontext() if self.held else self
 
     def __enter__(self) -> None:
         self.borrow()

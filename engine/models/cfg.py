@@ -90,7 +90,7 @@ class ClassifierFree(FlowModel):
         self.capabilities = Capabilities(
             preview=able.preview, recordable=able.recordable, releases_text=able.releases_text, frames=able.frames,
             sized_text=able.sized_text, images=able.images, returns=able.returns, schedule=able.schedule,
-            negative=True, companies=True, guidance=number("guidance", guidance),
+            negative=True, guides=True, companies=True, guidance=number("guidance", guidance),
             signature=None if able.signature is None else repr((able.signature, "guided", self.interval, self.skip)),
         )  # fmt: skip
 
@@ -122,6 +122,10 @@ class ClassifierFree(FlowModel):
                 for old in list(self._negatives)[:-NEGATIVES]:
                     del self._negatives[old]
             return self._negatives[key]
+
+    def guides(self, guidance: float, geometry: Geometry) -> bool:
+        """Whether a request with this scale is led away from its negative prompt."""
+        return self.rule.on(guidance)
 
     def for_request(self, conditioning: Pair, guidance: float) -> Pair:
         """The conditioning of a request with this scale: of one row where the scale is neutral."""

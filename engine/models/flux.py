@@ -123,9 +123,10 @@ class FluxModel(FlowModel):
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """See `FlowModel.encode`."""
-        sequence, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, device=self.device, max_sequence_length=self.text_tokens
-        )
+        with self._borrowed.lent():
+            sequence, pooled, _ = self.pipeline.encode_prompt(
+                list(prompts), None, device=self.device, max_sequence_length=self.text_tokens
+            )
         return [Conditioning(p.to(self.dtype), s.to(self.dtype)) for p, s in zip(pooled, sequence, strict=True)]
 
     def check_prompt(self, prompt: str) -> None:
@@ -182,11 +183,8 @@ class FluxModel(FlowModel):
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """`velocity` of collated conditionings: a function of tensors alone, which a CUDA graph can hold."""
-        if not self._borrowed.held:  # by a caller of one's own, after the last engine was closed
-            with self._borrowed:
-                return self.forward(x, tau, collated, guidance, geometry)
         network = None if torch.is_grad_enabled() else self._recorded.get(geometry)
-        with acceleration.attention(self.attention, self.device):
+        with self._borrowed.lent(), acceleration.attention(self.attention, self.device):
             return (network or partial(self._network, geometry))(x, tau, *collated, guidance)
 
     def _network(
@@ -251,7 +249,7 @@ class FluxModel(FlowModel):
         if encoder is None:
             raise ModelError(f"a {type(self.vae).__name__} without an encoder: leave image out")
         pixels = (image[None] * 2 - 1).to(self.device, self.vae.dtype, memory_format=torch.channels_last)
-        with torch.no_grad():
+        with torch.no_grad(), self._borrowed.lent():
             z = self.vae.encode(pixels).latent_dist.mode()
         return self.layout.pack(self.layout.normalise(z.float()))[0]
 
@@ -263,15 +261,13 @@ class FluxModel(FlowModel):
 
     def _decode(self, decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
         """In chunks; what comes in cells of n x n pixels (3 n^2 channels) is spread out."""
-        if not self._borrowed.held:
-            with self._borrowed:
-                return self._decode(decoder, latents)
         latents = latents.to(decoder.dtype, memory_format=torch.channels_last)
         pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
         chunk = max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
         recorded = None if torch.is_grad_enabled() else self._decoders.get((decoder, tuple(latents.shape[1:])))
         decode = recorded or partial(_decoded, decoder)
-        images = torch.cat([decode(part) for part in latents.split(chunk)])
+        with self._borrowed.lent():
+            images = torch.cat([decode(part) for part in latents.split(chunk)])
         if images.shape[1] > 3:
             images = torch.nn.functional.pixel_shuffle(images, math.isqrt(images.shape[1] // 3))
         return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from rollflow.errors import ModelError, RequestError, shown
@@ -19,10 +20,7 @@ SIDES = (1, 2, 4, 8)  # of a patch, in latent pixels: what `rollflow.kernels.fin
 
 @runtime_checkable
 class LatentMap(Protocol):
-    """The way from a state to what is decoded, which moves, scales and shifts elements.
-
-    That of a `Layout` is what `rollflow.kernels.finish` does by itself.
-    """
+    """The way from a state to what is decoded, which moves, scales and shifts elements. See also `FusedMap`."""
 
     def shape(self, geometry: Any) -> tuple[int, ...]:
         """Of what is decoded of a row."""
@@ -38,6 +36,35 @@ class LatentMap(Protocol):
 
     def coarse(self, x: Float[Tensor, "token channel"], geometry: Any) -> Float[Tensor, "token channel"]:
         """The low band of a state: means over small patches in place of their elements."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The way to latents that `rollflow.kernels` goes in one pass over memory: elements put in place, scaled, shifted.
+
+    Attributes:
+        shape: of the latents, a row of it. With a patch, [channel, ..., width]: what lies between is one height.
+        patch: (y, x), where tokens lie as those of a `Layout` do; None where elements lie in the order of the latents.
+        scale: with a patch, a number for each latent channel, or for each channel of a token; without, each number
+            stands for as many consecutive elements.
+        offset: as many numbers.
+        dtype: of the latents; None for that of the model.
+    """
+
+    shape: tuple[int, ...]
+    patch: tuple[int, int] | None
+    scale: Float32[Tensor, " number"]
+    offset: Float32[Tensor, " number"]
+    dtype: torch.dtype | None = None
+
+
+@runtime_checkable
+class FusedMap(LatentMap, Protocol):
+    """A `LatentMap` that the kernels go by themselves, at least for some sizes."""
+
+    def fused(self, geometry: Any, device: torch.device) -> Fused | None:
+        """What `decodable` does, for the kernels; None where they cannot."""
         ...
 
 
@@ -101,6 +128,10 @@ class Layout:
     def coarse(self, x: Float[Tensor, "token packed"], geometry: Any) -> Float[Tensor, "token packed"]:
         """See `LatentMap`."""
         return self.patch_means(x)
+
+    def fused(self, geometry: Any, device: torch.device) -> Fused:
+        """See `FusedMap`."""
+        return Fused(self.shape(geometry), self.patch[1:], *self.affine(device))
 
     @property
     def channels(self) -> int:
@@ -174,6 +205,24 @@ class Layout:
         """A field to compute with: a number where all channels share it, which takes no memory on the device."""
         values = getattr(self, name)
         return values[0] if len(set(values)) == 1 else _vector(values, like.device)
+
+
+def patch_of(source: Int64[Tensor, " element"], shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The patch (y, x) of the `Layout` that unpacks states to latents of a shape as `x[source]` does; None of none.
+
+    Latents are [channel, ..., width]: tokens of clips lie frame by frame, so that frames are parts of one height.
+    """
+    if len(shape) < 2 or len(source) != math.prod(shape):
+        return None
+    channels, height, width = shape[0], math.prod(shape[1:-1]), shape[-1]
+    elements = torch.arange(len(source), dtype=torch.float64, device=source.device)
+    for y, x in product(SIDES, SIDES):
+        if height % y == 0 and width % x == 0:
+            layout = Layout((1, y, x), (1.0,) * channels, (0.0,) * channels)
+            tokens = elements.view(1, -1, layout.token_channels)
+            if torch.equal(layout.unpack(tokens, height, width).flatten().long(), source):
+                return y, x
+    return None
 
 
 def _check_patch(patch: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,11 @@ from rollflow.errors import ModelError, RequestError, line, said, shown
 from rollflow.models import BUILT_IN, FlowModel, adapt, folder, unaided
 from rollflow.models.flux import FluxModel
 from rollflow.models.text import Size
+from rollflow.names import MODELS, SINGLE, check_model, fetched, hub_id
 
-SINGLE = (".safetensors", ".ckpt", ".gguf")  # suffixes of checkpoints in one file
 NETWORKS = ("transformer", "transformer_2")
 _NEEDED = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError)
-_WAYS = (
-    f"pass a built-in model ({', '.join(BUILT_IN)}), a folder that a pipeline's save_pretrained wrote, a hub id, or a "
-    "single .safetensors file with its class, as in pipeline='FluxPipeline'"
-)
+_REASON = 160  # characters of why a pipeline was not loaded
 
 
 def load(name: str | Path, device: torch.device, dtype: torch.dtype, pipeline: str | None = None) -> DiffusionPipeline:
@@ -37,8 +35,9 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype, pipeline: s
     Raises:
         ModelError: nothing there, something that is no pipeline, or a class that diffusers does not have.
     """
+    check_model(name)
     kind = DiffusionPipeline if pipeline is None else _class(pipeline)
-    path = folder(str(name)) if str(name) in BUILT_IN else name
+    path = place(name)
     single = str(name).endswith(SINGLE)
     if single and pipeline is None:
         raise ModelError(
@@ -58,7 +57,17 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype, pipeline: s
             made = _class(class_of(path)).from_pretrained
         return made(str(path), **{"torch_dtype" if single else "dtype": dtype}, **parts).to(device)
     except _NEEDED as error:
-        raise ModelError(f"{shown(str(name))} cannot be loaded as a pipeline ({_reason(error)}): {_WAYS}") from error
+        away = "there is no such folder; from the hub: " if hub_id(name) and not Path(name).exists() else ""
+        raise ModelError(
+            f"{shown(str(name))} cannot be loaded as a pipeline ({away}{_reason(error)}): {MODELS}"
+        ) from error
+
+
+def place(name: str | Path) -> str | Path:
+    """What diffusers loads for a model's name: a built-in folder, one below `$ROLLFLOW_MODELS`, or the name itself."""
+    if str(name) in BUILT_IN:
+        return folder(str(name))
+    return name if os.path.exists(name) else fetched(name) or name
 
 
 def _class(name: object) -> Any:
@@ -77,7 +86,11 @@ def _reason(error: BaseException) -> str:
     text = str(error).strip()
     if "low_cpu_mem_usage" in text and not is_accelerate_available():
         return "it takes accelerate: pip install accelerate"
-    return line(text.splitlines()[0], 120) if text else type(error).__name__
+    text = " ".join(text.splitlines()[0].split()) if text else type(error).__name__
+    if len(text) > _REASON:  # whole clauses of it
+        ends = [text.rfind(end, 0, _REASON) for end in (". ", "; ", " (", ", ")]
+        text = text[: max(ends)] if max(ends) > 0 else text
+    return line(text, _REASON)
 
 
 def class_of(name: str | Path, pipeline: str | None = None) -> str:
@@ -85,7 +98,7 @@ def class_of(name: str | Path, pipeline: str | None = None) -> str:
     if pipeline is not None or str(name).endswith(SINGLE):
         return pipeline or ""
     try:
-        config = DiffusionPipeline.load_config(str(folder(str(name)) if str(name) in BUILT_IN else name))
+        config = DiffusionPipeline.load_config(str(place(name)))
         return str(config.get("_class_name", ""))
     except _NEEDED:
         return ""
@@ -141,7 +154,7 @@ def load_light(
     Raises:
         ModelError: nothing there, or something that is no autoencoder.
     """
-    path = name or (folder(str(model)) if str(model) in BUILT_IN else Path(model)) / "preview"
+    path = place(name) if name else Path(place(model)) / "preview"
     if not name and not Path(path).is_dir():
         raise ModelError(
             f"the model {shown(str(model))} has no folder 'preview' with a light decoder: pass the folder or hub id "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,8 +24,9 @@ class _Recordable(nn.Module):
 
 
 def traced(
-    function: Function, network: nn.Module, example: tuple[Tensor, ...], other: tuple[Tensor, ...], what: str
-) -> Function:
+    function: Function, network: nn.Module, example: tuple[Tensor, ...], other: tuple[Tensor, ...], what: str,
+    further: Sequence[tuple[Tensor, ...]] = (),
+) -> Function:  # fmt: skip
     """`function`, recorded once (`torch.jit.trace`) and run by torch's own interpreter.
 
     Between two operations of a small network, Python costs as much as the operation, and two threads that run the same
@@ -36,8 +37,10 @@ def traced(
         network: the module whose weights it uses.
         function: of tensors alone, whose course does not depend on their values nor on the number of rows.
         example: what it is recorded with.
-        other: arguments with another number of rows, on which the recording must agree with the function.
+        other: arguments with another number of rows, and other values where a course could depend on them, on which
+            the recording must agree with the function.
         what: a name for the warning.
+        further: more such arguments, of a function that somebody else wrote.
 
     Returns:
         The recording, or with a warning `function` itself where it cannot be recorded for all numbers of rows.
@@ -47,17 +50,25 @@ def traced(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer warns of each shape that it takes for a constant
                 recorded = partial(_run, torch.jit.trace(_Recordable(function, network), example, check_trace=False))
-            if all(torch.equal(recorded(*inputs), function(*inputs)) for inputs in (example, other)):
-                return recorded
-            reason = "the recording computes something else for another number of rows"
         except RuntimeError as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        else:
+            if _agree(recorded, function, (example, other, *further)):
+                return recorded
+            reason = "the recording computes something else for another number of rows"
     warnings.warn(
         f"the {what} runs with Python between its operations ({reason}), which makes small batches slower",
         RuntimeWarning,
         stacklevel=2,
     )
     return function
+
+
+def _agree(recorded: Function, function: Function, examples: Sequence[tuple[Tensor, ...]]) -> bool:
+    try:
+        return all(torch.equal(recorded(*inputs), function(*inputs)) for inputs in examples)
+    except RuntimeError:  # of an operation that was recorded with the number of rows
+        return False
 
 
 def _run(recorded: Function, *inputs: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rollflow.errors import ModelError
 from rollflow.models import Geometry
+from rollflow.models.layout import Fused, patch_of
 from rollflow.models.pipeline.drive import SCALES, Driver
 from rollflow.models.pipeline.learn import TIMES, Learned
 from rollflow.models.pipeline.outputs import random_outputs
@@ -34,6 +35,7 @@ class Decoding:
         shape: of z, a row of it.
         args, kwargs: of `vae.decode`, besides z.
         dtype: of z.
+        fused: the same for the kernels, on any device; None where they cannot.
     """
 
     source: Int64[Tensor, " element"] | None
@@ -43,6 +45,7 @@ class Decoding:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: torch.dtype
+    fused: Fused | None
 
     def latents(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
         """z of states, differentiable, in float32."""
@@ -52,7 +55,7 @@ class Decoding:
 
 
 class Decodings:
-    """The decodings of a model, by size; see `rollflow.models.layout.LatentMap`."""
+    """The decodings of a model, by size; see `rollflow.models.layout.FusedMap`."""
 
     def __init__(self) -> None:
         self.of: dict[Geometry, Decoding] = {}
@@ -64,6 +67,11 @@ class Decodings:
     def decodable(self, states: Float[Tensor, "row token channel"], geometry: Geometry) -> Float[Tensor, "row ..."]:
         """What is decoded of states."""
         return self.of[geometry].latents(states)
+
+    def fused(self, geometry: Geometry, device: torch.device) -> Fused | None:
+        """What is decoded of states, for the kernels."""
+        known = self.of[geometry].fused
+        return known and replace(known, scale=known.scale.to(device), offset=known.offset.to(device))
 
     def stated(self, latents: Float[Tensor, "*latent"], geometry: Geometry) -> Float[Tensor, "token channel"]:
         """The elements of one row's latents where they lie in a state."""
@@ -129,15 +137,36 @@ def learn_decoding(driver: Driver, size: Size, text: Text, learned: Learned) -> 
     if not precise:
         last = slice(-2 * AVERAGED, None)
         factor = _averaged(factor, offset, torch.stack(probes[last])[:, source], z[last])
-    device = found.latents.device
-    order = None if len(source) == numel and torch.equal(source, torch.arange(numel)) else source.to(device)
+    like, in_order = found.latents, len(source) == numel and torch.equal(source, torch.arange(numel))
+    row = tuple(like.shape[1:])
+    fused = _fused(None if in_order else source, factor, offset, row, like.dtype) if len(source) == numel else None
     if bool((factor == factor[0]).all() and (offset == offset[0]).all()):
         factor, offset = factor[0], offset[0]
-    args = tuple(_one_row(value, found.latents) for value in found.args)
-    kwargs = {key: _one_row(value, found.latents) for key, value in found.kwargs.items() if key != "return_dict"}
-    return Decoding(
-        order, factor.to(device), offset.to(device), tuple(found.latents.shape[1:]), args, kwargs, found.latents.dtype
-    )
+    order = None if in_order else source.to(like.device)
+    args = tuple(_one_row(value, like) for value in found.args)
+    kwargs = {key: _one_row(value, like) for key, value in found.kwargs.items() if key != "return_dict"}
+    return Decoding(order, factor.to(like.device), offset.to(like.device), row, args, kwargs, like.dtype, fused)
+
+
+def _fused(
+    source: Int64[Tensor, " element"] | None, scale: Float[Tensor, " element"], offset: Float[Tensor, " element"],
+    shape: tuple[int, ...], dtype: torch.dtype,
+) -> Fused | None:  # fmt: skip
+    """A decoding of all elements of a state, for the kernels; None where they lie in no patches of a `Layout`."""
+    tables, tokens, patch = torch.stack([scale, offset]), 1, None  # [2, element of z]
+    counts: tuple[int, ...] = (1, shape[0], len(scale))
+    if source is not None:
+        if (patch := patch_of(source, shape)) is None:
+            return None
+        tables = torch.empty_like(tables).index_copy_(1, source, tables)  # [2, element of x]
+        counts = (shape[0], shape[0] * math.prod(patch))
+        tokens = len(scale) // counts[1]
+    for count in counts:  # numbers of each table, from few to many
+        shared = tables.view(2, tokens, count, -1).transpose(1, 2).flatten(2)
+        if torch.equal(shared, shared[:, :, :1].expand_as(shared)):
+            few = shared[:, :, 0].contiguous()
+            return Fused(shape, patch, few[0], few[1], torch.float32 if dtype == torch.float64 else dtype)
+    return None
 
 
 def _averaged(

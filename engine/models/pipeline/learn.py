@@ -8,22 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rollflow.errors import ModelError
-from rollflow.models.pipeline.arguments import Argument, arguments_of, merged
+from rollflow.models.pipeline.arguments import Argument, arguments_of, leaf, merged
 from rollflow.models.pipeline.drive import SCALES, Clock, Driver
 from rollflow.models.pipeline.outputs import normal, random_outputs, rows_of, viewed, views
 from rollflow.models.pipeline.recording import Call, Evaluation, Recording, Script
+from rollflow.models.pipeline.tree import named
 from rollflow.models.rule import NORMS, Rule
 from rollflow.models.text import Size, Text
 
 # Parts of the scheduler's span, of one expert where there are two. A network of 16 bits is probed at times that it can
 # hold, whether the pipeline counts them to 1 or to 1000.
 TIMES = {True: (0.97, 0.93), False: (1.0, 0.5)}
+BETWEEN = 2.0  # a third scale, at which an embedded scale must lie on the line through those of `SCALES`
 EXACT = {True: 1e-4, False: 3e-2}  # relative to the largest element
 STEPS = 12
 
@@ -98,6 +101,8 @@ def learn(driver: Driver, size: Size, texts: Sequence[Text]) -> Learned:
         raise ModelError(f"{driver.name}: {len(states)} arguments of its network are the state, there must be one")
     if not any(argument.kind == "time" for argument in arguments):
         raise ModelError(f"{driver.name}: no argument of its network depends on the time")
+    if any(argument.kind == "scale" for argument in arguments):
+        check_scale(driver.name, arguments, run([one], BETWEEN)[1].calls)
     learned = Learned(
         tuple(arguments), tuple(alone[1].sample.shape[1:]), Part(0, 0), None, 1.0, Rule(), "same",
         alone[1].calls[0].arguments, real, calls, clock,
@@ -128,6 +133,20 @@ def _check_calls(driver: Driver, evaluations: Sequence[Evaluation], calls: int) 
             raise ModelError(
                 f"{driver.name}: its network is called {calls} times in one evaluation and {len(evaluation.calls)} "
                 "times in another: guidance that depends on the step, or skips layers, is refused; switch it off"
+            )
+
+
+def check_scale(name: str, arguments: Sequence[Argument], calls: Sequence[Call]) -> None:
+    """Raises `ModelError` where the calls of one evaluation at the scale `BETWEEN` are not as was learned from two."""
+    for call, argument in product(calls, [one for one in arguments if one.kind == "scale"]):
+        given = torch.as_tensor(leaf(call.arguments, argument.path), dtype=torch.float64)
+        wanted = argument.slope * BETWEEN + argument.offset
+        largest = max(abs(argument.slope * scale + argument.offset) for scale in SCALES)
+        if not bool(((given - wanted).abs() <= largest / 256).all()):  # the precision of 16 bits
+            raise ModelError(
+                f"{name}: the argument {named(argument.path)} of its network is {float(given.flatten()[0]):.4g} at "
+                f"guidance {BETWEEN:g}, and {wanted:.4g} lies on the line through those at guidance "
+                f"{' and '.join(f'{scale:g}' for scale in SCALES)}: a scale that is not embedded linearly is refused"
             )
 
 

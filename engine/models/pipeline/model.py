@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +27,16 @@ from rollflow.models.pipeline.families import Family, family
 from rollflow.models.pipeline.learn import TIMES, Learned, learn
 from rollflow.models.pipeline.memory import Space
 from rollflow.models.pipeline.outputs import random_outputs
+from rollflow.models.pipeline.recorded_calls import record
 from rollflow.models.pipeline.recording import Script
 from rollflow.models.pipeline.replay import Conditioning, Replay
 from rollflow.models.pipeline.verify import PROMPTS, calls_of, verify
+from rollflow.models.recorded import Function, traced
 from rollflow.models.text import Size, Text
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 DECODE_PIXELS = (2**17, 2**22)  # that the decoder takes at a time, on a CPU and on a GPU
+LONG = 0.2  # seconds of an evaluation from which on Python's part in it is small, and a recording takes minutes
 
 
 class PipelineModel(FlowModel):
@@ -39,7 +44,8 @@ class PipelineModel(FlowModel):
 
     For each size it runs the pipeline's `__call__` a few times with stand-ins, classifies the arguments of the network,
     learns how guidance combines its outputs and what is decoded, and compares its own velocities and pixels with the
-    pipeline's at new times and prompts. The pipeline itself is left as it is.
+    pipeline's at new times and prompts. The pipeline itself is left as it is. On a CPU, calls of small networks are
+    recorded where they allow it, see `rollflow.models.pipeline.recorded_calls`.
 
     Args:
         pipeline: a complete pipeline whose scheduler is one of flow matching.
@@ -58,8 +64,8 @@ class PipelineModel(FlowModel):
     def __init__(self, pipeline: Any, known: Family | None = None, own: Size | None = None):
         self.loaded = loaded(pipeline)
         _check(pipeline)
-        borrowed = Borrowed(self, networks_of(pipeline).values())
-        self.borrow, self.give_back = borrowed.borrow, borrowed.give_back
+        self._borrowed = Borrowed(self, networks_of(pipeline).values())
+        self.borrow, self.give_back = self._borrowed.borrow, self._borrowed.give_back
         self.pipeline, self.driver = pipeline, Driver(pipeline, known or family(pipeline))
         self._network = getattr(pipeline, self.driver.networks[0])
         self.device, self.dtype = self._network.device, self._network.dtype
@@ -69,16 +75,20 @@ class PipelineModel(FlowModel):
         self._exact: ExactTimes | None = None
         self._own: Size = own or Size()
         self._sizes: dict[Size, Geometry] = {}
+        self._decoders: dict[tuple[int, ...], Function] = {}
         self._lock = threading.Lock()
         self.capabilities = Capabilities(
-            companies=True, negative=self.driver.negative, frames=self._clip, sized_text=True, schedule=True,
-            images=callable(getattr(pipeline.vae, "encode", None)), guidance=self.driver.default_scale,
-            returns=True, signature=repr((self._signature(), self.loaded)),
+            companies=True, negative=self.driver.negative, guides=True, frames=self._clip, sized_text=True,
+            recordable=self.loaded.plain, schedule=True, images=callable(getattr(pipeline.vae, "encode", None)),
+            returns=True, guidance=self.driver.default_scale, signature=repr((self._signature(), self.loaded)),
         )  # fmt: skip
 
     def _signature(self) -> str:
+        """Of the networks as they come, as measurements of one count for all others of it: compiled ones cost less."""
         networks = [getattr(self.pipeline, name) for name in (*self.driver.networks, "vae")]
-        return repr([(type(one).__name__, dict(one.config), str(one.dtype)) for one in networks])
+        compiled = [any(part._compiled_call_impl is not None for part in one.modules()) for one in networks]
+        kinds = [(type(one).__name__, dict(one.config), str(one.dtype)) for one in networks]
+        return repr([*zip(kinds, compiled, strict=True)])
 
     # Sizes.
 
@@ -97,7 +107,7 @@ class PipelineModel(FlowModel):
             return known
         with self._lock:
             if size not in self._sizes:
-                with torch.no_grad():
+                with torch.no_grad(), self._borrowed.lent():
                     space = self._remembered(size)
                 self.spaces.setdefault(space.geometry, space)
                 self.layout.of.setdefault(space.geometry, space.decoding)
@@ -163,7 +173,8 @@ class PipelineModel(FlowModel):
         """The linear times at which the pipeline itself would evaluate its network."""
         outputs = random_outputs(self.spaces[geometry].replay.learned.real)
         script = Script(None, None, outputs, calls=1, steps=steps)
-        recording = self.driver.run([Text(PROMPTS[0])], _size(geometry), None, script)
+        with self._borrowed.lent():
+            recording = self.driver.run([Text(PROMPTS[0])], _size(geometry), None, script)
         clock, count = self.driver.clock, len(recording.timesteps)
         sigmas = recording.sigmas[:count] or [time / clock.span for time in recording.timesteps]
         return [*dict.fromkeys(1 - sigma if clock.inverted else sigma for sigma in sigmas)]
@@ -180,7 +191,8 @@ class PipelineModel(FlowModel):
             RequestError: a negative prompt, and there is no classifier-free guidance.
         """
         geometry = self.geometry() if geometry is None else geometry
-        return [self._encoded(Text(one) if isinstance(one, str) else one, geometry) for one in prompts]
+        with self._borrowed.lent():
+            return [self._encoded(Text(one) if isinstance(one, str) else one, geometry) for one in prompts]
 
     def _encoded(self, text: Text, geometry: Geometry) -> Conditioning:
         replay = self.spaces[geometry].replay
@@ -191,9 +203,14 @@ class PipelineModel(FlowModel):
             )
         return replay.conditioning(calls_of(self.driver, replay, text, _size(geometry)), geometry)
 
+    def guides(self, guidance: float, geometry: Geometry) -> bool:
+        """Whether a request with this scale is led away from its negative prompt."""
+        learned = self.spaces[geometry].replay.learned
+        return learned.unconditional is not None and learned.rule.on(guidance)
+
     def for_request(self, conditioning: Conditioning, guidance: float) -> Conditioning:
         """The conditioning of a request with this guidance scale: without guidance, of one network row."""
-        on = self.spaces[conditioning.geometry].replay.learned.rule.on(guidance)
+        on = self.guides(guidance, conditioning.geometry)
         return conditioning if on else conditioning._replace(unconditional=None)
 
     def company(self, conditioning: Conditioning) -> Hashable:
@@ -213,10 +230,29 @@ class PipelineModel(FlowModel):
         Raises:
             ModelError: the autoencoder cannot encode.
         """
-        flat = state_of(self.pipeline.vae, self.spaces[geometry].decoding, image)
+        with self._borrowed.lent():
+            flat = state_of(self.pipeline.vae, self.spaces[geometry].decoding, image)
         return flat.view(geometry.token, geometry.channel)
 
     # Rows.
+
+    def record(self, geometry: Geometry, conditioning: Conditioning) -> None:
+        """Records the network's calls of a size and the decoder of images, for a CPU; see `recorded_calls`."""
+        space = self.spaces[geometry]
+        texts, shape = [conditioning, *self.encode(PROMPTS, geometry)], space.decoding.shape
+        x, one = torch.zeros(1, geometry.token, geometry.channel, dtype=self.dtype), torch.ones(1)
+        with torch.no_grad(), self._borrowed.lent():
+            start = time.perf_counter()
+            self.velocity(x, one, [conditioning], one, geometry)
+            if time.perf_counter() - start > LONG:
+                return
+            record(space.replay, texts)
+            if not self._clip and shape not in self._decoders:
+                decode = partial(decoded, self.pipeline.vae, space.decoding, clip=False)
+                noise = torch.Generator().manual_seed(0)
+                latents = [torch.randn(rows, *shape, generator=noise).to(self.dtype) for rows in (3, 5, 1, 2)]
+                three, five, *further = [(self._laid_out(one),) for one in latents]
+                self._decoders[shape] = traced(decode, self.pipeline.vae, three, five, "decoder", further)
 
     def velocity(
         self,
@@ -227,14 +263,24 @@ class PipelineModel(FlowModel):
         geometry: Geometry,
     ) -> Float[Tensor, "row token channel"]:
         """See `FlowModel.velocity`; rows with guidance take two rows of the network, in the same call."""
-        return self.spaces[geometry].replay.velocity(x, tau, conditioning, guidance)
+        with self._borrowed.lent():
+            return self.spaces[geometry].replay.velocity(x, tau, conditioning, guidance)
 
     def decode(self, latents: Float[Tensor, "row ..."]) -> Float[Tensor, "row *frame 3 h w"]:
         """See `FlowModel.decode`: images, or clips [row, frame, 3, height, width]."""
         decoding = next(one for one in [*self.layout.of.values()] if one.shape == tuple(latents.shape[1:]))
         pixels = math.prod(latents.shape[2:]) * 64
         chunk = 1 if self._clip else max(1, DECODE_PIXELS[self.device.type == "cuda"] // pixels)
-        return torch.cat([decoded(self.pipeline.vae, decoding, part, self._clip) for part in latents.split(chunk)])
+        latents = self._laid_out(latents)
+        recorded = None if torch.is_grad_enabled() else self._decoders.get(decoding.shape)
+        decode = recorded or partial(decoded, self.pipeline.vae, decoding, clip=self._clip)
+        with self._borrowed.lent():
+            return torch.cat([decode(part) for part in latents.split(chunk)])
+
+    def _laid_out(self, latents: Tensor) -> Tensor:
+        """Latents of images as a CPU convolves them fastest, whatever the layout of the weights."""
+        fast = self.device.type == "cpu" and latents.ndim == 4
+        return latents.contiguous(memory_format=torch.channels_last) if fast else latents
 
 
 def _size(geometry: Geometry) -> Size:

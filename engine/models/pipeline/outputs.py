@@ -43,7 +43,7 @@ def viewed(output: Tensor, shape: Sequence[int], view: str) -> Tensor:
     if view == "same":
         return output
     if view == "folded":
-        return output.reshape(len(output), *shape)
+        return output.reshape(output.shape[0], *shape)
     end, dim = view.split()
     along = int(dim)
     size = shape[along]

@@ -19,6 +19,7 @@ from rollflow.models.pipeline.learn import Learned, Part
 from rollflow.models.pipeline.outputs import rows_of, viewed
 from rollflow.models.pipeline.recording import Call
 from rollflow.models.pipeline.tree import Path, built, same
+from rollflow.models.recorded import Function
 
 
 class Prompt(NamedTuple):
@@ -51,26 +52,28 @@ class Replay:
         ragged: arguments whose shape follows the length of the text, see `observe`.
         masks: masks that are None because a text alone needs no padding, with the ragged arguments that they belong to.
         grouped: whether texts of different lengths go into calls of their own; otherwise they are padded.
+        recorded: functions in place of `computed`, by the place of a network and the key of its prompts.
     """
 
     def __init__(self, learned: Learned, driver: Driver, exact: ExactTimes | None = None):
-        self.learned, self._driver, self.exact = learned, driver, exact
+        self.learned, self.driver, self.exact = learned, driver, exact
         ratio = driver.pipeline.config.get("boundary_ratio") if len(driver.networks) == 2 else None
         self._boundary = None if ratio is None else ratio * driver.clock.span
         self.ragged: tuple[Path, ...] = ()
         self.masks: dict[Path, Path] = {}
         self.grouped = False
+        self.recorded: dict[Hashable, Function] = {}
         self._shared: dict[Path, list[Any]] = {}  # values of arguments that all rows of a call share, as they were met
 
     def learn_times(self, prompt: Prompt) -> None:
         """Finds where the networks can take exact times; see `ExactTimes`."""
         assert self.exact is not None, "asked for only where there are some to learn"
-        device = getattr(self._driver.pipeline, self._driver.networks[0]).device
+        device = getattr(self.driver.pipeline, self.driver.networks[0]).device
         x = torch.randn(len(PROBES), *self.learned.shape, generator=torch.Generator().manual_seed(2)).to(device)
         scales = torch.full((len(PROBES),), SCALES[0], device=device)
-        for i, name in enumerate(self._driver.networks):
+        for i, name in enumerate(self.driver.networks):
             call = partial(self.call, i, [prompt] * len(PROBES), x, scales=scales)
-            self.exact.learn(getattr(self._driver.pipeline, name), call, self._driver.clock.span, device)
+            self.exact.learn(getattr(self.driver.pipeline, name), call, self.driver.clock.span, device)
 
     # Texts.
 
@@ -177,39 +180,61 @@ class Replay:
 
     def call(self, network: int, prompts: Sequence[Prompt], x: Tensor, time: Tensor, scales: Tensor) -> Tensor:
         """One call of a network, by its place among the pipeline's, with a row for each prompt."""
-        learned = self.learned
+        found = self.gathered(prompts)
+        if self.recorded and not torch.is_grad_enabled():
+            module = getattr(self.driver.pipeline, self.driver.networks[network])
+            recorded = self.recorded.get((network, prompts[0].key))
+            if recorded is not None and not (module._forward_hooks or module._forward_pre_hooks):  # which want to run
+                return recorded(x, time, scales, *tensors_of(found).values())
+        return self.computed(network, found, x, time, scales)
+
+    def gathered(self, prompts: Sequence[Prompt]) -> dict[Path, Any]:
+        """The arguments of a call that follow the texts and the size, by path."""
         found: dict[Path, Any] = {}
+        for argument in self.learned.arguments:
+            path, state = argument.path, argument.kind == "state"
+            if argument.kind in ("time", "scale") or (state and argument.place is None):
+                continue
+            values = [one.arguments[path] for one in prompts]
+            if state:
+                found[path] = torch.stack(values)
+            elif path in self.masks or argument.dim not in (None, LIST):
+                found[path] = _stacked(values, argument.dim or 0)
+            else:
+                found[path] = values if argument.dim == LIST else values[0]
+        return found
+
+    def computed(self, network: int, gathered: dict[Path, Any], x: Tensor, time: Tensor, scales: Tensor) -> Tensor:
+        """What a network gives for rows of states, times and scales, with all its other arguments."""
+        learned, found = self.learned, {**gathered}
         for argument in learned.arguments:
             path, given = argument.path, leaf(learned.like, argument.path)
             if argument.kind == "state":
-                around = None if argument.place is None else [one.arguments[path] for one in prompts]
-                found[path] = _states(argument, given, around, x)
+                found[path] = _states(argument, given, found.get(path), x)
             elif argument.kind in ("time", "scale"):
                 found[path] = _numbers(argument, given, time if argument.kind == "time" else scales)
-            else:
-                values = [one.arguments[path] for one in prompts]
-                if path in self.masks or argument.dim not in (None, LIST):
-                    found[path] = _stacked(values, argument.dim or 0)
-                else:
-                    found[path] = values if argument.dim == LIST else values[0]
-        module = getattr(self._driver.pipeline, self._driver.networks[network])
+        module = getattr(self.driver.pipeline, self.driver.networks[network])
         with nullcontext() if self.exact is None else self.exact.at(module, time):
             output = module(**built(found, learned.like))
         return viewed(rows_of(output), learned.shape, learned.view)
 
 
-def _states(argument: Argument, given: Any, around: Sequence[Tensor] | None, x: Tensor) -> Any:
+def tensors_of(found: dict[Path, Any]) -> dict[Path, Tensor]:
+    """Those of the values that are tensors."""
+    return {path: value for path, value in found.items() if isinstance(value, Tensor)}
+
+
+def _states(argument: Argument, given: Any, around: Tensor | None, x: Tensor) -> Any:
     """The argument that holds the states: as they are, folded, or among constants."""
     like = row_of(given, argument.dim, 0)
     x = x.to(like.dtype)
     if around is None or argument.place is None:
-        rows = x.reshape(len(x), *like.shape)
+        rows = x.reshape(x.shape[0], *like.shape)  # not its length, which a recording would hold
     else:
         dim, offset = argument.place
         size = x.shape[dim + 1]
-        whole = torch.stack(list(around))
-        left = whole.narrow(dim + 1, 0, offset)
-        right = whole.narrow(dim + 1, offset + size, whole.shape[dim + 1] - offset - size)
+        left = around.narrow(dim + 1, 0, offset)
+        right = around.narrow(dim + 1, offset + size, around.shape[dim + 1] - offset - size)
         rows = torch.cat([left, x, right], dim + 1)
     if argument.dim == LIST:
         return list(rows.unbind(0))
