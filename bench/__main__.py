@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import tyro
 
+from rollflow.bench.adapters import Adapters
 from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
 from rollflow.bench.kernel_bandwidth import Kernels
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "versus": Versus,
     "study": Study,
     "video": Video,
+    "adapters": Adapters,
 }
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from rollflow import rewards
 from rollflow.bench.baselines import Baseline, diffusers_bon, sequential_rbf
 from rollflow.bench.measure import OWN, peak_memory
-from rollflow.bench.pipelines import brightness, pipeline_bon
+from rollflow.bench.pipelines import pipeline_bon
+from rollflow.bench.stand_ins import reward_named
 from rollflow.models import silence, traits
 from rollflow.models.loading import load
 from rollflow.models.text import Size
@@ -53,7 +53,8 @@ class Job:
         device: where.
         dtype: of the networks.
         size: of images or clips; the sequential loop makes those of the model's own.
-        reward: "count" or "brightness".
+        reward: "count", "brightness" or "clip-sized".
+        shrink: divides the layers and heads of the reward "clip-sized".
         threads: on a CPU; by default one or all, whichever suits it better.
     """
 
@@ -66,6 +67,7 @@ class Job:
     dtype: torch.dtype = torch.float32
     size: Size = OWN
     reward: str = "count"
+    shrink: int = 1
     threads: int | None = None
 
     def __call__(self, threads: int | None = None) -> Timed:
@@ -86,15 +88,15 @@ class Job:
             torch.set_num_threads(usual)
 
     def _run(self, pipeline: Any) -> Baseline:
+        reward = reward_named(self.reward, self.device, self.dtype, self.shrink)
         if self.contender == "diffusers":
             each = max(1, self.nfe // self.steps)
-            reward = rewards.make(brightness if self.reward == "brightness" else self.reward)
             if not isinstance(pipeline, FluxPipeline):
                 return pipeline_bon(pipeline, self.prompts, reward, self.nfe, self.steps, each, self.size)
             height, width = self.size.height, self.size.width
             return diffusers_bon(pipeline, self.prompts, reward, self.nfe, self.steps, each, height=height, width=width)
         runs = [
-            sequential_rbf(pipeline, Request(prompt, nfe=self.nfe, method="rbf", seed=i), traits(self.model))
+            sequential_rbf(pipeline, Request(prompt, reward, nfe=self.nfe, method="rbf", seed=i), traits(self.model))
             for i, prompt in enumerate(self.prompts[:SEQUENTIAL_PROMPTS])
         ]
         return Baseline(

@@ -18,18 +18,23 @@ from rollflow.bench import outputs
 from rollflow.engine import Engine
 from rollflow.errors import RequestError, shown
 from rollflow.request import Request, Result
+from rollflow.rewards.own import reward_of
 
 Row = dict[str, Any]
 KEY = ("part", "model", "reward", "label", "path", "set", "nfe", "seed", "prompts")
 
 
 class Job(NamedTuple):
-    """One row to compute: its key, the model's name or folder, the prompts, and the fields of their requests."""
+    """One row to compute: its key, the model's name or folder, the prompts, the fields of their requests, the reward.
+
+    `reward` is its name, or FILE.py:NAME, of which the key has the name alone.
+    """
 
     key: Row
     model: str
     prompts: Sequence[str]
     fields: dict[str, Any]
+    reward: str
 
 
 class Rows:
@@ -83,8 +88,9 @@ class Rows:
 
 
 def digest(job: Job) -> str:
-    """Of the prompts and the model's full name, which the key shortens."""
-    return hashlib.sha256(json.dumps([job.model, *job.prompts]).encode()).hexdigest()[:16]
+    """Of the prompts and the full names of the model and the reward, which the key shortens."""
+    reward = [] if job.reward == job.key["reward"] else [job.reward]
+    return hashlib.sha256(json.dumps([job.model, *reward, *job.prompts]).encode()).hexdigest()[:16]
 
 
 def _is_row(row: Any) -> bool:
@@ -137,10 +143,10 @@ def engine_of(model: str) -> Engine:
 
 def compute(job: Job) -> Row:
     """One row: a request a prompt, all of them together."""
-    engine, base = engine_of(job.model), 1000 * job.key["seed"]
+    engine, base, reward = engine_of(job.model), 1000 * job.key["seed"], reward_of(job.reward)
     start = time.perf_counter()
     results = engine.generate(
-        [Request(p, reward=job.key["reward"], seed=base + i, **job.fields) for i, p in enumerate(job.prompts)]
+        [Request(p, reward=reward, seed=base + i, **job.fields) for i, p in enumerate(job.prompts)]
     )
     seconds = time.perf_counter() - start
     return {**job.key, "fields": job.fields, "digest": digest(job), **summary(results), "seconds": seconds}

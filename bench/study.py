@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from rollflow.bench import contenders
 from rollflow.bench.contenders import PATHS, Contender
 from rollflow.errors import RequestError, shown
+from rollflow.names import BUILT_IN, check_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rollflow.bench.rows import Job, Row, Rows
 
 Part = Literal["methods", "fidelity", "diversity", "solvers", "noise", "paths", "all"]
+Pixels = Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the model's own)")]
 BUDGETS = (50, 100, 200, 500)
 VARIANTS_ON = "medium"  # the prompt set on which the parts "solvers" and "noise" run
 
@@ -41,9 +44,15 @@ class Study:
     part: Positional[Part] = "methods"
     """What to study; "all" is every part."""
     model: str = "shapes"
-    """A built-in model, a folder that FluxPipeline.save_pretrained wrote, or a hub id."""
-    reward: str = "count"
-    """What images are judged by."""
+    """A built-in model, a folder that save_pretrained of a diffusers pipeline wrote, or a hub id."""
+    reward: Annotated[str, tyro.conf.arg(metavar="NAME|FILE.py:NAME")] = "count"
+    """What images are judged by: a name, or a function of images and prompts, FILE.py:NAME or MODULE:NAME."""
+    height: Pixels = None
+    """Image height in pixels."""
+    width: Pixels = None
+    """Image width in pixels."""
+    frames: Pixels = None
+    """Frames of a clip, of a model of video."""
     budgets: tuple[int, ...] = BUDGETS
     """Function evaluations a prompt."""
     sets: tuple[str, ...] = ("easy", "medium", "hard")
@@ -69,6 +78,7 @@ class Study:
 
     def __call__(self) -> None:
         """Runs the parts, prints the tables and writes everything."""
+        check_model(self.model)
         from rich.console import Console
 
         from rollflow.bench import figures, probes
@@ -90,8 +100,9 @@ class Study:
 
     def _checked(self) -> tuple[Study, list[Contender]]:
         """The study with what `quick` stands for, and its contenders."""
-        from rollflow import methods, rewards
+        from rollflow import checks, methods, rewards
         from rollflow.bench import outputs
+        from rollflow.rewards.own import reward_of
 
         asked = replace(self, budgets=(100,)) if self.quick and self.budgets == BUDGETS else self
         known = contenders.by_label()
@@ -116,8 +127,26 @@ class Study:
         if self.traits is not None and not there:
             self.traits.unlink()  # an empty one in the model's folder would be read before it is written
         wanted = {*self.methods} or {*(contenders.QUICK if self.quick else known)}
-        gradient = rewards.differentiable(rewards.make(self.reward))
+        gradient = rewards.differentiable(rewards.make(reward_of(self.reward)))
+        checks.size(**self._size)
         return asked, [c for c in known.values() if wanted & {c.label, c.method} and (gradient or not c.guided)]
+
+    @property
+    def _size(self) -> dict[str, int | None]:
+        return {"height": self.height, "width": self.width, "frames": self.frames}
+
+    @property
+    def _judge(self) -> str:
+        """The reward's name in tables and files: of FILE.py:NAME the name, marked where it is that of a built-in."""
+        from rollflow import rewards
+        from rollflow.rewards.own import reward_of
+
+        if isinstance(reward := reward_of(self.reward), str):
+            return self.reward
+        if isinstance(reward, rewards.Combined):
+            return reward.name
+        name = self.reward.rpartition(":")[2]
+        return f"own-{name}" if name in rewards.names() else name
 
     def _prompts(self) -> dict[str, list[str]]:
         from rollflow import checks
@@ -139,14 +168,14 @@ class Study:
         self, part: str, contender: Contender, path: str, name: str, nfe: int, seed: int, prompts: list[str]
     ) -> Job:
         from rollflow.bench.rows import Job
-        from rollflow.models import BUILT_IN
 
         key = {
             "part": part, "model": self.model if self.model in BUILT_IN else Path(self.model).name,
-            "reward": self.reward, "label": contender.label, "path": path, "set": name, "nfe": contender.nfe or nfe,
+            "reward": self._judge, "label": contender.label, "path": path, "set": name, "nfe": contender.nfe or nfe,
             "seed": seed, "prompts": len(prompts),
         }  # fmt: skip
-        return Job(key, self.model, prompts, contender.fields(path, nfe))
+        size = {name: pixels for name, pixels in self._size.items() if pixels is not None}
+        return Job(key, self.model, prompts, {**contender.fields(path, nfe), **size}, self.reward)
 
     def _methods(self, chosen: list[Contender], sets: dict[str, list[str]]) -> list[Job]:
         return [
@@ -203,12 +232,13 @@ class Study:
         from rollflow.bench import figures, probes
         from rollflow.bench.rows import engine_of
         from rollflow.bench.tables import plain, save
+        from rollflow.rewards.own import reward_of
 
         found = [
-            {"model": self.model, "reward": self.reward, "path": path, "set": name, **row}
+            {"model": self.model, "reward": self._judge, "path": path, "set": name, **row}
             for path in self.paths
             for name, prompts in sets.items()
-            for row in probe(engine_of(self.model), self.reward, prompts, PATHS[path])
+            for row in probe(engine_of(self.model), reward_of(self.reward), prompts, {**PATHS[path], **self._size})
         ]
         if not found:
             raise RequestError(f"{part} needs rewards that vary on at least two prompts, and there are none here")
@@ -230,6 +260,6 @@ class Study:
         assert self.traits is not None, "asked for"
         found = replace(traits(self.model), trusted_from=round(time, 4))
         prompts = sum(map(len, sets.values()))
-        measured = {"model": Path(self.model).name, "reward": self.reward, "prompts": prompts, "points": probes.STEPS}
+        measured = {"model": Path(self.model).name, "reward": self._judge, "prompts": prompts, "points": probes.STEPS}
         known.write_traits(self.traits, found, **measured)
         console.print(f"traits are in {self.traits}; in the model's folder the file is called {known.FILE}")

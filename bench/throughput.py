@@ -4,8 +4,9 @@ All contenders run in turns, several times; medians count. On a CPU the baseline
 many threads as suit them. The figure of merit is *efficiency*: the time that the bare transformer would need for the
 committed evaluations, at its best batch size on this machine, over the wall time of the search with all that belongs to
 it. `of_parts` is the same with decode and reward, run back to back at their best batch sizes, for every image that was
-decoded. The sequential loop runs on the first four prompts: it costs the same a prompt however many there are. On a GPU
-the bare parts are eager here; `rollflow bench gpu` also has them as CUDA graphs.
+decoded. `overlap` is the share of the time of rewards in which a forward ran too. The sequential loop runs on the first
+four prompts: it costs the same a prompt however many there are. On a GPU the bare parts are eager here; `rollflow bench
+gpu` also has them as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rollflow import rewards
 from rollflow.bench import figures, outputs, prompt_sets
 from rollflow.bench.alone import Alone, Job, Timed
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import OWN, Parts, in_turns
-from rollflow.bench.pipelines import brightness
+from rollflow.bench.stand_ins import reward_named
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.models import loading
 from rollflow.models.text import Size
+from rollflow.profile.ledger import overlap
 from rollflow.request import Request, Result
+from rollflow.rewards import Reward
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # batch sizes of the bare parts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Counted = tuple[list[Result], dict[str, int]]  # and how many images each decoder made, for them and in vain
+# Results, how many images each decoder made for them and in vain, and the share of the rewards' time in which a forward
+# ran too.
+Counted = tuple[list[Result], dict[str, int], float | None]
 Run = Callable[[], Timed | Counted]
 
 
@@ -55,7 +59,9 @@ class Throughput:
         device: by default CUDA where there is one.
         preview: also the engine that judges by the light decoder, of FluxPipelines.
         height, width, frames: of images or clips, by default the model's own.
-        reward: "count", which judges images of the built-in models, or "brightness", which judges all.
+        reward: "count", which judges images of the built-in models, "brightness", which judges all and costs nothing,
+            or "clip-sized": random weights of the size of CLIP's ViT-L/14, what a reward of that kind costs.
+        shrink: divides the layers and heads of the reward "clip-sized".
         lanes: of the engine; by default as measured.
         baseline_threads: of the baselines, on a CPU; by default one or all, whichever measures faster.
         repetitions: how often each contender runs; the median counts.
@@ -74,7 +80,8 @@ class Throughput:
     height: int | None = None
     width: int | None = None
     frames: int | None = None
-    reward: Literal["count", "brightness"] = "count"
+    reward: Literal["count", "brightness", "clip-sized"] = "count"
+    shrink: int = 1
     lanes: int | None = None
     baseline_threads: int | None = None
     repetitions: int = 3
@@ -98,7 +105,8 @@ class Throughput:
         for engine in engines.values():
             engine.warm_up(*self._size)
         medium = prompt_sets.load("medium", 100)
-        parts = Parts([*engines.values()][-1], rewards.make(self._reward), medium[0], SIZES, self._size)
+        reward = reward_named(self.reward, str(device), dtype, self.shrink)
+        parts = Parts([*engines.values()][-1], reward, medium[0], SIZES, self._size)
         alone, rows = Alone(device), list[dict[str, Any]]()
         for count in self.prompts:
             prompts = [medium[i % len(medium)] for i in range(count)]
@@ -106,11 +114,11 @@ class Throughput:
             runs: dict[str, Run] = {}
             for name in ("sequential", "diffusers")[not (flux and self._size == OWN) :]:
                 what = (name, self.model, tuple(prompts), self.nfe, self.steps, str(device), exact)
-                job = Job(*what, self._size, self.reward, self.baseline_threads)
+                job = Job(*what, self._size, self.reward, self.shrink, self.baseline_threads)
                 runs[name] = partial(alone, job)
             for name, engine in engines.items():
-                searches = [self._request(p, i) for i, p in enumerate(prompts)]
-                samples = [self._request(p, i, method="bon", steps=self.steps) for i, p in enumerate(prompts)]
+                searches = [self._request(p, i, reward) for i, p in enumerate(prompts)]
+                samples = [self._request(p, i, reward, method="bon", steps=self.steps) for i, p in enumerate(prompts)]
                 runs[name] = partial(_counted, engine, searches)
                 runs[name + ", bon"] = partial(_counted, engine, samples)
             seconds, results, memory = in_turns(runs, self.repetitions)
@@ -133,17 +141,13 @@ class Throughput:
         if self.plot:
             figures.throughput(rows, self.plot)
 
-    def _request(self, prompt: str, seed: int, **options: Any) -> Request:
-        usual = {"nfe": self.nfe, "method": self.method, "seed": seed, "reward": self._reward}
+    def _request(self, prompt: str, seed: int, reward: Reward, **options: Any) -> Request:
+        usual = {"nfe": self.nfe, "method": self.method, "seed": seed, "reward": reward}
         return Request(prompt, **{**usual, **self._size._asdict(), **options})
 
     @property
     def _size(self) -> Size:
         return Size(self.height, self.width, self.frames)
-
-    @property
-    def _reward(self) -> Any:
-        return brightness if self.reward == "brightness" else self.reward
 
     def _row(self, name: str, prompts: int, run: Timed | Counted, seconds: list[float], memory: int) -> dict[str, Any]:
         if isinstance(run, Timed):
@@ -152,7 +156,7 @@ class Throughput:
             scores: Sequence[float] = base.rewards
             decoded, run_on = {"full": base.decodes}, base.images
         else:
-            results, decoded = run
+            results, decoded, shared = run
             committed, executed = (sum(getattr(r, f) for r in results) for f in ("committed_nfe", "executed_nfe"))
             images, scores, run_on = len(results), [r.reward for r in results], prompts
         median = statistics.median(seconds)
@@ -170,7 +174,7 @@ class Throughput:
             "executed_over_committed": executed / committed,
             "peak_memory_bytes": memory,
             "mean_reward": statistics.fmean(scores) if run_on == prompts else None,
-            **({"threads": run.threads} if isinstance(run, Timed) else {}),
+            **({"threads": run.threads} if isinstance(run, Timed) else {"reward_overlap": shared}),
         }
 
     def _add_efficiency(self, rows: list[dict[str, Any]], parts: Parts) -> None:
@@ -187,7 +191,12 @@ class Throughput:
 def _counted(engine: Engine, requests: list[Request]) -> Counted:
     engine.ledger.clear()
     engine.forget_prompts()  # the others encode theirs in every run
-    return engine.generate(requests), dict(engine.ledger.decoded)
+    engine.ledger.record = True
+    try:
+        results = engine.generate(requests)
+    finally:
+        engine.ledger.record = False
+    return results, dict(engine.ledger.decoded), overlap(engine.ledger.intervals(), "reward", "forward")
 
 
 def _bare_rows(parts: Parts) -> list[dict[str, Any]]:
@@ -243,6 +252,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "run/committed",
         "efficiency",
         "of parts",
+        "overlap",
         "MiB",
     ):
         table.add_column(column, justify="left" if column == "contender" else "right")
@@ -257,6 +267,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
                 f"{row['executed_over_committed']:.2f}",
                 f"{row['efficiency']:.2f}",
                 f"{row['of_parts']:.2f}",
+                "" if row.get("reward_overlap") is None else f"{row['reward_overlap']:.2f}",
                 f"{row['peak_memory_bytes'] / 2**20:.0f}",
             )
     for part in dict.fromkeys(row["contender"] for row in rows if "bucket" in row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import copy
 import threading
@@ -47,6 +48,25 @@ def submitted(
         cancel(jobs)
         raise
     return jobs
+
+
+async def on_a_thread(submit: Callable[[], Jobs]) -> Jobs:
+    """The jobs that `submit` makes on a thread; a task that is cancelled meanwhile cancels them when they come."""
+    made: list[Job | RollflowError] = []
+    left = threading.Event()
+
+    def work() -> None:
+        made.extend(submit())
+        if left.is_set():
+            cancel(made)
+
+    try:
+        await asyncio.to_thread(work)
+    except BaseException:  # cancelled: the thread goes on, and sees one of the two
+        left.set()
+        cancel(made)
+        raise
+    return made
 
 
 def follow(jobs: Jobs, on_progress: Callable[[Progress], None] | None) -> None:

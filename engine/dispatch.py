@@ -186,7 +186,8 @@ class Dispatch:
 
     def _judge_again(self, call: Any) -> None:
         if all(self._is_over(one) for one in call.work):
-            self._report(Failed(call.work, _too_late()))
+            if (event := call.failed(call.work, _too_late())) is not None:
+                self._report(event)
         else:
             self.device.judge.post(call, self._report)
 

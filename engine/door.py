@@ -80,8 +80,11 @@ class Door:
         checked = for_budget(request.nfe)
         self.check_text(Text(checked.request.prompt, checked.request.negative))
         rewards.check(checked.reward, checked.request.prompt)
+        if checked.held_out is not None:
+            rewards.check(checked.held_out, checked.request.prompt)
         geometry = self._geometry(checked)
         known.append(geometry)
+        self._check_guidance(checked.request, geometry)
         if checked.latents is not None:
             checked = replace(checked, latents=_states(checked.latents, geometry))
         slots, needed = self._slots(geometry), promise(checked)
@@ -104,12 +107,7 @@ class Door:
     def check_text(self, text: Text) -> None:
         """Raises `RequestError` for a prompt that the model cannot read."""
         if not self._known(text):
-            try:
-                self._model.check_prompt(text.prompt)
-            except RollflowError:
-                raise
-            except Exception as error:
-                raise model_error(error) from error
+            self._asked(self._model.check_prompt, text.prompt)
 
     def _own(self, request: Request) -> Request:
         """The request with what it leaves to the model, or with what the model cannot do refused."""
@@ -117,11 +115,6 @@ class Door:
         if request.guidance is None:
             own = self._traits.guidance
             request = replace(request, guidance=able.guidance if own is None else own)
-        if request.negative is not None and not able.negative:
-            raise RequestError(
-                f"negative={shown(request.negative)}: this model has no classifier-free guidance that would lead away "
-                "from it; leave it out"
-            )
         if request.image is not None and not able.images:
             raise RequestError("image: this model has no encoder of images (Capabilities.images); leave it out")
         image = request.image
@@ -134,6 +127,29 @@ class Door:
                 request = replace(request, height=height, width=width, frames=frames)
         return request
 
+    def _check_guidance(self, request: Request, geometry: Geometry) -> None:
+        """Refuses a scale that means nothing, and a negative prompt that nothing would lead away from.
+
+        Both by what the model says once it knows the size: a pipeline is learned with its first one.
+        """
+        model: Any = self._model
+        able, scale, negative = model.capabilities, float(request.guidance or 0.0), request.negative
+        if negative is not None and not able.negative:
+            raise RequestError(
+                f"negative={shown(negative)}: this model has no classifier-free guidance that would lead away from it; "
+                "leave it out"
+            )
+        guides = able.guides and self._asked(model.guides, scale, geometry)
+        if scale < 0 and not guides:
+            raise RequestError(
+                f"guidance={scale:g}: this model does not guide below 0; give a scale of at least 0, or leave it out"
+            )
+        if negative and able.guides and not guides:
+            raise RequestError(
+                f"negative={shown(negative)}: at guidance={scale:g} this model does not guide, and nothing leads away "
+                "from it; give a higher guidance, or leave negative out"
+            )
+
     def _times(self, request: Request, steps: int) -> Sequence[float]:
         """The linear times of the model's own sampler, for the grid "model"."""
         model: Any = self._model
@@ -144,12 +160,7 @@ class Door:
             )
         key = steps, self.geometry(request.height, request.width, request.frames)
         if key not in self._grids:
-            try:
-                self._grids[key] = tuple(float(time) for time in model.times(*key))
-            except RollflowError:
-                raise
-            except Exception as error:
-                raise model_error(error) from error
+            self._grids[key] = self._asked(lambda: tuple(float(time) for time in model.times(*key)))
         return self._grids[key]
 
     def geometry(self, height: object, width: object, frames: object = None) -> Geometry:
@@ -158,8 +169,13 @@ class Door:
         model: Any = self._model
         if frames is not None and not model.capabilities.frames:
             raise RequestError(f"frames={shown(frames)}: this model makes images; leave it out")
+        return self._asked(model.geometry, *(size if model.capabilities.frames else size[:2]))
+
+    @staticmethod
+    def _asked(ask: Callable[..., Any], *args: Any) -> Any:
+        """What a member of the model's gives; raises `ModelError` for what it raises that is not ours."""
         try:
-            return model.geometry(*size) if model.capabilities.frames else model.geometry(size.height, size.width)
+            return ask(*args)
         except RollflowError:
             raise
         except Exception as error:
@@ -168,12 +184,13 @@ class Door:
     def _geometry(self, checked: Plan) -> Geometry:
         """The image size, which model, reward and given latents must agree on."""
         geometry = self.geometry(checked.request.height, checked.request.width, checked.request.frames)
-        size = rewards.size(checked.reward)
-        if size is not None and (geometry.height, geometry.width) != size:
-            raise RequestError(
-                f"size {geometry.height}x{geometry.width}: the reward {checked.reward.name} judges images of "
-                f"{size[0]}x{size[1]} only"
-            )
+        for reward in (checked.reward, checked.held_out):
+            size = None if reward is None else rewards.size(reward)
+            if reward is not None and size is not None and (geometry.height, geometry.width) != size:
+                raise RequestError(
+                    f"size {geometry.height}x{geometry.width}: the reward {reward.name} judges images of "
+                    f"{size[0]}x{size[1]} only"
+                )
         image, mask = checked.request.image, checked.request.mask
         if isinstance(mask, torch.Tensor):
             if image is None:

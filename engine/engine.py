@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from rollflow import calls, checks
 from rollflow.calls import Progress
 from rollflow.device import calibrate
+from rollflow.device.memory import CudaMemory
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.door import Checked, Door
@@ -23,7 +24,7 @@ from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.loop import Loop
-from rollflow.models import FlowModel, Traits, acceleration, adapt, loading, own_size
+from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt, loading, own_size
 from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
 from rollflow.preparing import Preparations
@@ -35,6 +36,7 @@ from rollflow.stats import Stats
 from rollflow.values import flag, whole
 
 _NUMBERS = itertools.count()
+T = TypeVar("T")
 
 
 class Engine:
@@ -48,7 +50,8 @@ class Engine:
         model: a flow pipeline of diffusers (`rollflow probe` shows what is made of one), or any
             `rollflow.models.FlowModel`.
         buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. By default those of
-            `BUCKETS` that pay on this model and device, as measured before the first request. With a single bucket, a
+            `BUCKETS` that pay on this model and device, as measured before the first request, and on a GPU fit into its
+            memory (`Stats.bounds` says which of the two was first). With a single bucket, a
             multiple of 8, a request's result does not depend on what runs beside it, bit for bit (on one CPU; on a GPU
             as far as its libraries compute a row alike at every place of a batch).
         slots: how many particles of one image size can live at once, the bound of their memory: by default 4096, or
@@ -111,6 +114,7 @@ class Engine:
             keep_buckets=reproducible or buckets is not None,
             choose_lanes=lanes is None and threads is None and not reproducible and on_cpu,
             graphs=graphs and able.graphable and not on_cpu,
+            memory=None if on_cpu else CudaMemory(self.model.device),
         )
         self._door = Door(
             self.model,
@@ -188,6 +192,9 @@ class Engine:
 
     def submit(self, request: str | Request, *, id: Any = None, **options: Any) -> Job:
         """Hands in a request, from any thread, at any time, and returns at once.
+
+        The first request of a size of a learned pipeline waits until the size is learned, which may take seconds: on an
+        event loop, use `generate_async`.
 
         Args:
             request: a prompt or a `Request`.
@@ -278,11 +285,14 @@ class Engine:
         return_exceptions: bool = False,
         **options: Any,
     ) -> Any:
-        """`generate` for asyncio. A task that is cancelled cancels its requests."""
+        """`generate` for asyncio. A task that is cancelled cancels its requests.
+
+        Requests are checked on a thread of asyncio's executor: learning a size of a pipeline takes seconds.
+        """
         if isinstance(requests, str | Request):
             return (await self.generate_async([requests], return_exceptions=return_exceptions, **options))[0]
         self._host.check_waiting()
-        jobs = self._submit_all(requests, options, return_exceptions)
+        jobs = await calls.on_a_thread(partial(self._submit_all, requests, options, return_exceptions))
         try:
             for job in jobs:
                 if isinstance(job, Job):
@@ -402,17 +412,15 @@ class Engine:
         """What it holds now; of any thread."""
         host = self._host
         found = host.do(host.loop.snapshot)
-        buckets: dict[tuple[int, ...], tuple[int, ...]] = {
-            (g.height, g.width) if g.frames is None else (g.height, g.width, g.frames): sizes
-            for g, sizes in [*host.runner.buckets.items()]
-        }
         counts = {name: getattr(found, name) for name in ("queued", "running", "rows", "live", "promised", "free")}
         return Stats(
             **counts,
-            buckets=buckets,
+            buckets=_by_size(host.runner.buckets),
+            bounds=_by_size(host.preparations.bounds),
             nfe_per_second=found.nfe_per_second,
             abandoned=host.runner.threads.abandoned,
             healthy=found.dead is None and not host.closed,
+            rewards={**host.runner.judge.costs},
         )
 
     def close(self, drain: bool = True) -> None:
@@ -428,3 +436,11 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
+
+
+def _by_size(found: Mapping[Geometry, T]) -> dict[tuple[int, ...], T]:
+    """By (height, width), of clips (height, width, frames)."""
+    return {
+        (one.height, one.width) if one.frames is None else (one.height, one.width, one.frames): value
+        for one, value in [*found.items()]
+    }

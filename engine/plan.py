@@ -20,6 +20,7 @@ from rollflow.sde import Step
 
 Own = Callable[[int], Sequence[float]]
 PREVIEW_FINALISTS = 8
+PILOT = 16  # particles that a normalised term's mean and deviation are taken of, at most
 STRENGTH = 0.6  # of a request with an image that names none
 LARGEST = 1e18  # of a coefficient: its square is a 32-bit float still
 
@@ -29,7 +30,7 @@ class Plan:
     """A checked request: its interpolant, its grid and the affine coefficients of each step.
 
     `steps` are the points of the grid, each as reached from the one before (the first: from nothing). `held` is the
-    most particles that the method holds at once.
+    most particles that it holds at once. `held_out` is the judge that the request names, not the reward's own.
     """
 
     request: Request
@@ -41,6 +42,7 @@ class Plan:
     latents: torch.Tensor | None
     trusted_from: float
     held: int = 1
+    held_out: rewards.Reward | None = None
     _arrivals: dict[tuple, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -198,11 +200,24 @@ def _check_method(made: Plan) -> None:
         )
 
 
+def _held_out(request: Request) -> rewards.Reward | None:
+    if request.held_out is None:
+        return None
+    reward = rewards.make(request.held_out)
+    if isinstance(reward, rewards.Combined) and reward.normalised:
+        raise RequestError(
+            f"held_out={shown(reward.name)}: z(...) normalises by a search's own particles, which a held-out judge "
+            "does not see; leave it out"
+        )
+    return reward
+
+
 def _held(made: Plan) -> int:
-    """How many particles the method says that it holds."""
+    """How many particles the method says that it holds, or how many a normalised reward waits for."""
     request, method = made.request, made.request.method
+    least = PILOT if isinstance(made.reward, rewards.Combined) and made.reward.normalised else 0
     try:
-        return methods.holds(method, made.nfe, len(made.steps), made.finish_nfe, **request.options)
+        return max(least, methods.holds(method, made.nfe, len(made.steps), made.finish_nfe, **request.options))
     except RollflowError:
         raise
     except Exception as error:
@@ -246,7 +261,7 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False, 
         request = replace(request, options={option: first, **request.options})
     made = Plan(request, reward, path, diffusion, steps, finalists, request.latents, traits.trusted_from)
     _check_method(made)
-    made = replace(made, held=_held(made))
+    made = replace(made, held=_held(made), held_out=_held_out(request))
     title = methods.title(request.method)
     if methods.branches(request.method) and len(steps) > 1 and all(step.k == 0.0 for step in steps[1:]):
         raise RequestError(
@@ -254,7 +269,7 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False, 
             f"{', '.join(name for name in methods.names() if not methods.branches(name))}, or a diffusion above 0"
         )
     if methods.guided(request.method, request.options) and not rewards.differentiable(reward):
-        usable = [name for name in rewards.names() if rewards.differentiable(rewards.make(name))]
+        usable = rewards.with_gradients()
         raise RequestError(
             f"the method {title} follows the gradient of the reward, and {reward.name} has none: use "
             f"{', '.join(usable)}, or a reward with the attribute `differentiable = True`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rollflow import methods
 from rollflow.admission import Admission
+from rollflow.device.attempts import model_error
 from rollflow.errors import Cancelled, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError, said
 from rollflow.models import Geometry
 from rollflow.models.text import Text
@@ -136,11 +138,7 @@ class Register:
     def _start(self, ticket: Ticket, lease: Lease) -> None:
         request, now = ticket.plan.request, self._clock()
         try:
-            guidance = float(request.guidance or 0.0)
-            given = (ticket.plan.reward, ticket.plan.latents, ticket.start)
-            rest = self._preparations.company(ticket.conditioning, guidance, *given)
-            brief = Brief(ticket.id, request.prompt, ticket.geometry, request.seed, guidance, *rest)
-            ticket.search = Search(ticket.plan, brief, lease, self._ledger, self._odds)
+            ticket.search = Search(ticket.plan, self._brief(ticket), lease, self._ledger, self._odds)
         except BaseException as error:
             lease.close()
             self.refuse(ticket, method_error(ticket.plan, error))
@@ -151,6 +149,20 @@ class Register:
         if request.seconds is not None:
             self._end_at(ticket, now + request.seconds, "seconds")
         self._scheduler.add(ticket.search)
+
+    def _brief(self, ticket: Ticket) -> Brief:
+        """What every row of a request carries; raises `ModelError` for what its model raises."""
+        request = ticket.plan.request
+        guidance = float(request.guidance or 0.0)
+        given = (ticket.plan.reward, ticket.plan.latents, ticket.start)
+        try:
+            rest = self._preparations.company(ticket.conditioning, guidance, *given)
+        except RollflowError:
+            raise
+        except BaseException as error:
+            raise model_error(error) from error
+        whose = ticket.id, request.prompt, ticket.geometry, request.seed
+        return replace(Brief(*whose, guidance, *rest), held_out=ticket.plan.held_out)
 
     @property
     def unspent(self) -> int:

@@ -41,4 +41,5 @@ class Rendering:
             stopped=finished.stopped,
             notes=[*history.notes],
             network_rows=history.executed * finished.network_rows,
+            terms=history.named(outcome.terms),
         )

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
 from rollflow import interpolant as interpolants
 from rollflow import methods
+from rollflow.errors import RequestError, said, shown
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Request:
 
     Attributes:
         prompt: what the image should show.
-        reward: a name (`rollflow.rewards.names()`), a `Reward`, or a function `f(images, prompts) -> scores` of images
+        reward: a name (`rollflow.rewards.names()`) or an expression of names such as "0.7*vqa + 0.3*aesthetic" (see
+            `rollflow.rewards.expression`), a `Reward`, or a function `f(images, prompts) -> scores` of images
             `[row, 3, height, width]` in [0, 1], or clips `[row, frame, 3, height, width]` of a model of video.
         method: a name of `rollflow.methods.names()`, or a function that makes a search, see `rollflow.methods.make`.
         nfe: the whole budget, finish included; an NFE is one velocity evaluation of one particle. None is 100, or with
@@ -59,7 +62,8 @@ class Request:
             in which the model's pipeline carries it (for FLUX `[token, channel]`) or flat; further samples come from
             the seed.
         image: where the search starts from in place of noise alone: a PIL image or a tensor [3, height, width] in
-            [0, 1], or for a model of video [frame, 3, height, width]; of the size that is asked for, by default its.
+            [0, 1], or for a model of video [frame, 3, height, width] or a list of PIL images, such as `Result.frames`,
+            which becomes one; of the size that is asked for, by default its.
         strength: how much of the image is replaced, above 0 to 1, by default 0.6: the linear time at which the search
             starts, from `(1 - strength) x0 + strength noise`. The grid is shrunk to what lies below, with as many
             points; that of "model" is cut there. With `times` the first of them says where it starts.
@@ -74,9 +78,14 @@ class Request:
         height, width: image size in pixels; by default the model's own.
         frames: length of a clip, of a model of video; by default the model's own.
         options: the method's own options, such as `{"initial": 25}` for rbf.
+        held_out: a second judge of the final image alone, which no search sees: a reward as above, in place of the one
+            that the reward itself may name.
 
     Nothing is checked here, but when a request is handed in; see `rollflow.checks`. Numbers may be NumPy's, or tensors
     of no dimension: the request of a `Result` holds Python's.
+
+    Raises:
+        RequestError: an image of a list of frames cannot be read.
     """
 
     prompt: str
@@ -97,7 +106,7 @@ class Request:
     seconds: float | None = None
     deadline: float | None = None
     latents: torch.Tensor | None = None
-    image: Image.Image | torch.Tensor | None = None
+    image: Image.Image | torch.Tensor | Sequence[Image.Image] | None = None
     strength: float | None = None
     mask: Image.Image | torch.Tensor | None = None
     priority: int = 0
@@ -107,6 +116,11 @@ class Request:
     width: int | None = None
     frames: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, list | tuple) and is_clip(self.image):
+            object.__setattr__(self, "image", torch.stack([pixels_of(frame, "image") for frame in self.image]))
 
 
 Kind = Literal["committed", "guided", "finish"]
@@ -118,7 +132,7 @@ class Record:
 
     `level` is its point of the time grid (finish steps count on from the last), `time` the interpolant's time there,
     `parent` the index of its parent's record, `kind` why the row was run, `nfe` what it was charged. `reward` is None
-    for a particle that was not judged.
+    for a particle that was not judged; `terms` are the scores of a combined reward's terms, as they were given.
     """
 
     index: int
@@ -128,9 +142,10 @@ class Record:
     parent: int | None
     kind: Kind
     nfe: int = 1
+    terms: Mapping[str, float] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a search found.
 
@@ -139,7 +154,8 @@ class Result:
         pixels: the same before rounding to 8 bits, float32 [3, height, width] in [0, 1], or [frame, 3, height, width]
             of a clip, on the CPU.
         reward: the reward's score.
-        held_out: the score of the reward's held-out judge, which no search sees; None if the reward has none.
+        terms: of a combined reward, the scores of its terms by name, before they are normalised or weighted.
+        held_out: the score of the held-out judge, which no search sees; None if there is none.
         committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless something else
             than the budget ended the search, see `stopped`.
         executed_nfe: what the device ran for this request, its share of padding included; a row counts as much as it is
@@ -168,6 +184,15 @@ class Result:
     stopped: str = "budget"
     notes: list[Mapping[str, Any]] = field(default_factory=list)
     network_rows: int = 0
+    terms: Mapping[str, float] | None = None
+
+    def __repr__(self) -> str:
+        frames = f", frames={len(self.pixels)}" if self.pixels.ndim == 4 else ""
+        height, width = self.pixels.shape[-2:]
+        return (
+            f"Result(prompt={shown(self.request.prompt)}, reward={self.reward:.4g}, nfe={self.committed_nfe}, "
+            f"stopped={self.stopped!r}, size={height}x{width}{frames})"
+        )
 
     @property
     def unspent_nfe(self) -> int:
@@ -195,6 +220,23 @@ class Result:
         from rollflow import saving
 
         return saving.save(self.frames, self.image, Path(path), fps)
+
+
+def is_clip(frames: Sequence[Any]) -> bool:
+    """Whether these are PIL images of one size, at least one."""
+    return all(isinstance(frame, Image.Image) for frame in frames) and len({frame.size for frame in frames}) == 1
+
+
+def pixels_of(image: Image.Image, name: str) -> torch.Tensor:
+    """An image as float32 [3, height, width] in [0, 1].
+
+    Raises:
+        RequestError: it cannot be read; the message calls it `name`.
+    """
+    try:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    except Exception as error:  # of a file that is read only now
+        raise RequestError(f"{name}={shown(image)}: it cannot be read ({said(error)})") from error
 
 
 def picture(pixels: torch.Tensor) -> Image.Image:

@@ -16,8 +16,10 @@ from rollflow.draw import Guide
 from rollflow.models import Geometry
 from rollflow.request import Kind as Kind
 from rollflow.rewards import Reward
+from rollflow.rewards.combined import Scale
 from rollflow.sde import Step
 
+Score = float | tuple[float, ...]  # of a reward, or of each term of a combined one
 NONE = -1  # in place of a slot: no parent, or a row of padding
 
 
@@ -52,6 +54,7 @@ class Brief:
         start: the image that the search starts from, or None.
         company: what rows of one batch have in common besides their geometry; see `rollflow.models.Capabilities`.
         network_rows: how many rows of the network an evaluation takes.
+        held_out: the second judge of its final image, which takes the place of the reward's own; or None.
     """
 
     ticket: int
@@ -65,6 +68,7 @@ class Brief:
     start: Start | None = None
     company: Hashable = None
     network_rows: int = 1
+    held_out: Reward | None = None
 
 
 class Mixture(NamedTuple):
@@ -127,22 +131,25 @@ class Show(NamedTuple):
     Attributes:
         brief: whose images they are.
         candidates: those that compete; the first is the one that the rewards so far favour.
+        scales: mean and deviation of each normalised term of its reward.
     """
 
     brief: Brief
     candidates: tuple[Candidate, ...]
+    scales: tuple[Scale, ...] = ()
 
 
 class Outcome(NamedTuple):
     """The image of a search that is over: float32 and 8-bit pixels [3, height, width] on the CPU, and its scores.
 
-    A clip has [frame, 3, height, width].
+    A clip has [frame, 3, height, width]. `terms` are the scores of the terms of a combined reward, in order.
     """
 
     pixels: Tensor
     rounded: Tensor
     reward: float
     held_out: float | None
+    terms: tuple[float, ...] | None = None
 
 
 class Free(NamedTuple):
@@ -154,12 +161,12 @@ class Landed(NamedTuple):
 
     Attributes:
         rows: which.
-        scores: the reward of each, None for a row that is not scored.
+        scores: the reward of each, or of a combined reward one number a term; None for a row that is not scored.
         invalid: the numbers of guided rows whose gradient was no finite number, by ticket.
     """
 
     rows: Sequence[Row]
-    scores: Sequence[float | None]
+    scores: Sequence[Score | None]
     invalid: Sequence[tuple[int, int]] = ()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from tiny import PATIENCE, Gate, Lockstep, assert_sound, bon, ended, engine, fingerprint, rbf
+from tiny import PATIENCE, Gate, Lockstep, Tiny, assert_sound, bon, ended, engine, fingerprint, rbf
 
 from rollflow import Cancelled, FunctionError, RequestError, RollflowError
 
@@ -212,6 +212,51 @@ def test_a_cancelled_generate_async_cancels_its_requests(gate):
         asyncio.run(main())
         gate.open.set()
     assert own.stats().promised == own.stats().live == 0  # it has drained, and the requests have ended as cancelled
+    assert own.ledger.executed["committed"] + own.ledger.executed["speculative"] < 36
+
+
+class Slow(Tiny):
+    """A model whose door takes its time, as that of a pipeline does that learns a size."""
+
+    def __init__(self):
+        self.asked, self.open = threading.Event(), threading.Event()
+
+    def check_prompt(self, prompt):
+        self.asked.set()
+        assert self.open.wait(PATIENCE), "nobody opened the door"
+
+
+def test_the_door_does_not_hold_up_the_event_loop():
+    async def main():
+        task = asyncio.create_task(own.generate_async([bon(seed=1), bon(nfe=0)], return_exceptions=True))
+        while not model.asked.is_set():
+            await asyncio.sleep(0)
+        model.open.set()  # which a loop that is held up never does
+        result, error = await task
+        assert result.committed_nfe == 4 and isinstance(error, RequestError)
+
+    model = Slow()
+    with engine(model) as own:
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("ends", ["task", "loop"])
+def test_what_is_cancelled_at_the_door_is_cancelled_behind_it(gate, ends):
+    async def main():
+        task = asyncio.create_task(own.generate_async([rbf(reward=gate, seed=seed) for seed in range(3)]))
+        while not model.asked.is_set():
+            await asyncio.sleep(0)
+        if ends == "task":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        model.open.set()  # while the loop ends, which waits for the threads of its executor
+
+    model = Slow()
+    with engine(model) as own:
+        asyncio.run(main())
+        gate.open.set()
+    assert own.stats().promised == own.stats().live == 0
     assert own.ledger.executed["committed"] + own.ledger.executed["speculative"] < 36
 
 

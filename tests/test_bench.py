@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rollflow import methods
 from rollflow.bench import contenders, figures, intervals, probes, prompt_sets, tables, throughput
@@ -16,10 +17,12 @@ from rollflow.bench.overhead import Overhead
 from rollflow.bench.preview_quality import Preview
 from rollflow.bench.rows import KEY, Rows
 from rollflow.bench.scaling import Scaling
+from rollflow.bench.stand_ins import reward_named
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.errors import RequestError
 from rollflow.models.world import target_counts
+from rollflow.profile.ledger import Interval, overlap
 
 
 def study(out, **options):
@@ -224,8 +227,30 @@ def test_throughput(tmp_path, capsys, monkeypatch):
     best = 1 / max(row["nfe_per_second"] for row in bare if row["contender"] == "bare transformer")
     row = searches["engine"]
     assert row["efficiency"] == pytest.approx(26 * best / row["seconds"][0], rel=1e-6)
+    assert all(0 <= searches[name]["reward_overlap"] <= 1 for name in engines)
     assert plot.stat().st_size > 10_000 and "sequential" in capsys.readouterr().out
     Compare(file, file)()  # every row is known by its keys, and nothing got worse
+
+
+def test_overlap_is_the_share_of_the_time_of_some_spans_in_which_others_ran():
+    spans = [
+        ("x", 0, 9),
+        ("reward", 0, 4),
+        ("reward", 6, 8),
+        ("forward", 1, 2),
+        ("forward", 1.5, 3),
+        ("forward", 7, 20),
+    ]
+    assert overlap([Interval(*span) for span in spans], "reward", "forward") == pytest.approx((2 + 1) / (4 + 2))
+    assert overlap([Interval("reward", 0, 1)], "reward", "forward") == 0
+    assert overlap([Interval("forward", 0, 1)], "reward", "forward") is None
+
+
+def test_a_reward_of_the_cost_of_clip_in_several_processes():
+    one = reward_named("clip-sized", "cpu", torch.float32, 24)
+    images = torch.rand(2, 3, 40, 40)
+    assert one is reward_named("clip-sized", "cpu", torch.float32, 24)
+    assert one(images, ["a"] * 2).shape == (2,) and one(images, ["a"] * 2).std() > 0
 
 
 def test_preview_quality(tmp_path, capsys):

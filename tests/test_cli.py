@@ -146,6 +146,53 @@ def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
         _one_line(run("generate", PROMPT, "--out", out), [str(out), "--out"])
 
 
+def test_a_name_that_no_model_can_have_is_one_whole_line(run, tmp_path):
+    for name in ("nonexist", "./nonexist", str(tmp_path / "nothing"), "a/b/c", "-/x"):
+        for command in (["generate", PROMPT], ["demo"], ["probe"], ["plan"], ["study"]):
+            outcome = run(*command, model=name)
+            _one_line(outcome, [f"there is no model '{name}'", *models.BUILT_IN, "save_pretrained", "owner/name"])
+            assert "..." not in outcome[2]
+    _one_line(run("generate", PROMPT, model="shape"), ["did you mean 'shapes'?"])
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_whole_line(run, tmp_path):
+    outcome = run("generate", PROMPT, "--out", tmp_path, model="no/such")
+    _one_line(outcome, ["'no/such' cannot be loaded", "there is no such folder; from the hub: ", "save_pretrained"])
+    assert "..." not in outcome[2]
+
+
+@pytest.mark.parametrize("wrong", [["--nfe", "4"], ["--height", "65"], ["--reward", "x"]])
+def test_a_search_that_fails_leaves_no_folder(run, tmp_path, wrong):
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "new" / "folder", tmp_path / "there"):
+        _one_line(run("generate", PROMPT, *wrong, "--out", out), [])
+    assert [*tmp_path.iterdir()] == [tmp_path / "there"]
+
+
+def test_an_interrupted_search_leaves_no_folder(run, tmp_path, monkeypatch):
+    def interrupted(*_):
+        assert (tmp_path / "new").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_search", interrupted)
+    assert run("generate", PROMPT, *SMALL, "--out", tmp_path / "new")[0] == 130
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_record_says_what_a_search_started_from(run, model, tmp_path):
+    assert run("generate", PROMPT, *SMALL, "--out", tmp_path)[0] == 0
+    image, mask = tmp_path / "two-red-circles-seed0.png", tmp_path / "mask.png"
+    Image.new("L", (64, 64), 255).save(mask)
+    start = ("--image", image, "--mask", mask, "--out", tmp_path / "second")
+    assert run("generate", PROMPT, *SMALL, *start)[0] == 0
+    request = json.loads((tmp_path / "second" / image.with_suffix(".json").name).read_text())["request"]
+    assert (request["image"], request["mask"], request["strength"]) == (str(image), str(mask), 0.6)
+    assert request["latents"] is None
+    with rollflow.Engine.from_pretrained(model, device="cpu") as engine:
+        result = engine.generate(PROMPT, nfe=3, steps=3, method="bon", latents=torch.randn(16, 32))
+    assert output.record(result)["request"]["latents"] == {"shape": [16, 32]}
+
+
 def _one_line(outcome, expected):
     code, printed, complaint = outcome
     assert (code, printed) == (2, "")
@@ -160,12 +207,21 @@ GROUPS = {
     "probe": [options.Place],
     "plan": [options.Place],
     "models": [],
+    "rewards": [],
+    "fetch": [],
     "study": [],
+    "bench": [],
 }
 
 
 def test_every_command_has_a_help():
     assert cli.commands().keys() == GROUPS.keys()
+
+
+def test_the_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"• {command} " in text for command in GROUPS)
 
 
 @pytest.mark.parametrize("command", GROUPS)
@@ -175,11 +231,13 @@ def test_help_is_complete(command, capsys, monkeypatch):
     text = capsys.readouterr().out
     groups = [cli.commands()[command], *GROUPS[command]]
     for option in (f for group in groups for f in fields(group)):
-        nested = option.name in ("search", "runtime", "place", "part", "own")
-        if not nested and (option.name != "prompts" or command == "study"):
+        nested = option.name in ("search", "runtime", "place", "part", "own", "arguments")
+        if not nested and (option.name not in ("prompts", "names") or command == "study"):
             name = option.name.replace("_", "-")
             assert f"--{name} " in text or f"--{name}, --no-{name} " in text
     named = [*models.BUILT_IN, *options.DTYPES] if GROUPS[command] else []
+    if command == "bench":
+        named += ["throughput", "latency", "compare"]
     if command == "generate":
         named += [*rewards.names(), *methods.names(), *interpolant._NAMED, *sde.GRIDS, "model", *sde.SOLVERS]
     for name in named:
@@ -272,18 +330,22 @@ def test_progress_counts_evaluations_and_shows_the_best_reward():
         bar.start(40)
         bar.update(Progress((5, 0), (-2.0, float("-inf"))))
         bar.update(Progress((20, 17), (-1.0, 0.0)))
-    assert "37/40 NFE mean best reward -0.50" in screen.getvalue()
+    assert "37/40 NFE mean best reward -0.5" in screen.getvalue()
 
 
 def test_scores_are_printed_plainly():
-    shown = [output.number(x) for x in (-0.0, -0.001, 12.55, None, float("nan"))]
-    assert shown == ["0.00", "0.00", "12.55", "-", "-"]
+    shown = [output.number(x) for x in (-0.0, -0.001, 12.55, 0.028071, 0.028068, 12345.67, None, float("nan"))]
+    assert shown == ["0", "-0.001", "12.55", "0.02807", "0.02807", "12345.7", "-", "-"]
+    assert output.number(0.02807) != output.number(0.02803)
 
 
 def test_as_a_process_it_is_quiet_and_starts_without_torch(model, tmp_path):
-    light = "import sys, rollflow.cli.commands as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
+    light = "import sys, rollflow.cli.commands as c; c.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", light, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "generate" in done.stdout
+    wrong = ["generate", PROMPT, "--model", "nonexist"]
+    done = subprocess.run([sys.executable, "-c", light, *wrong], capture_output=True, text=True)
+    assert done.returncode == 0 and "there is no model 'nonexist'" in done.stderr
     command = [sys.executable, "-m", "rollflow", "generate", PROMPT, *SMALL, "--model", model, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -17,7 +17,7 @@ from rollflow.bench import throughput
 from rollflow.bench.pipelines import brightness, pipeline_bon
 from rollflow.bench.throughput import Throughput
 from rollflow.cli import commands as cli
-from rollflow.cli import learned, measuring, options
+from rollflow.cli import learned, measuring, options, reports, sizes
 from rollflow.cli.memory import Plan
 from rollflow.cli.probe import Probe
 from rollflow.cli.reports import _affine, memory
@@ -26,6 +26,7 @@ from rollflow.models.flux import FluxModel
 from rollflow.models.pipeline import PipelineModel
 from rollflow.models.tested import TESTED
 from rollflow.models.text import Size
+from rollflow.rewards import own
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_loaded_is_one_line(folder, tmp_path):
     for name, pipeline, message in (
         ("empty", None, ways),
         ("strange", None, ways),
-        ("nowhere", None, ways),
+        ("nowhere", None, r"there is no model '.*nowhere': pass a built-in model \(shapes.*save_pretrained.*single"),
         ("one.safetensors", None, r"is a single file.*pipeline='FluxPipeline' \(--pipeline"),
         ("one.safetensors", "LTXPipelin", r"has no pipeline of this name: did you mean LTXPipeline"),
         ("one.safetensors", "FluxTransformer2DModel", "has no pipeline of this name"),
@@ -196,10 +197,11 @@ def test_a_search_starts_from_a_clip(run, folder, tmp_path):
     base = ("generate", "a cat", "--model", folder, *SIZE, "--reward", REDNESS, "--method", "bon", "--nfe", 2)
     assert run(*base, "--steps", 2, "--out", tmp_path)[0] == 0
     first = tmp_path / "a-cat-seed0.gif"
-    code, _, complaint = run(*base, "--steps", 2, "--image", first, "--strength", 0.5, "--out", tmp_path / "second")
+    unsized = [part for part in base if part not in SIZE]  # the clip says its own
+    code, _, complaint = run(*unsized, "--steps", 2, "--image", first, "--strength", 0.5, "--out", tmp_path / "second")
     assert (code, complaint) == (0, "")
     request = json.loads((tmp_path / "second" / "a-cat-seed0.json").read_text())["request"]
-    assert request["strength"] == 0.5 and "image" not in request
+    assert (request["strength"], request["image"]) == (0.5, str(first)) and CLIP.items() <= request.items()
 
 
 def test_what_a_search_on_a_pipeline_cannot_do_is_one_line(run, folder, tmp_path, monkeypatch):
@@ -217,9 +219,16 @@ def test_what_a_search_on_a_pipeline_cannot_do_is_one_line(run, folder, tmp_path
 
 
 def test_a_reward_of_a_file_is_one_object():
-    assert options.reward_of("count") == "count"
-    assert options.reward_of(REDNESS) is options.reward_of(REDNESS)
-    assert options.reward_of("math:hypot")(3, 4) == 5
+    assert own.reward_of("count") == "count"
+    assert own.reward_of(REDNESS) is own.reward_of(REDNESS)
+    assert own.reward_of("math:hypot")(3, 4) == 5
+    for text in ("0.7*count + 0.3*motion", "vqa(backend='http://host:80')", "scores.py:", ":count"):
+        assert own.reward_of(text) == text
+    made = own.reward_of(f"count - 0.1*{REDNESS}")
+    assert made is own.reward_of(f"count - 0.1*{REDNESS}") and made.name == "count - 0.1*redness"
+    assert made.terms[0] is rewards.make("count") and made.terms[1].function is own.reward_of(REDNESS)
+    with pytest.raises(RequestError, match="takes two functions called f"):
+        own.reward_of("a.py:f + b.py:f")
 
 
 # Probe.
@@ -284,10 +293,66 @@ def test_probe_says_how_far_a_refused_pipeline_got(run, tmp_path, monkeypatch, c
 
     changed.scheduler = diffusers.DDIMScheduler()
     monkeypatch.setattr(loading, "load", lambda *_: changed)
-    code, printed, complaint = run("probe", "--model", "mine", "--json", tmp_path / "probe.json")
+    code, printed, complaint = run("probe", "--model", "my/own", "--json", tmp_path / "probe.json")
     assert (code, complaint) == (1, "")
     assert "nothing of it was run" in printed and "DDIMScheduler" in printed and "flow matching" in printed
     assert json.loads((tmp_path / "probe.json").read_text())["refused"]
+
+
+def test_probe_says_what_masks_a_padding(capsys):
+    tiny = IMAGE["QwenImagePipeline"]
+    found = Probe(height=tiny.height, width=tiny.width).of(tiny.build())
+    arguments = {one["name"]: one for one in found["arguments"]}
+    mask, text = (arguments[f"encoder_hidden_states{end}"] for end in ("_mask", ""))
+    assert (mask["kind"], mask["rows"], mask["varies"]) == (text["kind"], text["rows"], text["varies"])
+    assert mask["masks"] == "encoder_hidden_states" and mask["value"].startswith("bool [")
+    assert found["text"] == {"lengths": "padded", "arguments": ["encoder_hidden_states", "encoder_hidden_states_mask"]}
+    reports.print_probe(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "padded to the longest of a batch, and masked (encoder_hidden_states, encoder_hidden_states_mask)" in printed
+    assert "None in the pipeline's" in printed
+
+
+def test_the_size_is_told_before_it_is_taken(run, tmp_path, capsys):
+    tiny = IMAGE["StableDiffusion3Pipeline"].build()
+    tiny.save_pretrained(tmp_path)
+    code, printed, _ = run("probe", "--model", tmp_path)
+    assert code == 0
+    assert printed.startswith("64x64 is taken, the model's own size: --height and --width choose another\n")
+    video = PipelineModel(VIDEO["LTXPipeline"].build())
+    for model, asked, found, said in (
+        (PipelineModel(tiny), Size(32), Size(32, 64), "32x64 is taken, its width the model's own: --width chooses"),
+        (
+            PipelineModel(MORE["Kandinsky5T2IPipeline"].build()), Size(), Size(48, 32),  # not what its signature says
+            "48x32 is taken, the model's own size: --height and --width choose another",
+        ),
+        (
+            video, Size(64), Size(64, 704, 161),
+            "64x704, 161 frames is taken, its width and frames the model's own: --width and --frames choose another; "
+            "on a CPU this may take minutes",
+        ),
+    ):  # fmt: skip
+        assert sizes.taken(model, asked) == found
+        sizes.tell(model, asked)
+        assert capsys.readouterr().out.startswith(said) and not model.spaces
+    sizes.tell(video, Size(**CLIP))
+    assert capsys.readouterr().out == ""
+    sizes.tell(video, Size(), Size(32, 32, 9))
+    assert capsys.readouterr().out.startswith("32x32, 9 frames is taken, the model's own size: --height, --width and")
+
+
+def test_a_size_that_cannot_be_told_is_said_to_be_the_models_own(capsys, monkeypatch):
+    model = PipelineModel(IMAGE["SanaPipeline"].build())
+    with pytest.raises(RequestError, match="Invalid sample size"):  # its bins of sizes are those of larger models
+        sizes.tell(model, Size())
+
+    def refused(*_):
+        raise ModelError("it cannot be run")
+
+    monkeypatch.setattr(model.driver, "run", refused)
+    sizes.tell(model, Size())
+    printed = capsys.readouterr().out
+    assert printed == "the height and width of what is made: the model's own; --height and --width choose another\n"
 
 
 def test_probe_leaves_a_wrong_size_or_file_to_the_user(run, folder, tmp_path):
@@ -364,8 +429,10 @@ def test_plan_counts_a_pipeline(run, folder, tmp_path):
     assert found[3]["forward"]["flops"] == 2 * found[1]["forward"]["flops"] > 0
     assert one["fits"] and one["largest"] == 64 and one["least_seconds_an_nfe"] > 0
     assert one["least_seconds_an_nfe"] == pytest.approx(one["forward"]["flops"] / one["flops_per_second"])
-    for part in ("LTXPipeline on cpu in float32, 64x96, 9 frames", "a lower bound", "64 rows", "2 rows of the network"):
-        assert part in printed
+    assert one["limit"] == "engine"
+    for part in ("LTXPipeline on cpu in float32, 64x96, 9 frames", "64 rows", "bound by the engine", "an NFE, at least",
+                 "a lower bound from FLOPs", "2 rows of the network"):  # fmt: skip
+        assert part in printed and "is taken" not in printed
 
 
 def test_plan_goes_by_the_free_memory(run, folder, monkeypatch):
@@ -376,16 +443,35 @@ def test_plan_goes_by_the_free_memory(run, folder, monkeypatch):
 
     whole = batch(2**34)
     need = whole["resident"] + whole["pool"] + whole["batches"][8]
-    assert whole["lanes"] == 1 and batch(int(need / 0.9) + 16)["largest"] == 8
+    tight = batch(int(need / 0.9) + 16)
+    assert whole["lanes"] == 1 and (tight["largest"], tight["limit"]) == (8, "memory")
+    code, printed, _ = run("plan", "--model", folder, *SIZE, "--device", "cpu")
+    assert code == 0 and "bound by memory" in printed and "bound by the engine" not in printed
     assert not batch(int((whole["resident"] + whole["pool"]) / 0.9) + 16)["fits"]
     monkeypatch.setattr(measuring, "free_memory", lambda device: whole["resident"])
     code, printed, _ = run("plan", "--model", folder, *SIZE, "--device", "cpu")
     assert code == 1 and "does not fit into 90 %" in printed
 
 
+def test_plan_counts_the_terms_of_a_reward(run, tmp_path):
+    files = [tmp_path / "with.json", tmp_path / "without.json"]
+    reward = ("--reward", "count + classifier")
+    for file, given in zip(files, (reward, ()), strict=True):
+        code, printed, _ = run("plan", "--device", "cpu", "--json", file, *given)
+        assert code == 0
+        assert ("classifier: a call" in printed) == bool(given)
+    found, plain = (json.loads(file.read_text()) for file in files)
+    assert [*found["rewards"]] == ["count", "classifier"] and plain["rewards"] == {}
+    assert all(cost["batch"] == max(map(int, found["batches"])) for cost in found["rewards"].values())
+    assert found["rewards"]["classifier"]["call"] > 64 * 3 * 64 * 64 and found["rewards"]["count"]["seconds"] > 0
+    code, _, complaint = run("plan", "--device", "cpu", "--reward", "pickscore")
+    assert code == 2 and "the reward pickscore needs the model" in complaint and len(complaint.splitlines()) == 1
+
+
 def test_plan_of_the_built_in_model(run):
     code, printed, complaint = run("plan", "--device", "cpu")
     assert (code, complaint) == (0, "") and "FluxPipeline on cpu in float32, 64x64" in printed
+    assert printed.startswith("64x64 is taken, the model's own size: --height and --width choose another\n")
     one_line(run("plan", "--device", "cpu", "--frames", 5), "frames=5", "makes images")
 
 

@@ -52,12 +52,13 @@ def test_a_model_by_hand_makes_what_its_pipeline_makes():
     model = names["engine"].model
     noise = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0))
     asked = {"reward": brightness, "method": "bon", "nfe": 4, "steps": 4, "interpolant": "linear", "diffusion": 0}
-    asked |= {"height": 32, "width": 48, "negative": "blue"}
+    asked |= {"height": 32, "width": 48}
     states = model.layout.pack(noise[None])
     with names["engine"] as by_hand, Engine(pipeline) as learned:
-        for guidance in (5.0, 1.0):
-            found = by_hand.generate("a red cat", latents=states, guidance=guidance, **asked)
-            expected = learned.generate("a red cat", latents=noise, guidance=guidance, **asked)
+        for guidance, negative in ((5.0, "blue"), (1.0, None)):
+            asked |= {"guidance": guidance, "negative": negative}
+            found = by_hand.generate("a red cat", latents=states, **asked)
+            expected = learned.generate("a red cat", latents=noise, **asked)
             torch.testing.assert_close(found.pixels, expected.pixels, atol=1e-4, rtol=0)
             assert found.network_rows == expected.network_rows == (8 if guidance > 1 else 4)
 

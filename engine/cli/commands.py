@@ -1,4 +1,4 @@
-"""The command line: `rollflow generate | demo | probe | plan | models | study | bench`.
+"""The command line: `rollflow generate | demo | probe | plan | models | rewards | fetch | study | bench`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2; a pipeline that
@@ -12,8 +12,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Inference-time scaling of flow models: the best image for a prompt within a budget of function
 evaluations (NFE).
 
-`rollflow COMMAND --help` explains a command, `rollflow bench --help` lists the benchmarks, and `rollflow --version`
-prints the version."""
+`rollflow COMMAND --help` explains a command, and `rollflow --version` prints the version."""
 DEMO_PROMPTS = (  # what the model's plain samples get wrong with seed 0
     "two blue circles, one red square and one yellow triangle",
     "show two green circles and four yellow triangles",
@@ -70,20 +69,22 @@ class Generate:
         """Runs the command."""
         if not self.prompts:
             raise RequestError('give at least one prompt, in quotes: rollflow generate "two red circles"')
+        self.runtime.check()
         from rollflow.cli import output
 
         kinds = self._kinds()
         requests = [self.search.request(prompt) for prompt in self.prompts]
         names = output.names(requests)
         files = [f"{name}.{kind}" for name in names for kind in (*kinds, "json")]
-        results = _run(requests, self.runtime, self.out, files)
-        for name, result in zip(names, results, strict=True):
-            clip = result.pixels.ndim == 4
-            image, record = self.out / f"{name}.{kinds[clip]}", self.out / f"{name}.json"
-            result.save(image, self.fps)
-            content = {"model": self.runtime.model, **output.record(result)}
-            record.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            print(f"{result.request.prompt}\n  {output.summary(result)}\n  {image}\n  {record}")
+        with _writable(self.out, files):
+            for name, result in zip(names, _run(requests, self.runtime), strict=True):
+                clip = result.pixels.ndim == 4
+                image, record = self.out / f"{name}.{kinds[clip]}", self.out / f"{name}.json"
+                result.save(image, self.fps)
+                found = output.record(result, image=self.search.image, mask=self.search.mask)
+                content = {"model": self.runtime.model, **found}
+                record.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                print(f"{result.request.prompt}\n  {output.summary(result)}\n  {image}\n  {record}")
 
     def _kinds(self) -> tuple[str, str]:
         """The suffixes of an image and of a clip; raises `RequestError` before any work for what cannot be written."""
@@ -121,44 +122,97 @@ class Demo:
         """Runs the command."""
         if not self.prompts:
             raise RequestError('give at least one prompt, in quotes: rollflow demo --prompts "two red circles"')
+        self.runtime.check()
         plain = SearchOptions(method="bon", nfe=BASE_STEPS, steps=BASE_STEPS, seed=self.seed)
         search = SearchOptions(method=self.method, nfe=self.nfe, seed=self.seed)
         requests = [options.request(prompt) for prompt in self.prompts for options in (plain, search)]
-        results = _run(requests, self.runtime, self.out, ["demo.png"])
-
-        from rollflow.cli import output
-
-        pairs = list(zip(results[::2], results[1::2], strict=True))
-        output.print_table(pairs)
         path = self.out / "demo.png"
-        output.grid(pairs).save(path)
+        with _writable(self.out, [path.name]):
+            results = _run(requests, self.runtime)
+
+            from rollflow.cli import output
+
+            pairs = list(zip(results[::2], results[1::2], strict=True))
+            output.print_table(pairs)
+            output.grid(pairs).save(path)
         print(path)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure on this machine: throughput, scaling, overhead, latency and more, one benchmark each.
+
+    `rollflow bench --help` lists them, and `rollflow bench NAME --help` explains one.
+    """
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The benchmark's name and its options."""
+
+    def __call__(self) -> int:
+        """Runs the benchmark; returns its exit code."""
+        from rollflow.bench.__main__ import main as bench
+
+        return bench(self.arguments, "rollflow bench")
 
 
 def commands() -> dict[str, Callable[..., Any]]:
     """The commands by name."""
     from rollflow.bench.study import Study
     from rollflow.cli.catalogue import Models
+    from rollflow.cli.fetching import Fetch
+    from rollflow.cli.judging import Rewards
     from rollflow.cli.memory import Plan
     from rollflow.cli.probe import Probe
 
-    return {"generate": Generate, "demo": Demo, "probe": Probe, "plan": Plan, "models": Models, "study": Study}
+    return {
+        "generate": Generate, "demo": Demo, "probe": Probe, "plan": Plan, "models": Models, "rewards": Rewards,
+        "fetch": Fetch, "study": Study, "bench": Bench,
+    }  # fmt: skip
 
 
-def _run(requests: list[Request], runtime: ModelOptions, out: Path, files: Sequence[str]) -> list[Result]:
+def _run(requests: list[Request], runtime: ModelOptions) -> list[Result]:
     """Checks what it can before it loads the model, then searches under a progress bar."""
+    from rollflow import rewards
     from rollflow.cli.output import progress_bar
     from rollflow.models import traits
     from rollflow.plan import plan
 
     known, budgets = traits(runtime.model), list[int]()
     for request in requests:
+        for judge in (request.reward, request.held_out):
+            for term in () if judge is None else rewards.terms_of(rewards.make(judge)):
+                if hasattr(term, "wanted"):  # weights, which may not be there
+                    rewards.check(term, request.prompt)
         try:
             budgets.append(plan(_without_model(request, known.steps), known, runtime.preview).nfe)
         except BudgetError:
             if request.nfe is not None or request.seconds is None:  # otherwise the engine takes the smallest
                 raise
     timed = any(request.nfe is None and request.seconds is not None for request in requests)
+    with progress_bar() as bar:
+        return _search(requests, runtime.load(), bar, None if timed else sum(budgets))
+
+
+@contextmanager
+def _writable(out: Path, files: Sequence[str]) -> Iterator[None]:
+    """A folder, made where it is not there, to which these files can be written; after an error no empty one is left.
+
+    Raises:
+        RequestError: they cannot be written.
+    """
+    made: list[Path] = []
+    try:
+        made += [folder for folder in (out, *out.parents) if not folder.exists()]
+        _check_writable(out, files)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+        raise
+
+
+def _check_writable(out: Path, files: Sequence[str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):  # find out now, not after the work
@@ -171,8 +225,6 @@ def _run(requests: list[Request], runtime: ModelOptions, out: Path, files: Seque
         ) from error
     if folders:
         raise RequestError(f"{shown(str(out / folders[0]))} is a folder: take it away, or choose another --out")
-    with progress_bar() as bar:
-        return _search(requests, runtime.load(), bar, None if timed else sum(budgets))
 
 
 def _without_model(request: Request, steps: int) -> Request:
@@ -223,12 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"rollflow {rollflow.__version__}")
         return 0
-    if list(arguments[:1]) == ["bench"]:
-        from rollflow.bench.__main__ import main as bench
-
-        return bench(arguments[1:], "rollflow bench")
     try:
-        return _parse(arguments)() or 0
+        bench = list(arguments[:1]) == ["bench"]  # whose options are not parsed here
+        return (Bench((*arguments[1:],)) if bench else _parse(arguments))() or 0
     except SystemExit as stop:  # a help was printed
         return int(stop.code or 0)
     except (RollflowError, OSError) as error:  # an OSError: of a file that could not be written

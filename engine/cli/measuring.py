@@ -78,6 +78,51 @@ def costs(model: Any, geometry: Geometry, conditioning: Any, guidance: float) ->
     return _cost(forward, model.device), _cost(decode, model.device)
 
 
+@torch.no_grad()
+def reward_cost(
+    reward: Any, pixels: tuple[int, ...], prompt: str, device: torch.device, most: int | None
+) -> dict[str, Any]:
+    """What a reward takes: bytes of its networks that are on `device`, and of its largest call.
+
+    Args:
+        reward: one that is called for itself.
+        pixels: shape of an image or a clip.
+        prompt: of each.
+        device: that of the images.
+        most: images of a call, should the reward not take fewer.
+
+    Raises:
+        RollflowError: it cannot be had, or does not judge such images.
+    """
+    from rollflow import rewards
+
+    generator = torch.Generator().manual_seed(0)
+
+    def call(rows: int) -> Callable[[], Any]:
+        images = torch.rand(rows, *pixels, generator=generator).to(device)
+        return lambda: reward(images, [prompt] * rows)
+
+    rewards.check(reward, prompt)
+    cost = _cost(call, device)
+    parts = getattr(reward, "parts", None)
+    networks = networks_in(parts(device)) if callable(parts) else {}
+    held = {id(t): t for net in networks.values() for t in (*net.parameters(), *net.buffers()) if t.device == device}
+    batch = min(one for one in (rewards.batch(reward), most) if one is not None)
+    resident = sum(tensor.nbytes for tensor in held.values())
+    return {"resident": resident, "batch": batch, "call": cost.bytes_of(batch), "seconds": cost.seconds}
+
+
+def networks_in(thing: Any, depth: int = 4) -> dict[int, nn.Module]:
+    """The networks that an object holds, in attributes and containers, by identity."""
+    if isinstance(thing, nn.Module):
+        return {id(thing): thing}
+    if depth == 0 or isinstance(thing, str | bytes | Tensor | type):
+        return {}
+    inner = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, tuple | list) else ()
+    own = vars(thing).values() if hasattr(thing, "__dict__") and type(thing).__module__.startswith("rollflow") else ()
+    return {key: net for one in (*inner, *own) for key, net in networks_in(one, depth - 1).items()}
+
+
 def _cost(make: Callable[[int], Callable[[], Any]], device: torch.device) -> Cost:
     one, two = make(1), make(2)
     one()  # what is loaded at the first call stays

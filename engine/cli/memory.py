@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollflow.cli.options import File, Guidance, Place, Size
+from rollflow.cli.options import File, Guidance, Judge, Place, Size
 from rollflow.errors import RequestError
 
 PROMPT = "two red circles"
@@ -32,6 +32,8 @@ class Plan:
     """Guidance scale: with classifier-free guidance an evaluation takes two rows of the network."""
     prompt: str = PROMPT
     """A prompt, where the cost depends on its length."""
+    reward: Judge = None
+    """What images will be judged by: a name or an expression. Its networks are loaded and called, too."""
     json: File = None
     """A file for the figures."""
     place: Place = field(default_factory=Place)
@@ -41,6 +43,7 @@ class Plan:
         from rollflow.bench import outputs
         from rollflow.cli.reports import print_plan
 
+        self.place.check()
         outputs.check_file(self.json)
         found = self.figures()
         if self.json is not None:
@@ -57,7 +60,9 @@ class Plan:
         import torch
 
         from rollflow.cli import measuring
-        from rollflow.models import loading
+        from rollflow.cli.sizes import tell
+        from rollflow.models import loading, own_size
+        from rollflow.models.text import Size as Asked
         from rollflow.settings import BUCKETS, CPU_BUCKETS, lanes_and_threads, slots_of
 
         device, dtype = self.place.placed()
@@ -72,26 +77,44 @@ class Plan:
         }  # fmt: skip
         if not found["fits"]:
             return found
-        model: Any = loading.model(pipeline.to(device))
-        geometry = model.geometry(*self._size(model))
+        own = own_size(self.place.model)
+        model: Any = loading.model(pipeline.to(device), own=own)
+        size = self._size(model)
+        tell(model, Asked(*size), own)
+        geometry = model.geometry(*size)
         conditioning, rows, guidance = self._conditioning(model, geometry)
         forward, decode = measuring.costs(model, geometry, conditioning, guidance)
         slots, each = slots_of(None, geometry), 8 * geometry.token * geometry.channel
         lanes = lanes_and_threads(device, None, None)[0]
-        left = SHARE * free - resident - slots * each
         sizes = CPU_BUCKETS if device.type == "cpu" else BUCKETS
+        judged = self._rewards(geometry, device, sizes[-1])
+        left = SHARE * free - resident - slots * each - sum(one["resident"] + one["call"] for one in judged.values())
         fitting = [size for size in sizes if lanes * max(forward.bytes_of(size), decode.bytes_of(size)) <= left]
         rate = measuring.matmul_rate(device, dtype)
         return {
             **found, "fits": bool(fitting), "size": str(geometry), "state": [*geometry.state], "guidance": guidance,
             "network_rows": rows, "slot": each, "slots": slots, "pool": slots * each, "lanes": lanes,
             "batches": {size: max(forward.bytes_of(size), decode.bytes_of(size)) for size in sizes},
-            "largest": fitting[-1] if fitting else None,
+            "rewards": judged, "largest": fitting[-1] if fitting else None,
+            "limit": "engine" if fitting == [*sizes] else "memory",
             "forward": {"flops": forward.flops, "seconds": forward.seconds, "row": forward.slope},
             "decode": {"flops": decode.flops, "seconds": decode.seconds, "row": decode.slope},
             "flops_per_second": rate, "least_seconds_an_nfe": forward.flops / rate,
             "least_seconds_a_judged_nfe": (forward.flops + decode.flops) / rate,
         }  # fmt: skip
+
+    def _rewards(self, geometry: Any, device: Any, most: int) -> dict[str, Any]:
+        """What each term of the reward takes on the device."""
+        if self.reward is None:
+            return {}
+        from rollflow import rewards
+        from rollflow.cli import measuring
+        from rollflow.rewards.own import reward_of
+
+        frames = () if geometry.frames is None else (geometry.frames,)
+        shape = (*frames, 3, geometry.height, geometry.width)
+        terms = rewards.terms_of(rewards.make(reward_of(self.reward)))
+        return {rewards.title(term): measuring.reward_cost(term, shape, self.prompt, device, most) for term in terms}
 
     def _size(self, model: Any) -> tuple[int | None, ...]:
         if model.capabilities.frames:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +11,7 @@ import tyro
 
 import rollflow
 from rollflow.errors import RequestError, said, shown
+from rollflow.names import check_model
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +54,8 @@ def grids() -> tuple[str, ...]:
 
 
 Reward = Annotated[str, _one_of("rollflow.rewards", "names", "built in", "NAME|FILE.py:NAME")]
+Judge = Annotated[str | None, by_default("none", metavar="NAME|FILE.py:NAME")]
+HeldOut = Annotated[str | None, by_default("what the reward names, if anything", metavar="NAME|FILE.py:NAME")]
 Method = Annotated[str, _one_of("rollflow.methods", "names")]
 Interpolant = Annotated[str | None, _one_of("rollflow.interpolant", "_NAMED")]
 Grid = Annotated[str | None, _one_of("rollflow.cli.options", "grids")]
@@ -72,7 +73,7 @@ Strength = Annotated[float | None, by_default("0.6, of a search that starts from
 Mask = Annotated[Path | None, by_default("everywhere", metavar="FILE")]
 Size = Annotated[int | None, by_default("the model's own")]
 File = Annotated[Path | None, by_default("none", metavar="FILE")]
-Model = Annotated[str, _one_of("rollflow.models", "BUILT_IN", "built in", "NAME|FOLDER|ID|FILE")]
+Model = Annotated[str, _one_of("rollflow.names", "BUILT_IN", "built in", "NAME|FOLDER|ID|FILE")]
 Pipeline = Annotated[str | None, by_default("what the model's folder says", metavar="CLASS")]
 Device = Annotated[str | None, by_default("cuda where there is one, else cpu", metavar="NAME")]
 Dtype = Annotated[str | None, by_default("bfloat16 on cuda, float32 elsewhere", metavar="|".join(DTYPES))]
@@ -84,7 +85,10 @@ class SearchOptions:
     """How to search: the fields of `rollflow.Request`, with its defaults."""
 
     reward: Reward = "count"
-    """What an image is judged by: a name, or a function of images and prompts, FILE.py:NAME or MODULE:NAME."""
+    """What an image is judged by: a name, an expression such as "0.7*vqa + 0.3*aesthetic" (see `rollflow rewards`), or
+    a function of images and prompts, FILE.py:NAME or MODULE:NAME."""
+    held_out: HeldOut = None
+    """A second judge, of the final image alone, which no search sees."""
     method: Method = "sprout"
     """The search."""
     nfe: Budget = None
@@ -136,45 +140,19 @@ class SearchOptions:
             RequestError: a reward or an image that cannot be loaded.
         """
         from rollflow.request import Request
+        from rollflow.rewards.own import reward_of
 
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         own = vars(given.pop("own"))
         given["reward"] = reward_of(self.reward)
+        given["held_out"] = None if self.held_out is None else reward_of(self.held_out)
         for name, file in (("image", self.image), ("mask", self.mask)):
             given[name] = None if file is None else _picture(file)
         return Request(prompt, **given, options={name: value for name, value in own.items() if value is not None})
 
 
-@lru_cache
-def reward_of(name: str) -> Any:
-    """A built-in reward's name as it is, or the reward that FILE.py:NAME or MODULE:NAME stands for: one object a name.
-
-    Raises:
-        RequestError: there is none; of a name alone the engine says so.
-    """
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
-        return name
-    try:
-        if place.endswith(".py"):
-            spec = spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
-            module = module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, attribute)
-    except Exception as error:
-        raise RequestError(
-            f"the reward {shown(name)} cannot be loaded ({said(error)}): give a built-in name, or where a function of "
-            "images and prompts is, as in scores.py:redness or package.module:redness"
-        ) from error
-
-
 def _picture(path: Path) -> Any:
-    """An image, or what moves as a clip [frame, 3, height, width]."""
-    import numpy as np
-    import torch
+    """An image, or the frames of what moves."""
     from PIL import Image, ImageSequence
 
     try:
@@ -182,9 +160,7 @@ def _picture(path: Path) -> Any:
             frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
     except (OSError, ValueError) as error:
         raise RequestError(f"the image {shown(str(path))} cannot be read ({said(error)})") from error
-    if len(frames) == 1:
-        return frames[0]
-    return torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1).float() / 255 for frame in frames])
+    return frames[0] if len(frames) == 1 else frames
 
 
 @dataclass(frozen=True)
@@ -200,6 +176,10 @@ class Place:
     """Where to run: cpu, cuda, cuda:1, ..."""
     dtype: Dtype = None
     """Precision of the networks ("auto": the faster of float32 and bfloat16); particles are float32 always."""
+
+    def check(self) -> None:
+        """Refuses the name of a model that can be none, before anything that takes seconds is imported."""
+        check_model(self.model)
 
     def chosen(self) -> tuple[torch.device | None, Any]:
         """The device and the dtype as torch has them, None where they were left open; "auto" stays as it is.

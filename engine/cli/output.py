@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 import rollflow
 from rollflow import rewards
@@ -33,10 +35,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def number(value: float | None) -> str:
-    """A score with two decimals; "-" where there is none."""
+    """A score with four significant digits, six where it is large; "-" where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+    return f"{value + 0.0:.{4 if abs(value) < 1000 else 6}g}"  # + 0.0: no "-0"
 
 
 def names(requests: Sequence[Request]) -> list[str]:
@@ -56,19 +58,28 @@ def names(requests: Sequence[Request]) -> list[str]:
 def summary(result: Result) -> str:
     """The scores and the cost of a result in one line."""
     held_out = "" if result.held_out is None else f", held-out {number(result.held_out)}"
-    return f"reward {number(result.reward)}{held_out}, {result.committed_nfe} NFE, {result.seconds:.1f} s"
+    terms = ", ".join(f"{name} {number(term)}" for name, term in (result.terms or {}).items())
+    scores = f"reward {number(result.reward)}{terms and f' ({terms})'}{held_out}"
+    return f"{scores}, {result.committed_nfe} NFE, {result.seconds:.1f} s"
 
 
-def record(result: Result) -> dict[str, Any]:
-    """A result, but for images and tensors, as JSON can hold it."""
-    request = {name: value for name, value in vars(result.request).items() if name not in ("latents", "image", "mask")}
-    reward = result.request.reward
+def record(result: Result, **files: Path | None) -> dict[str, Any]:
+    """A result as JSON can hold it: of its pixels nothing, and of what it started from the shapes.
+
+    `files` are where fields of the request come from, by name; they stand in place of the shapes.
+    """
+    request = {
+        name: {"shape": [*value.shape]} if isinstance(value, Tensor) else value
+        for name, value in vars(result.request).items()
+    } | {name: str(file) for name, file in files.items() if file is not None}
     own = {
-        "method": title(result.request.method), "reward": reward if isinstance(reward, str) else rewards.title(reward)
+        "method": title(result.request.method), "reward": _judge(result.request.reward),
+        "held_out": _judge(result.request.held_out),
     }  # fmt: skip
     return {
         "request": {**request, **own, "options": dict(result.request.options)},
         "reward": _finite(result.reward),
+        "terms": _all_finite(result.terms),
         "held_out": _finite(result.held_out),
         "committed_nfe": result.committed_nfe,
         "executed_nfe": result.executed_nfe,
@@ -77,7 +88,9 @@ def record(result: Result) -> dict[str, Any]:
         "stopped": result.stopped,
         "seconds": round(result.seconds, 3),
         "versions": {"rollflow": rollflow.__version__, "torch": version("torch"), "diffusers": version("diffusers")},
-        "history": [{**asdict(row), "reward": _finite(row.reward)} for row in result.history],
+        "history": [
+            {**asdict(row), "reward": _finite(row.reward), "terms": _all_finite(row.terms)} for row in result.history
+        ],
         "notes": [{name: _plain(value) for name, value in note.items()} for note in result.notes],
     }
 
@@ -96,6 +109,15 @@ def _plain(value: Any) -> Any:
 def _finite(value: float | None) -> float | None:
     """JSON has no NaN and no infinity: they become null."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _all_finite(values: Mapping[str, float] | None) -> dict[str, float | None] | None:
+    return None if values is None else {name: _finite(value) for name, value in values.items()}
+
+
+def _judge(reward: Any) -> str | None:
+    """What a file calls a reward."""
+    return reward if reward is None or isinstance(reward, str) else rewards.title(reward)
 
 
 class Bar:

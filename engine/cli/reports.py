@@ -17,6 +17,12 @@ from rollflow.models.tested import HOW, TESTED
 WIDTH = 120  # where standard output is no terminal
 SHOWN = 8  # numbers of a list
 SOURCES = "of diffusers and of their cards, see rollflow.models.known; none of them was run here"
+TERMS = (
+    "guidance: u + s (c - u) where it takes s > 1, c + s (c - u) where s > 0, of c with the prompt and u without; "
+    "norms: each vector keeps its length in c; embedded: an argument of the network\n"
+    "texts: fixed, all reach the network at one length; padded, to the longest of a batch, and masked; "
+    "grouped, each length in calls of its own; listed, as they are"
+)
 OPERATIONS = "counted: matrix products, convolutions, attention"
 KINDS = {
     "state": "the state",
@@ -51,6 +57,8 @@ def _arguments(arguments: Sequence[Described]) -> Table:
             kind += f": {_affine(one['slope'], one['offset'], 't' if one['kind'] == 'time' else 's')}"
         if "first" in one:
             kind += f", at {one['first']} along dimension {one['dimension']}, among constants"
+        if "masks" in one:
+            kind += f": where {one['masks']} is text and no padding; None in the pipeline's calls of one text"
         rows = "-" if one["rows"] is None else "a list" if one["rows"] == "list" else f"dimension {one['rows']}"
         table.add_row(one["name"], kind, rows, "varies" if one["varies"] else "", value)
     return table
@@ -120,7 +128,7 @@ def _text(one: Described) -> str:
     return {
         "fixed": "none: every text has the same length",
         "listed": f"each as long as it is, in a list ({names})",
-        "padded": f"padded to the longest of a batch, with a mask ({names})",
+        "padded": f"padded to the longest of a batch, and masked ({names})",
         "grouped": f"batches of their own, for nothing masks a padding ({names})",
     }[one["lengths"]]
 
@@ -175,18 +183,26 @@ def _add_batches(table: Table, found: Described) -> None:
         )
         table.add_row(f"{name}: operations", f"{cost['flops'] / 1e9:.4g} GFLOP", OPERATIONS)
         table.add_row(f"{name}: one row", f"{1000 * cost['seconds']:.4g} ms", "measured, once warm")
+    for name, cost in found["rewards"].items():
+        table.add_row(f"{name}: networks", memory(cost["resident"]), "counted: those on this device")
+        table.add_row(f"{name}: a call", memory(cost["call"]), f"measured: of {cost['batch']} images, its largest")
+        table.add_row(f"{name}: one image", f"{1000 * cost['seconds']:.4g} ms", "measured, once warm")
     largest = found["largest"]
     lanes = f"{found['lanes']} batch{'es' * (found['lanes'] > 1)} at a time"
     if largest is not None:
         need = memory(found["batches"][largest])
-        rule = f"estimated: {need} each, {lanes}, parts and pool within what is counted on"
+        limit = {
+            "engine": "bound by the engine, whose batches are no larger by default; memory has room for it",
+            "memory": "bound by memory: the next larger batch does not fit",
+        }[found["limit"]]
+        rule = f"{limit} (estimated: {need} each, {lanes}, with all the above within what is counted on)"
         table.add_row("largest batch", f"{largest} rows", rule)
     table.add_row(
         "matrix product", f"{found['flops_per_second'] / 1e9:.4g} GFLOP/s", "measured: a large one, in this dtype"
     )
-    bound = "estimated: a lower bound, operations over that rate"
-    table.add_row("an NFE", f"{1000 * found['least_seconds_an_nfe']:.4g} ms", bound)
-    table.add_row("an NFE with decode", f"{1000 * found['least_seconds_a_judged_nfe']:.4g} ms", bound)
+    bound = "a lower bound from FLOPs, no forecast: operations over that rate"
+    table.add_row("an NFE, at least", f"{1000 * found['least_seconds_an_nfe']:.4g} ms", bound)
+    table.add_row("... with its decode", f"{1000 * found['least_seconds_a_judged_nfe']:.4g} ms", bound)
     rows = found["network_rows"]
     table.caption = f"at guidance {found['guidance']:g}: {rows} row{'s' * (rows > 1)} of the network an evaluation"
 
@@ -201,7 +217,7 @@ def print_models() -> None:
         known = traits(name)
         table.add_row(name, str(known.steps), f"linear time {known.trusted_from:g}")
     console.print(table)
-    table = Table(box=SIMPLE_HEAD, title="families of diffusers", caption=HOW)
+    table = Table(box=SIMPLE_HEAD, title="families of diffusers", caption=f"{HOW}\n{TERMS}")
     for column in ("pipeline", "makes", "guidance", "texts of other lengths", ""):
         table.add_column(column, overflow="fold")
     for one in TESTED:

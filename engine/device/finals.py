@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from rollflow import rewards
-from rollflow.device.judge import Call, Judge, grouped
-from rollflow.row import Event, Outcome, Report, Show, Shown
+from rollflow.device.judge import Judge
+from rollflow.device.terms import Judgement
+from rollflow.rewards import Combined, Reward
+from rollflow.row import Event, Outcome, Report, Score, Show, Shown
 
 
 class Finals:
@@ -46,10 +48,10 @@ class Finals:
 
     def post(self) -> None:
         """Has every search judged by its reward."""
-        for reward, group in grouped([show.brief.reward for show in self._shows]):
-            shows = [self._shows[i] for i in group]
-            places = [[self._first[s.brief.ticket] + i for i in range(len(s.candidates))] for s in shows]
-            self._judge.post(Call(reward, shows, places, self._shown, self._chosen), self._report)
+        places = [[self._first[s.brief.ticket] + i for i in range(len(s.candidates))] for s in self._shows]
+        judges = [show.brief.reward for show in self._shows]
+        for call in Judgement(self._shows, judges, places, self._shown, self._chosen).calls():
+            self._judge.post(call, self._report)
 
     def _pixels(self) -> tuple[Tensor, Tensor]:
         """The images and the same in 8 bits, on the CPU."""
@@ -64,29 +66,49 @@ class Finals:
         """What rewards see: the 8-bit images that are returned."""
         return self._pixels()[1].to(self._device).float() / 255
 
-    def _chosen(self, shows: Sequence[Show], scores: list[list[float]]) -> Event | None:
+    def _chosen(self, shows: Sequence[Show], scores: list[list[Score]]) -> Event | None:
         """The best candidate of each search; a held-out judge sees it afterwards."""
         pixels, eight_bit = self._pixels()
-        outcomes, places = [], []
+        over: list[tuple[Show, Outcome]] = []
+        open_: list[tuple[Show, Outcome, int, Reward]] = []
         for show, own in zip(shows, scores, strict=True):
-            levels = [candidate.level for candidate in show.candidates]
-            ranks = [(_worth(score), level) for score, level in zip(own, levels, strict=True)]
+            values = [_value(show.brief.reward, score, show.scales) for score in own]
+            ranks = [(_worth(value), c.level) for value, c in zip(values, show.candidates, strict=True)]
             best = ranks.index(max(ranks))
-            places.append(place := self._first[show.brief.ticket] + best)
+            place = self._first[show.brief.ticket] + best
             own_pixels = pixels[place].clone(), eight_bit[place].clone()  # a view would keep everybody's images
-            outcomes.append(Outcome(*own_pixels, own[best], None))
-        held_out = rewards.held_out(shows[0].brief.reward)
-        if held_out is None:
-            return Shown(shows, outcomes)
-        found = {show.brief.ticket: outcome for show, outcome in zip(shows, outcomes, strict=True)}
-        call = Call(held_out, shows, [[place] for place in places], self._shown, partial(_with_held_out, found))
-        self._judge.post(call, self._report)
-        return None
+            terms = score if isinstance(score := own[best], tuple) else None
+            outcome = Outcome(*own_pixels, values[best], None, terms)
+            judge = show.brief.held_out or rewards.held_out(show.brief.reward)
+            if judge is None:
+                over.append((show, outcome))
+            else:
+                open_.append((show, outcome, place, judge))
+        if open_:
+            found = {show.brief.ticket: outcome for show, outcome, _, _ in open_}
+            then = partial(_with_held_out, found, {show.brief.ticket: judge for show, _, _, judge in open_})
+            again = [show for show, *_ in open_], [judge for *_, judge in open_], [[place] for *_, place, _ in open_]
+            for call in Judgement(*again, self._shown, then).calls():
+                self._judge.post(call, self._report)
+        return Shown([show for show, _ in over], [outcome for _, outcome in over]) if over else None
 
 
-def _with_held_out(outcomes: dict[int, Outcome], shows: Sequence[Show], scores: list[list[float]]) -> Event:
-    found = [outcomes[show.brief.ticket] for show in shows]
-    return Shown(shows, [outcome._replace(held_out=s) for outcome, (s,) in zip(found, scores, strict=True)])
+def _with_held_out(
+    outcomes: dict[int, Outcome], judges: dict[int, Reward], shows: Sequence[Show], scores: list[list[Score]]
+) -> Event:
+    made = []
+    for show, (score,) in zip(shows, scores, strict=True):
+        ticket = show.brief.ticket
+        made.append(outcomes[ticket]._replace(held_out=_value(judges[ticket], score)))
+    return Shown(shows, made)
+
+
+def _value(reward: Reward, score: Score, scales: Sequence[tuple[float, float]] = ()) -> float:
+    """The reward of a score: of a combined one of the scores of its terms."""
+    if isinstance(score, tuple):
+        assert isinstance(reward, Combined)
+        return reward.of(score, scales)
+    return score
 
 
 def rounded(pixels: Tensor) -> Tensor:

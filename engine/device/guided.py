@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from rollflow import rewards
 from rollflow.device import moves
 from rollflow.device.batch import Tables
-from rollflow.device.judge import Judge, Timed, grouped
+from rollflow.device.judge import Judge, Timed, identity
 from rollflow.device.storage import Storage
 from rollflow.errors import RequestError
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
-from rollflow.rewards import Reward
-from rollflow.row import Event, Failed, Free, Landed, Report, Rerun, Row
+from rollflow.rewards import Combined, Reward
+from rollflow.row import Event, Failed, Free, Landed, Report, Rerun, Row, Score
 
 
 @runtime_checkable
@@ -144,19 +144,32 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
     return Landed(rows, scores, invalid)
 
 
-def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers) -> tuple[list[float], Tensor]:
-    """Each row's score, and the sum of all, which has a gradient."""
-    scores, total = [0.0] * len(rows), torch.zeros((), device=images.device)
-    for reward, group in grouped([row.brief.reward for row in rows]):
+def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers) -> tuple[list[Score], Tensor]:
+    """Each row's score, and the sum of all rewards, which has a gradient."""
+    groups: dict[Hashable, tuple[Reward, list[int]]] = {}
+    for i, row in enumerate(rows):
+        for key, term in {identity(term): term for term in rewards.terms_of(row.brief.reward)}.items():
+            groups.setdefault(key, (term, []))[1].append(i)
+    found: dict[tuple[Hashable, int], Tensor] = {}
+    for key, (term, group) in groups.items():
         with runner.ledger.span("reward", runner.model.device):
-            call, prompts = OnLane(reward, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
-            values = runner.judge.here(call, images[group], prompts, answers)
-        if not values.requires_grad:
+            call, prompts = OnLane(term, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
+            values = runner.judge.here(call, images[group], prompts, answers).to(images.device).double()
+        found.update(((key, i), value) for i, value in zip(group, values, strict=True))
+    total, each = torch.zeros((), dtype=torch.float64, device=images.device), list[Tensor]()
+    for i, row in enumerate(rows):
+        reward = row.brief.reward
+        own = [found[identity(term), i] for term in rewards.terms_of(reward)]
+        value = reward.combine(torch.stack(own)[:, None])[0] if isinstance(reward, Combined) else own[0]
+        if not value.requires_grad:
             raise RequestError(
                 f"the gradient of the reward {rewards.title(reward)} does not reach the latents: reward, decoder and "
                 "model must be differentiable for a guided method"
             )
-        total = total + values.sum().to(images.device)
-        for i, value in zip(group, values.detach().tolist(), strict=True):
-            scores[i] = value
+        total, each = total + value, each + own
+    numbers = iter(torch.stack(each).tolist())  # one wait for the device
+    scores: list[Score] = []
+    for row in rows:
+        own_scores = tuple(next(numbers) for _ in rewards.terms_of(row.brief.reward))
+        scores.append(own_scores if isinstance(row.brief.reward, Combined) else own_scores[0])
     return scores, total

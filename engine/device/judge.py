@@ -6,7 +6,9 @@ prompt or image harms no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from types import MethodType
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import rewards
+from rollflow.device.costs import RewardCost
 from rollflow.device.judges import Turn
 from rollflow.device.workers import Lanes
 from rollflow.errors import FunctionError, RollflowError, said
@@ -77,6 +80,7 @@ class Call(Timed):
         make: makes the images, on the thread that judges.
         then: from the work and the scores of each one's images to what is reported.
         attempts: how often it was made again.
+        failed: from the work and an error to what is reported.
     """
 
     def __init__(
@@ -87,9 +91,10 @@ class Call(Timed):
         make: Callable[[], Float[Tensor, "image *frame 3 height width"]],
         then: Callable[[Any, list[list[float]]], Event | None],
         attempts: int = 0,
+        failed: Callable[[Any, BaseException], Event | None] = Failed,
     ):
         super().__init__(reward, work)
-        self.places, self.make, self.then, self.attempts = places, make, then, attempts
+        self.places, self.make, self.then, self.attempts, self.failed = places, make, then, attempts, failed
 
     @property
     def images(self) -> int:
@@ -109,10 +114,14 @@ class Call(Timed):
         return [
             Call(
                 self.reward, [self.work[i] for i in own], [self.places[i] for i in own],
-                self.make, self.then, self.attempts,
+                self.make, self.then, self.attempts, self.failed,
             )
             for own in tickets.values()
         ]  # fmt: skip
+
+    def _fail(self, error: BaseException, report: Report) -> None:
+        if (event := self.failed(self.work, error)) is not None:
+            report(event)
 
 
 class Judge:
@@ -124,11 +133,16 @@ class Judge:
         bucket: calls are padded to that many images, so that a network's scores depend on no other image; None: not.
         device: where the images are.
         stream: on a GPU, the stream that rewards run on.
+
+    Attributes:
+        costs: what calls took so far, by the reward's name.
     """
 
     def __init__(self, threads: Lanes, ledger: Ledger, bucket: int | None, device: torch.device, stream: Any = None):
         self.threads, self._ledger, self._bucket, self._device = threads, ledger, bucket, device
         self._stream = stream
+        self._fits: dict[Hashable, int] = {}  # the most images of a call, of rewards that ran out of memory
+        self.costs: dict[str, RewardCost] = {}
 
     def post(self, call: Call, report: Report) -> None:
         """Judges, on a thread of its own; reports an event of `call.then`, or of what went wrong."""
@@ -168,7 +182,7 @@ class Judge:
             name = rewards.title(call.reward)
             unusable = FunctionError(f"the answer of the reward {name} could not be used ({said(error)})")
             unusable.__cause__ = error
-            event = Failed(call.work, unusable)
+            event = call.failed(call.work, unusable)
         if event is not None:
             report(event)
 
@@ -198,7 +212,7 @@ class Judge:
             for part in call.split():
                 self.post(part, report)
             return None
-        return Failed(call.work, reward_error(call, error))
+        return call.failed(call.work, reward_error(call, error))
 
     def _scores(self, call: Call) -> list[list[float]]:
         apart = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)  # not behind the next decode
@@ -207,16 +221,55 @@ class Judge:
             images = call.make()
             if wanted != [*range(len(images))]:
                 images = images[torch.tensor(wanted, device=images.device)]
-            scores = iter(self.score(call.reward, images, [brief.prompt for brief in call.briefs]).tolist())
+            start = time.perf_counter()
+            found = self.score(call.reward, images, [brief.prompt for brief in call.briefs]).tolist()
+            self._cost(call.reward).add(len(found), time.perf_counter() - start)
+        scores = iter(found)
         return [[next(scores) for _ in places] for places in call.places]
 
+    def _cost(self, reward: Reward) -> RewardCost:
+        name = rewards.title(reward)
+        return self.costs[name] if name in self.costs else self.costs.setdefault(name, RewardCost())
+
     def score(self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> Tensor:
-        """The rewards of images: [row]; the caller has its turn at the reward."""
-        missing = 0 if self._bucket is None else self._bucket - len(prompts)
-        if missing > 0:
+        """The rewards of images: [row]; the caller has its turn at the reward.
+
+        More images than a call may have, by the reward's `batch` or by what fits into memory, are judged in parts.
+        """
+        key, count = identity(reward), len(prompts)
+        limits = [limit for limit in (rewards.terms(reward).batch, self._fits.get(key)) if limit is not None]
+        most = min([count, *limits])
+        scores: list[Tensor] = []
+        done = 0
+        while done < count:
+            part = slice(done, done + most)
+            try:
+                scores.append(self._part(reward, images[part], prompts[part], min(limits, default=None)))
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise
+                most = self._fits[key] = (most + 1) // 2
+                limits.append(most)
+                warnings.warn(
+                    f"the reward {rewards.title(reward)} ran out of memory with {len(prompts[part])} images: it is "
+                    f"called with at most {most} from now on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            done += most
+        return scores[0] if len(scores) == 1 else torch.cat(scores)
+
+    def _part(
+        self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str], most: int | None
+    ) -> Tensor:
+        """One call of a reward: [row]."""
+        size = 0 if self._bucket is None else min(self._bucket, most or self._bucket)
+        missing = max(0, size - len(prompts))
+        if missing:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
-        scores = reward(images, prompts + prompts[:1] * max(0, missing))
+        scores = reward(images, prompts + prompts[:1] * missing)
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             given = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise FunctionError(
@@ -231,16 +284,9 @@ def called(reward: Reward) -> Any:
     return reward.function if isinstance(reward, FunctionReward) else reward
 
 
-def grouped(judges: Sequence[Reward]) -> list[tuple[Reward, list[int]]]:
-    """Places grouped by reward, so that each reward is called once a batch."""
-    groups: dict[tuple[int, int], tuple[Reward, list[int]]] = {}
-    for i, reward in enumerate(judges):
-        groups.setdefault(_identity(called(reward)), (reward, []))[1].append(i)
-    return [*groups.values()]
-
-
-def _identity(target: Any) -> tuple[int, int]:
-    """Of a method its object and its function: the method itself is another object each time it is asked for."""
+def identity(reward: Reward) -> Hashable:
+    """What tells rewards apart: of a method its object and function, since it is another object each time."""
+    target = called(reward)
     return (id(target.__self__), id(target.__func__)) if isinstance(target, MethodType) else (id(target), 0)
 
 

@@ -18,11 +18,12 @@ from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
 from rollflow.device.finals import Finals, rounded
-from rollflow.device.judge import Call, GivenUp, Judge, back_off, grouped
+from rollflow.device.finish import Finish
+from rollflow.device.judge import GivenUp, Judge, back_off
 from rollflow.device.storage import Storage
+from rollflow.device.terms import Judgement
 from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
-from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
 from rollflow.row import (
     NONE,
@@ -35,6 +36,7 @@ from rollflow.row import (
     Report,
     Rerun,
     Row,
+    Score,
     Show,
 )  # fmt: skip
 
@@ -62,11 +64,10 @@ class Runner:
         self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
         self.graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
+        self._finish: dict[Geometry, Finish] = {}
         on_gpu = model.device.type == "cuda"
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
-        # Held: graphs keep their addresses.
-        self._affine = model.layout.affine(model.device) if isinstance(model.layout, Layout) else None
         self._failed: dict[Geometry, int] = {}  # the smallest batch that did not fit into the memory
         self._attempts = Attempts(self._size, self._shrink)
         self.use(lanes)
@@ -80,6 +81,7 @@ class Runner:
     def allocate(self, geometry: Geometry, slots: int) -> None:
         """Makes the storage of a geometry, once."""
         if geometry not in self._storage:
+            self._finish[geometry] = Finish(self.model, geometry)
             self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
 
     def storage(self, geometry: Geometry) -> Storage:
@@ -89,6 +91,7 @@ class Runner:
     def free(self) -> None:
         """Drops all storage and graphs."""
         self._storage.clear()
+        self._finish.clear()
         self.graphs.clear()
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
@@ -137,7 +140,7 @@ class Runner:
             tables = Tables(integers, floats)
             x = self.propose(tables, storage)
             u = self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
-            return self._finish(u, storage, integers[1], tables.posterior, geometry)
+            return self._finish[geometry](u, storage, integers[1], tables.posterior)
 
         graphs = Graphs(step, capture)
         graphs.record(buckets, partial(self._padding, conditioning))
@@ -216,8 +219,8 @@ class Runner:
 
     def _judge_rows(self, rows: Sequence[Row], images: Tensor, report: Report, free: Callable[[], None]) -> None:
         ready = self._hand_over(images, free)
-        for reward, group in grouped([row.brief.reward for row in rows]):
-            call = Call(reward, [rows[i] for i in group], [[i] for i in group], partial(_after, ready, images), _landed)
+        judges, places = [row.brief.reward for row in rows], [[i] for i in range(len(rows))]
+        for call in Judgement(rows, judges, places, partial(_after, ready, images), _landed).calls():
             self.judge.post(call, report)
 
     def _hand_over(self, images: Tensor, free: Callable[[], None]) -> Callable[[], None]:
@@ -244,7 +247,7 @@ class Runner:
         with self.ledger.span("forward", self.model.device):
             u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
         with self.ledger.span("finish"):
-            return self._finish(u, storage, tables.integers[1], tables.posterior, geometry)
+            return self._finish[geometry](u, storage, tables.integers[1], tables.posterior)
 
     def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:
         """The batch's tables and conditionings."""
@@ -258,28 +261,6 @@ class Runner:
         parent, child, seed, key = tables.integers.unbind(0)
         steps = tables.coefficients
         return kernels.propose(storage.x, storage.u, parent, child, steps, seed, key, self.model.dtype)
-
-    def _finish(
-        self, u: Tensor, storage: Storage, slots: Tensor, posterior: Tensor, geometry: Geometry
-    ) -> Float[Tensor, "bucket ..."]:
-        layout = self.model.layout
-        if self._affine is None or not isinstance(layout, Layout):
-            live = slots >= 0
-            storage.u.index_copy_(0, slots[live], u[live].float())
-            p, q = torch.where(live[:, None], posterior, 0.0)[:, :, None, None].unbind(1)
-            return layout.decodable(p * storage.x[slots.clamp(min=0)] + q * u.float(), geometry)
-        return kernels.finish(
-            u,
-            storage.x,
-            storage.u,
-            slots,
-            posterior,
-            geometry.latent_height,
-            geometry.latent_width,
-            *layout.patch[1:],
-            *self._affine,
-            self.model.dtype,
-        )
 
     def decode(
         self, latents: Tensor, count: int, geometry: Geometry, preview: bool | None = None
@@ -320,7 +301,7 @@ class Runner:
             padding = self.bucket(len(part), geometry) - len(part)
             slot = self._device(torch.tensor([c.slot for _, c in part] + [NONE] * padding))
             posterior = self._device(torch.tensor([[c.p, c.q] for _, c in part] + [[0.0, 0.0]] * padding))
-            latents = self._finish(storage.u[slot.clamp(min=0)], storage, slot, posterior, geometry)
+            latents = self._finish[geometry](storage.u[slot.clamp(min=0)], storage, slot, posterior)
             latents = moves.kept(latents, [brief for brief, _ in part])
             with self._beside(latents):
                 decoded.append(self.decode(latents, len(part), geometry, preview=False))
@@ -340,7 +321,7 @@ class Runner:
         return value if self._side is None else value.pin_memory().to(self.model.device, non_blocking=True)
 
 
-def _landed(rows: Sequence[Row], scores: list[list[float]]) -> Event:
+def _landed(rows: Sequence[Row], scores: list[list[Score]]) -> Event:
     return Landed(rows, [score for (score,) in scores])
 
 

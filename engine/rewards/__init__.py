@@ -1,264 +1,29 @@
 """Rewards: functions from images and prompts to scores.
 
-A reward is anything with the methods of `Reward`, or a plain function `f(images, prompts) -> scores`. It may name a
-*held-out* reward, a second judge that no search sees: the engine reports its score of the final image, which shows
-whether a search improved the image or only fooled its reward.
+A reward is anything with the methods of `Reward`, or a plain function `f(images, prompts) -> scores`; the built-in ones
+have names, which combine to expressions such as "0.7*vqa + 0.3*aesthetic". A *held-out* reward is a second judge that
+no search sees: the engine reports its score of the final image, which shows whether a search improved the image or only
+fooled its reward.
 """
 
-from __future__ import annotations
-
-import importlib
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from rollflow.errors import FunctionError, RequestError, RewardUnavailable, RollflowError, line, said, shown, titled
-from rollflow.values import flag, number, whole
-
-_BUILT_IN = {  # name -> module and class; imported when first asked for
-    "count": ("rollflow.rewards.count", "CountReward"),
-    "classifier": ("rollflow.rewards.classifier", "CountClassifier"),
-    "soft_count": ("rollflow.rewards.classifier", "SoftCount"),
-    "motion": ("rollflow.rewards.motion", "MotionReward"),
-}
-RETRIES = 3  # of a reward that says nothing else
-T = TypeVar("T")
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """Scores images for their prompts; higher is better.
-
-    A reward is called by threads of the engine, one call at a time unless it says that it is concurrent; one that takes
-    long (a service, say) holds up only the requests that it judges. It may also have these attributes, which `make`
-    checks, and a plain function may have those from the third on:
-
-    - `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
-    - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name, whose own
-      attributes `make` does not check: they are read when it is called;
-    - `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods;
-    - `concurrent: bool`, whether several threads (at most eight) may call it, or the methods of its object, at a time;
-    - `timeout: float | None`, seconds that a call may take: one that takes longer fails its requests;
-    - `retry_on: tuple[type[Exception], ...]`, errors after which it is called again later, beside `RewardUnavailable`;
-    - `retries: int`, how often it is called again, by default 3.
-
-    Attributes:
-        name: what messages call it.
-    """
-
-    name: str
-
-    def check(self, prompt: str) -> None:
-        """Raises `RequestError` if the reward cannot judge this prompt; called before any work is done."""
-        ...
-
-    def __call__(
-        self, images: Float[Tensor, "row *frame 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " row"]:
-        """Scores of images in [0, 1], one prompt a row, on any device."""
-        ...
-
-
-class FunctionReward(Reward):
-    """A plain function `f(images, prompts) -> scores` as a reward that accepts every prompt.
-
-    It is taken for differentiable if the function has the attribute `differentiable = True`.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], name: str | None = None):
-        self.function = function
-        self.differentiable: bool = differentiable(function)
-        self.name: str = name or titled(function)
-
-    def check(self, prompt: str) -> None:
-        """Accepts every prompt."""
-
-    def __call__(
-        self, images: Float[Tensor, "row *frame 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " row"]:
-        """The function's scores as a floating tensor; raises `RequestError` if they are not one number a row."""
-        scores = torch.as_tensor(self.function(images, prompts))
-        if scores.shape != (len(images),) or scores.is_complex():
-            raise RequestError(
-                f"the reward {self.name!r} returned {shown(scores)} for {len(images)} images: "
-                f"it must return one score an image, shape ({len(images)},)"
-            )
-        return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-
-
-def names() -> tuple[str, ...]:
-    """The names that `make` accepts."""
-    return tuple(_BUILT_IN)
-
-
-def make(reward: str | Reward | Callable[..., Tensor]) -> Reward:
-    """The reward of a name, a reward itself, or a plain function `f(images, prompts) -> scores` made one.
-
-    Raises:
-        RequestError: no reward has this name, the object is not callable, or an attribute is not what it should be.
-        FunctionError: an attribute raised; its error is the cause.
-    """
-    made = _made(reward)
-    if not isinstance(reward, str):
-        _check_attributes(made)
-    return made
-
-
-def _made(reward: Any) -> Reward:
-    if isinstance(reward, str):
-        if reward not in _BUILT_IN:
-            raise RequestError(
-                f"there is no reward {shown(reward)}: choose one of {', '.join(names())}, "
-                "or give a function f(images, prompts) that returns one score an image"
-            )
-        return _built_in(reward)
-    if isinstance(reward, type) or not callable(reward):
-        raise RequestError(
-            f"a reward is a name ({', '.join(names())}), an instance with the methods of rollflow.rewards.Reward, or a "
-            f"function f(images, prompts), not {shown(reward)}"
-        )
-    return reward if _asked(reward, lambda: isinstance(reward, Reward)) else FunctionReward(reward)
-
-
-def _check_attributes(reward: Reward) -> None:
-    """Reads every attribute that a reward may have, once: they are read again while requests run."""
-    name = _asked(reward, lambda: reward.name)
-    if not isinstance(name, str) or line(name, 100) != name or not name:
-        raise RequestError(f"the name of a reward is {shown(name)}: it must be a line of at most 100 characters")
-    size(reward), differentiable(reward), concurrent(reward), held_out(reward)
-    timeout(reward), retry_on(reward), retries(reward)
-
-
-def check(reward: Reward, prompt: str) -> None:
-    """Asks a reward whether it can judge a prompt.
-
-    Raises:
-        RequestError: it cannot.
-        FunctionError: its `check` raised something else, which is the cause.
-    """
-    _asked(reward, lambda: reward.check(prompt), "check")
-
-
-def title(reward: object) -> str:
-    """What messages call a reward: by its name, or where that is none, by its function or its class."""
-    try:
-        name = getattr(reward, "name", None)
-    except Exception:
-        name = None
-    return line(name, 60) if isinstance(name, str) and name else titled(reward)
-
-
-def _asked(reward: object, ask: Callable[[], T], what: str = "an attribute") -> T:
-    try:
-        return ask()
-    except RollflowError:
-        raise
-    except Exception as error:
-        raise FunctionError(f"{what} of the reward {title(reward)} raised {said(error)}") from error
-
-
-def _attribute(reward: object, name: str, default: Any = None) -> Any:
-    """What a reward, or the function that it stands for, says."""
-    said_by = reward.function if isinstance(reward, FunctionReward) else reward
-    return _asked(reward, lambda: getattr(said_by, name, default))
-
-
-@lru_cache
-def _built_in(name: str) -> Reward:
-    """One object a name, so that all requests that ask for it are judged in one call a batch."""
-    module, attribute = _BUILT_IN[name]
-    return getattr(importlib.import_module(module), attribute)()
-
-
-def size(reward: Reward) -> tuple[int, int] | None:
-    """The only (height, width) that `reward` can judge, or None."""
-    given = _asked(reward, lambda: getattr(reward, "size", None))
-    if given is None:
-        return None
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise RequestError(f"the reward {title(reward)} has size={shown(given)}: it must be (height, width), or None")
-    height, width = (whole(f"size of the reward {title(reward)}", side, 1) for side in given)
-    return height, width
-
-
-def differentiable(reward: object) -> bool:
-    """Whether a reward says that its scores have gradients with respect to the images."""
-    return flag(
-        f"differentiable of the reward {title(reward)}",
-        _asked(reward, lambda: getattr(reward, "differentiable", False)),
-    )
-
-
-def concurrent(reward: object) -> bool:
-    """Whether a reward says that several threads may call it at a time."""
-    return flag(f"concurrent of the reward {title(reward)}", _attribute(reward, "concurrent", False))
-
-
-def held_out(reward: Reward) -> Reward | None:
-    """The second judge that `reward` names for the final image, or None."""
-    given = _asked(reward, lambda: getattr(reward, "held_out", None))
-    return None if given is None else _made(given)
-
-
-def timeout(reward: Reward) -> float | None:
-    """Seconds that a call of `reward` may take, or None."""
-    given = _attribute(reward, "timeout")
-    if given is None:
-        return None
-    seconds = number(f"timeout of the reward {title(reward)}", given, 1e9)
-    if seconds <= 0:
-        raise RequestError(f"timeout of the reward {title(reward)}={shown(given)}: it must be above 0 seconds")
-    return seconds
-
-
-def retry_on(reward: Reward) -> tuple[type[BaseException], ...]:
-    """The errors after which `reward` is called again."""
-    given = _attribute(reward, "retry_on", ())
-    kinds = given if isinstance(given, tuple | list) else (given,)
-    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
-        raise RequestError(
-            f"retry_on of the reward {title(reward)}={shown(given)}: it must be a tuple of exception types"
-        )
-    return (RewardUnavailable, *kinds)
-
-
-def retries(reward: Reward) -> int:
-    """How often `reward` is called again."""
-    return whole(f"retries of the reward {title(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)
-
-
-class Terms(NamedTuple):
-    """How a reward is called: what it says of it, or the defaults, and then perhaps what is wrong with what it says."""
-
-    timeout: float | None = None
-    retry_on: tuple[type[BaseException], ...] = (RewardUnavailable,)
-    retries: int = RETRIES
-    concurrent: bool = False
-    fault: BaseException | None = None
-
-
-_USUAL = Terms()
-
-
-def terms(reward: Reward) -> Terms:
-    """How `reward` is to be called; never raises."""
-    declares = reward.function if isinstance(reward, FunctionReward) else reward
-    try:
-        if (
-            getattr(declares, "timeout", None) is None
-            and getattr(declares, "retry_on", ()) == ()
-            and getattr(declares, "retries", RETRIES) == RETRIES
-            and getattr(declares, "concurrent", False) is False
-        ):
-            return _USUAL  # nearly every reward: nothing is to be checked
-        return Terms(timeout(reward), retry_on(reward), retries(reward), concurrent(reward))
-    except BaseException as error:  # they were as they should be at the door, and are not any more
-        if isinstance(error, RollflowError):
-            return Terms(fault=error)
-        fault = FunctionError(f"an attribute of the reward {title(reward)} raised {said(error)}")
-        fault.__cause__ = error
-        return Terms(fault=fault)
+from rollflow.rewards.catalog import combine as combine
+from rollflow.rewards.catalog import held_out as held_out
+from rollflow.rewards.catalog import make as make
+from rollflow.rewards.catalog import names as names
+from rollflow.rewards.catalog import with_gradients as with_gradients
+from rollflow.rewards.combined import Combined as Combined
+from rollflow.rewards.combined import terms_of as terms_of
+from rollflow.rewards.protocol import RETRIES as RETRIES
+from rollflow.rewards.protocol import FunctionReward as FunctionReward
+from rollflow.rewards.protocol import Reward as Reward
+from rollflow.rewards.protocol import Terms as Terms
+from rollflow.rewards.protocol import batch as batch
+from rollflow.rewards.protocol import check as check
+from rollflow.rewards.protocol import concurrent as concurrent
+from rollflow.rewards.protocol import differentiable as differentiable
+from rollflow.rewards.protocol import retries as retries
+from rollflow.rewards.protocol import retry_on as retry_on
+from rollflow.rewards.protocol import size as size
+from rollflow.rewards.protocol import terms as terms
+from rollflow.rewards.protocol import timeout as timeout
+from rollflow.rewards.protocol import title as title

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rollflow import rewards
 from rollflow.errors import RequestError
 from rollflow.models import world
+from rollflow.rewards import catalog, protocol
 
 CHANNELS = len(world.CLASSES) + 1  # the classes, then objects of no class
 STRIDE = 4  # pixels a cell of the heat map
@@ -96,9 +96,9 @@ class CountClassifier:
     concurrent = True
 
     @cached_property
-    def held_out(self) -> rewards.Reward:
+    def held_out(self) -> protocol.Reward:
         """The independent judge, the parser of `rollflow.rewards.count`."""
-        return rewards.make("count")
+        return catalog.make("count")
 
     def check(self, prompt: str) -> None:
         """Raises `RequestError` if the prompt asks for no group of the world's shapes."""

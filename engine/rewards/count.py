@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from rollflow import rewards
 from rollflow.errors import RequestError
 from rollflow.models import world
+from rollflow.rewards import catalog, protocol
 
 COLUMNS = len(world.CLASSES) + 1  # the classes, then what is unrecognised
 SIZE = world.SIZE
@@ -209,9 +209,9 @@ class CountReward:
     concurrent = True
 
     @cached_property
-    def held_out(self) -> rewards.Reward:
+    def held_out(self) -> protocol.Reward:
         """The independent judge, `rollflow.rewards.classifier.CountClassifier`."""
-        return rewards.make("classifier")
+        return catalog.make("classifier")
 
     def check(self, prompt: str) -> None:
         """Raises `RequestError` if the prompt asks for no group of the world's shapes."""

@@ -67,6 +67,7 @@ class Particle:
     Attributes:
         reward: the reward of its posterior mean; `None` when it was drawn with `scored=False`.
         value: the reward as it is compared: one that is no finite number is worst.
+        terms: the scores of a combined reward's terms; None of another, or where it was not judged.
         step: its place on the request's time grid, 0 for a sample of the prior.
         index: its place in the request's history; -1 until it is there.
         parent: the parent's place in the history, `None` for a sample of the prior.
@@ -76,13 +77,16 @@ class Particle:
         kept: whether the method may still draw from it or return it; see `rollflow.draw.Draw.keep`.
     """
 
-    __slots__ = ("__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step", "value")
+    __slots__ = (
+        "__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step", "terms", "value",
+    )  # fmt: skip
 
     def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False):
         self.step, self.arrival, self.slot, self.moved = step, arrival, slot, moved
         self.index, self.kept = -1, True
         self.parent: int | None = None
         self.reward: float | None = None
+        self.terms: tuple[float, ...] | None = None
         self.value = -math.inf
 
     def judge(self, reward: float | None) -> None:

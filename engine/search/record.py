@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollflow.request import Record
@@ -16,6 +16,9 @@ class History:
 
     Other threads may read the counts at any time: each is one number or reference.
 
+    Args:
+        labels: of the terms of a combined reward.
+
     Attributes:
         committed: evaluations that the algorithm was charged for.
         executed: what the device ran for this search, its share of padding included.
@@ -25,7 +28,8 @@ class History:
         notes: what the method noted, in order; see `rollflow.draw.Note`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        self.labels = labels
         self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
         self.committed = self.executed = self.level = self.invalid = 0
         self.best = -math.inf
@@ -37,14 +41,19 @@ class History:
     @property
     def records(self) -> list[Record]:
         """A record for each committed particle, in draw order."""
-        return [Record(*row) for row in self._rows]
+        return [Record(*row[:-1], self.named(row[-1])) for row in self._rows]
+
+    def named(self, terms: Sequence[float] | None) -> Mapping[str, float] | None:
+        """The scores of terms by their labels."""
+        return None if terms is None else dict(zip(self.labels, terms, strict=True))
 
     def add(self, particle: Particle, parent: Particle | None, kind: Kind, nfe: int, invalid: bool) -> None:
         """Commits a particle: from now on it has an index."""
         particle.index = len(self._rows)
         particle.parent = None if parent is None else parent.index
         reward = particle.reward
-        self._rows.append((particle.index, particle.step, particle.time, reward, particle.parent, kind, nfe))
+        place = particle.index, particle.step, particle.time
+        self._rows.append((*place, reward, particle.parent, kind, nfe, particle.terms))
         self.committed += nfe
         self.level = particle.step
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))

@@ -12,9 +12,11 @@ from rollflow.methods import title
 from rollflow.methods.paths import shared
 from rollflow.plan import Plan
 from rollflow.profile.ledger import Ledger
-from rollflow.row import NONE, Brief, Kind, Mixture, Row, Show
+from rollflow.rewards import Combined
+from rollflow.row import NONE, Brief, Kind, Mixture, Row, Score, Show
 from rollflow.sde import Step
 from rollflow.search.particle import Lease, Odds, Particle, Slot, rank
+from rollflow.search.pilot import Pilot
 from rollflow.search.record import History
 from rollflow.search.turn import Flight, Turn
 
@@ -52,7 +54,10 @@ class Search:
     """
 
     def __init__(self, plan: Plan, brief: Brief, lease: Lease, ledger: Ledger, odds: Odds):
-        self.plan, self.brief, self.history = plan, brief, History()
+        reward = plan.reward
+        self._combined = reward if isinstance(reward, Combined) else None
+        self.plan, self.brief = plan, brief
+        self.history = History(() if self._combined is None else self._combined.labels)
         self.geometry, self.company, self.priority = brief.geometry, brief.company, plan.request.priority
         self.flying: dict[int, Flight] = {}
         self.queued = [False, False]
@@ -67,6 +72,7 @@ class Search:
         self._bar = (-math.inf, 0)  # the rank of the last of them
         self._latest: Particle | None = None  # until there is one of those: the last particle, judged or not
         self._turns = self._rows = self._priors = 0
+        self._pilot = None if self._combined is None else Pilot(self._combined)
         self._proceed(None)
 
     # What the scheduler asks.
@@ -121,10 +127,10 @@ class Search:
         """
         self.deliver(row, None, error=error)
 
-    def deliver(
-        self, row: Row, reward: float | None, invalid: bool = False, error: BaseException | None = None
-    ) -> None:
+    def deliver(self, row: Row, score: Score | None, invalid: bool = False, error: BaseException | None = None) -> None:
         """Takes an evaluated row back, and goes on as far as the rows that are back allow.
+
+        Where terms of the reward are normalised, the first rows wait for those that they are normalised by.
 
         Raises:
             RequestError: the method broke a rule.
@@ -133,7 +139,20 @@ class Search:
         flight = self.flying.pop(row.number)
         if invalid or error is not None:
             flight = flight._replace(invalid=invalid, error=error)
-        flight.particle.judge(reward)
+        if self._pilot is None or flight.turn is None or flight.turn is not self._turn:
+            self._deliver(flight, score)
+        else:
+            for waiting, own in self._pilot.take(flight, score):
+                self._deliver(waiting, own)
+
+    def _deliver(self, flight: Flight, score: Score | None) -> None:
+        error, particle = flight.error, flight.particle
+        if isinstance(score, tuple):
+            assert self._combined is not None and self._pilot is not None
+            particle.terms = score
+            particle.judge(self._combined.of(score, self._pilot.scales))
+        else:
+            particle.judge(score)
         turn = flight.turn
         if turn is None and self._finals:
             if error is not None:
@@ -210,12 +229,15 @@ class Search:
         """
         assert self._finals, "only a search that is over has finalists"
         finalists = sorted((final.particle for final in self._finals), key=rank, reverse=True)
-        return Show(self.brief, tuple(particle.candidate for particle in finalists[: None if every else 1]))
+        scales = () if self._pilot is None else self._pilot.scales
+        return Show(self.brief, tuple(particle.candidate for particle in finalists[: None if every else 1]), scales)
 
     def discard(self) -> None:
         """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
         if self._turn is not None:
             self._turn.close()
+        if self._pilot is not None:
+            self._pilot.let_go()
         self._finals, self._turn, self._best, self._latest = [], None, [], None
         self._method.close()
 
@@ -254,6 +276,8 @@ class Search:
         if len(self.kinds) == 1 and any(draw.guide is not None for draw in draws):
             self.kinds = (False, True)
         self._turns += 1
+        if self._pilot is not None:
+            self._pilot.begin(draws, self._title)
         self._turn = Turn([(d, *self._way(d)) for d in draws], self._turns, self._priors)
 
     def _way(self, draw: Draw) -> tuple[Step, float]:
@@ -393,6 +417,8 @@ class Search:
         turn, self._turn = self._turn, None
         if turn is not None:
             for flight in turn.leftover():
+                self._drop(flight)
+            for flight, _ in () if self._pilot is None else self._pilot.let_go():
                 self._drop(flight)
             turn.close()
         self._best, self._latest = [], None

@@ -1,0 +1,90 @@
+"""`rollflow rewards`: what images and clips can be judged by, and what that takes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """List the rewards: what each measures, and the weights it takes, with revision, licence and size.
+
+    A reward is named as in --reward pickscore, with options as in --reward "vqa:model=FOLDER", and combined as in
+    --reward "0.7*vqa + 0.3*aesthetic". `rollflow fetch NAME --to DIR` gets its weights.
+    """
+
+    def __call__(self) -> None:
+        """Runs the command."""
+        from rollflow import rewards
+
+        made = {name: rewards.make(name) for name in rewards.names()}
+        print_table(
+            "rewards",
+            ("reward", "what it measures", "gradient", "takes", "here"),
+            [
+                (name, measures(one), "yes" if rewards.differentiable(one) else "", ", ".join(packages(one)), here(one))
+                for name, one in made.items()
+            ],
+            "gradient: methods that follow it can use the reward; takes: packages that pip install 'rollflow[rewards]' "
+            "brings; here: these, and its usual weights in a folder, below $ROLLFLOW_MODELS or in the hub's cache",
+        )
+        print_table(
+            "their usual weights",
+            ("reward", "hub id", "revision", "licence", "GB", "here"),
+            [(name, *row) for name, one in made.items() for row in weights_of(one)],
+            "revision: the commit that was seen to work, else the latest; licence: as the authors name it; GB: of the "
+            "files that are fetched; -: not known",
+        )
+
+
+def measures(reward: Any) -> str:
+    """The first sentence of a reward's docstring."""
+    text = " ".join((type(reward).__doc__ or "").strip().split("\n\n")[0].split())
+    return text.split(". ")[0].split("; ")[0].rstrip(".").replace("`", "")
+
+
+def packages(reward: Any) -> tuple[str, ...]:
+    """What a reward imports, beyond what rollflow itself takes."""
+    return getattr(reward, "packages", ())
+
+
+def here(reward: Any) -> str:
+    """Whether a reward with its usual options can be used now, and what it lacks."""
+    missing = [package for package in packages(reward) if find_spec(package) is None]
+    if missing:
+        return f"no {', '.join(missing)}"
+    return "yes" if all(row[-1] == "yes" for row in weights_of(reward)) else "no weights"
+
+
+def weights_of(reward: Any) -> list[tuple[str, ...]]:
+    """Hub id, revision, licence, size and whether it is here, of each model that a reward takes."""
+    from rollflow.rewards import known, weights
+
+    table = {one.model: one for one in known.WEIGHTS}
+    rows = list[tuple[str, ...]]()
+    for one in reward.wanted() if hasattr(reward, "wanted") else ():
+        entry = table.get(one.model)
+        told = ("-", "-") if entry is None else (entry.licence, f"{entry.gigabytes:.3g}")
+        there = "yes" if weights.here(*one) is not None else "no"
+        rows.append((one.model, one.revision[:12] if one.revision else "latest", *told, there))
+    return rows
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str) -> None:
+    """Prints texts as they are."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rollflow.cli.reports import WIDTH
+
+    table = Table(box=SIMPLE_HEAD, title=title, caption=Text(caption))
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column == "GB" else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH).print(table)

@@ -1,0 +1,34 @@
+"""Rewards by the names that a user at a command line gives, functions in files included."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from rollflow import names
+from rollflow.errors import RequestError, shown
+from rollflow.rewards import catalog
+
+_TERM = re.compile(r"(?<![\w./\\~-])([\w./\\~-]+\.py):([^\W\d]\w*)")
+
+
+@lru_cache
+def reward_of(text: str) -> Any:
+    """What a text stands for, one object a text: as `rollflow.names.reward_of`, and in expressions too.
+
+    In an expression, as in "count - 0.1*scores.py:redness", each FILE.py:NAME stands for its function.
+
+    Raises:
+        RequestError: a function cannot be loaded, or two are called the same; of names and of what cannot be read,
+            `rollflow.rewards.make` says so.
+    """
+    found = names.reward_of(text)
+    if found is not text or not (terms := _TERM.findall(text)):
+        return found
+    own: dict[str, str] = {}
+    for place, attribute in terms:
+        if own.setdefault(attribute, place) != place:
+            raise RequestError(f"the reward {shown(text)} takes two functions called {attribute}: rename one")
+    functions = {attribute: names.reward_of(f"{place}:{attribute}") for attribute, place in own.items()}
+    return catalog.combine(_TERM.sub(r"\2", text), functions)
