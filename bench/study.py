@@ -46,7 +46,8 @@ class Study:
     model: str = "shapes"
     """A built-in model, a folder that save_pretrained of a diffusers pipeline wrote, or a hub id."""
     reward: Annotated[str, tyro.conf.arg(metavar="NAME|FILE.py:NAME")] = "count"
-    """What images are judged by: a name, or a function of images and prompts, FILE.py:NAME or MODULE:NAME."""
+    """What images are judged by: a name, an expression such as "count + 0.1*jpeg", or a function of images and prompts,
+    FILE.py:NAME or MODULE:NAME."""
     height: Pixels = None
     """Image height in pixels."""
     width: Pixels = None

@@ -420,7 +420,7 @@ class Engine:
             nfe_per_second=found.nfe_per_second,
             abandoned=host.runner.threads.abandoned,
             healthy=found.dead is None and not host.closed,
-            rewards={**host.runner.judge.costs},
+            rewards=host.runner.judge.costs,
         )
 
     def close(self, drain: bool = True) -> None:

@@ -23,7 +23,7 @@ FOLDERS = "ROLLFLOW_MODELS"  # environment variable: a folder of models, each in
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"  # of a hub id: no "-" and no "." at its ends
 _HUB_ID = re.compile(f"{_PART}/{_PART}", re.ASCII)
 _OWN_REWARD = re.compile(r"(.+\.py|[^\W\d][\w.]*):([^\W\d]\w*)")
-_OPERATORS = re.compile(r"[+*(),<>]")
+_OPERATORS = re.compile(r"[+*(),<>]|\s[-/]\s")
 
 
 def hub_id(name: str | Path) -> bool:
@@ -66,7 +66,7 @@ def reward_of(name: str) -> Any:
     Raises:
         RequestError: there is none; of other texts `rollflow.rewards.make` says so.
     """
-    found = None if _OPERATORS.search(name) else _OWN_REWARD.fullmatch(name)
+    found = None if name.startswith("-") or _OPERATORS.search(name) else _OWN_REWARD.fullmatch(name)
     if found is None:
         return name
     place, attribute = found.groups()

@@ -203,21 +203,15 @@ def _check_method(made: Plan) -> None:
 def _held_out(request: Request) -> rewards.Reward | None:
     if request.held_out is None:
         return None
-    reward = rewards.make(request.held_out)
-    if isinstance(reward, rewards.Combined) and reward.normalised:
-        raise RequestError(
-            f"held_out={shown(reward.name)}: z(...) normalises by a search's own particles, which a held-out judge "
-            "does not see; leave it out"
-        )
-    return reward
+    return rewards.unscaled(rewards.make(request.held_out))
 
 
 def _held(made: Plan) -> int:
-    """How many particles the method says that it holds, or how many a normalised reward waits for."""
+    """How many particles the method says that it holds, and how many a normalised reward holds back besides."""
     request, method = made.request, made.request.method
-    least = PILOT if isinstance(made.reward, rewards.Combined) and made.reward.normalised else 0
+    more = PILOT if isinstance(made.reward, rewards.Combined) and made.reward.normalised else 0
     try:
-        return max(least, methods.holds(method, made.nfe, len(made.steps), made.finish_nfe, **request.options))
+        return more + methods.holds(method, made.nfe, len(made.steps), made.finish_nfe, **request.options)
     except RollflowError:
         raise
     except Exception as error:

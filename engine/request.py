@@ -73,8 +73,9 @@ class Request:
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
             (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1
-            mostly one (for some families at 0, see `rollflow probe`). Models without guidance ignore it.
-        negative: what classifier-free guidance leads away from, where the model has it.
+            mostly one (for some families at 0, see `rollflow probe`). Models without guidance ignore it; below 0 it is
+            refused.
+        negative: what classifier-free guidance leads away from, where the model has it and the scale guides at all.
         height, width: image size in pixels; by default the model's own.
         frames: length of a clip, of a model of video; by default the model's own.
         options: the method's own options, such as `{"initial": 25}` for rbf.

@@ -9,7 +9,7 @@ from rollflow.bench import adapters, compare
 from rollflow.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"rows": (2,), "prompts": (1,), "lanes": (1,), "nfe": 3, "method": "bon", "device": "cpu"}
+SMALL = {"rows": (2,), "prompts": (1,), "lanes": (1,), "nfe": 10, "method": "bon", "device": "cpu"}
 
 
 def test_all_contenders_are_timed_and_make_the_same_pictures(tmp_path, capsys):

@@ -232,7 +232,7 @@ def test_help_is_complete(command, capsys, monkeypatch):
     groups = [cli.commands()[command], *GROUPS[command]]
     for option in (f for group in groups for f in fields(group)):
         nested = option.name in ("search", "runtime", "place", "part", "own", "arguments")
-        if not nested and (option.name not in ("prompts", "names") or command == "study"):
+        if not nested and (option.name not in ("prompts", "names", "name") or command == "study"):
             name = option.name.replace("_", "-")
             assert f"--{name} " in text or f"--{name}, --no-{name} " in text
     named = [*models.BUILT_IN, *options.DTYPES] if GROUPS[command] else []

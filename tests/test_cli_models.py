@@ -27,6 +27,7 @@ from rollflow.models.pipeline import PipelineModel
 from rollflow.models.tested import TESTED
 from rollflow.models.text import Size
 from rollflow.rewards import own
+from rollflow.rewards.classifier import _trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -227,8 +228,13 @@ def test_a_reward_of_a_file_is_one_object():
     made = own.reward_of(f"count - 0.1*{REDNESS}")
     assert made is own.reward_of(f"count - 0.1*{REDNESS}") and made.name == "count - 0.1*redness"
     assert made.terms[0] is rewards.make("count") and made.terms[1].function is own.reward_of(REDNESS)
+    assert own.reward_of(f"count - {REDNESS}").name == "count - redness"
     with pytest.raises(RequestError, match="takes two functions called f"):
         own.reward_of("a.py:f + b.py:f")
+    with pytest.raises(RequestError, match="a function called count, as a built-in reward is: rename it"):
+        own.reward_of("count - 0.1*scores.py:count")
+    quoted = "similarity:image='my scores.py:redness' + jpeg"
+    assert own.reward_of(quoted) == quoted, "what is quoted is a value"
 
 
 # Probe.
@@ -463,9 +469,16 @@ def test_plan_counts_the_terms_of_a_reward(run, tmp_path):
     found, plain = (json.loads(file.read_text()) for file in files)
     assert [*found["rewards"]] == ["count", "classifier"] and plain["rewards"] == {}
     assert all(cost["batch"] == max(map(int, found["batches"])) for cost in found["rewards"].values())
+    held = (*_trained().parameters(), *_trained().buffers())
+    assert found["rewards"]["classifier"]["resident"] == sum(one.nbytes for one in held)
     assert found["rewards"]["classifier"]["call"] > 64 * 3 * 64 * 64 and found["rewards"]["count"]["seconds"] > 0
     code, _, complaint = run("plan", "--device", "cpu", "--reward", "pickscore")
-    assert code == 2 and "the reward pickscore needs the model" in complaint and len(complaint.splitlines()) == 1
+    assert (
+        code == 2
+        and "the reward pickscore needs the model" in complaint
+        and "laion/" in complaint
+        and len(complaint.splitlines()) == 1
+    )
 
 
 def test_plan_of_the_built_in_model(run):

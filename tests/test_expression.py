@@ -30,6 +30,10 @@ def value(text, scale=(0.0, 1.0)):
         ("- a * -2", 2 * A),
         ("a/4*b", A / 4 * B),
         ("1e-1*a+.5", 0.1 * A + 0.5),
+        ("a/(b*c)", A / (B * C)),
+        ("a/(b/c)*2", A / (B / C) * 2),
+        ("a*0.123456789", A * 0.123456789),
+        ("a + 1/(1 - 1)", torch.tensor([math.inf] * 3)),
         ("min(a, b)", torch.minimum(A, B)),
         ("max(a, b, 1)", torch.maximum(A, B).clamp(min=1)),
         ("max(0, a) * b", A.clamp(min=0) * B),
@@ -106,6 +110,9 @@ def test_gradients_pass_through_an_expression():
         ("count / 0", "divides by 0"),
         ("__import__('os')", r"at .*an operator, or the end"),
         ("(" * 60 + "count" + ")" * 60, "more than 50 brackets"),
+        ("-" * 3000 + "count", "more than 50 brackets"),
+        ("z(" * 300 + "count", "more than 50 brackets"),
+        ("count" + " + count" * 3000, "has 24005 characters: at most 10000 are read"),
         ("count + cuont", "there is no reward 'cuont': did you mean count"),
         ("count:speed=3", "the reward count has no option"),
         ("count + motion", "judge images of different sizes: 32x32, 64x64"),
@@ -133,6 +140,25 @@ def test_an_expression_with_rewards_of_ones_own():
         made(images, ["one red circle"] * 2),
         0.5 * images.mean((1, 2, 3)) + rewards.make("count")(images, ["one red circle"] * 2),
     )
+
+
+def test_own_rewards_that_cannot_be_terms():
+    mean = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    with pytest.raises(RequestError, match="a built-in reward is called count"):
+        rewards.combine("count + 1", {"count": mean})
+    with pytest.raises(RequestError, match="does not name 'other'"):
+        rewards.combine("mine + 1", {"mine": mean, "other": mean})
+    with pytest.raises(RequestError, match="mine=3: it must be a reward or a function"):
+        rewards.combine("mine + 1", {"mine": 3})
+    with pytest.raises(RequestError, match=r"mine stands for 'z\(count\)', an expression itself"):
+        rewards.combine("mine + 1", {"mine": "z(count)"})
+
+
+def test_a_threshold_has_no_gradient_and_one_held_out_judge_is_taken_over():
+    assert rewards.make("2*soft_count").differentiable
+    assert not rewards.make("soft_count + (soft_count > -1)").differentiable
+    assert rewards.held_out(rewards.make("2*count + 1")) is rewards.make("classifier")
+    assert rewards.held_out(rewards.make("count + soft_count")) is None
 
 
 def test_labels_tell_terms_apart():

@@ -1,5 +1,7 @@
 """The adapter of FluxPipeline: the engine makes the image that diffusers makes, rows keep to themselves."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -113,10 +115,28 @@ def test_what_is_no_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded as a pipeline"):
         Engine.from_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="there is no model .*nowhere"):
+    with pytest.raises(ModelError, match=r"there is no model .*nowhere"):
         Engine.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="choose one of shapes, shapes-base"):
         folder("shape")
+
+
+def test_prompts_are_checked_while_others_are_encoded(pipeline):
+    """A fast tokenizer's padding is its state: one that two threads share gives encodings without padding."""
+    model, stop = FluxModel(pipeline), threading.Event()
+
+    def check():
+        while not stop.is_set():
+            model.check_prompt("two red circles")
+
+    checking = threading.Thread(target=check)
+    checking.start()
+    try:
+        shapes = {tuple(model.encode(["two red circles"])[0].sequence.shape) for _ in range(150)}
+    finally:
+        stop.set()
+        checking.join()
+    assert len(shapes) == 1
 
 
 @pytest.mark.gpu

@@ -254,7 +254,7 @@ def test_clips_are_judged_by_their_frames(folders):
 def test_missing_weights_are_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for spec in ("vqa", "vqa:model=zhiqiulin/clip-flant5-xxl"):
-        with pytest.raises(RequestError, match=r"put its files \(.*\) into DIR") as error:
+        with pytest.raises(RequestError, match=r"put (its|their) files \(.*\) into DIR") as error:
             rewards.make(spec).check("a cat")
         assert "\n" not in str(error.value)
 

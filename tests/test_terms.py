@@ -9,7 +9,8 @@ from test_retries import Unavailable, at_rest
 from test_turns import Waiting, assert_all_sound, together
 from tiny import PATIENCE, Clock, Driven, Hand, assert_sound, bon, brightness, engine, fingerprint, rbf
 
-from rollflow import FunctionError, RequestError, rewards
+from rollflow import Draw, FunctionError, RequestError, rewards
+from rollflow.methods import method
 from rollflow.plan import PILOT
 
 
@@ -132,6 +133,123 @@ def test_a_term_that_fails_fails_its_request_once_and_no_other():
         assert good.result(PATIENCE).committed_nfe == 4
         assert calls.acquire(timeout=PATIENCE)
         assert_all_sound(made)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_scores_that_cannot_be_combined_fail_their_request_and_nobody_waits(held_out):
+    class Broken(rewards.Combined):
+        def of(self, scores, scales=()):
+            raise ArithmeticError("no")
+
+        def combine(self, scores, scales=()):
+            raise ArithmeticError("no")
+
+    node = rewards.combine("a + b", {"a": brightness, "b": brightness})
+    broken = Broken(node._node, dict(zip(node._places, node.terms, strict=True)))
+    with engine() as made:
+        request = bon(4, held_out=broken) if held_out else bon(4, reward=broken)
+        job = made.submit(request)
+        with pytest.raises(FunctionError, match="ArithmeticError"):
+            job.result(PATIENCE)
+        assert_sound(made)
+
+
+def test_a_held_out_judge_whose_name_cannot_be_read_any_more_fails_its_request():
+    class Fickle:
+        name, reads = "fickle", 0
+
+        @property
+        def held_out(self):
+            self.reads += 1
+            if self.reads > 1:
+                raise OSError("gone")
+
+        def check(self, prompt):
+            pass
+
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    with engine() as made:
+        job = made.submit(bon(4, reward=Fickle()))
+        with pytest.raises(FunctionError, match="OSError: gone"):
+            job.result(PATIENCE)
+        assert_sound(made)
+
+
+def test_retries_are_those_of_the_term_that_fails():
+    calls = []
+
+    def once(images, prompts):
+        calls.append(len(images))
+        raise ValueError("bad image")
+
+    def patient(images, prompts):
+        return images.mean((1, 2, 3))
+
+    once.differentiable = patient.differentiable = True
+    patient.retry_on, patient.retries = (ValueError,), 4
+    with engine() as made:
+        reward = rewards.combine("a + b", {"a": once, "b": patient})
+        with pytest.raises(FunctionError, match="bad image"):
+            made.generate(rbf(12, method="dps", reward=reward))
+        assert len(calls) == 1
+        assert_sound(made)
+
+
+def test_a_method_that_holds_what_it_declares_may_normalise():
+    """Sixteen particles more are held back while the mean is not known."""
+
+    def tight(nfe, steps):
+        (parents,) = yield [Draw(None, 12, scored=False)]
+        children = yield [Draw(parent, 3, keep=1) for parent in parents]
+        return max((one for own in children for one in own if one.kept), key=lambda one: one.reward)
+
+    tight = method(branches=True, holds=lambda nfe, steps, options: 24)(tight)
+    with engine(slots=80) as made:
+        options = {"method": tight, "reward": rewards.combine("z(a)", {"a": bright()})}
+        jobs = [made.submit(rbf(48, seed=seed, **options)) for seed in range(4)]
+        assert all(job.result(PATIENCE).committed_nfe == 48 for job in jobs)
+        assert_sound(made)
+
+
+def test_what_a_reward_was_normalised_by_is_noted():
+    with engine() as made:
+        result = made.generate(bon(48, steps=2, reward=rewards.combine("z(a) + 0*a", {"a": bright()})))
+    (note,) = (one["normalised_by"] for one in result.notes if "normalised_by" in one)
+    mean, deviation = note["a"]
+    assert result.reward == pytest.approx((result.terms["a"] - mean) / deviation, abs=1e-9)
+
+
+def test_what_is_paid_by_the_image_gets_no_copies():
+    sizes = []
+
+    def paid(images, prompts):
+        sizes.append(len(images))
+        return images.mean((1, 2, 3))
+
+    paid.padded = False
+    with engine(buckets=(8,)) as made:
+        made.generate(bon(3, reward=paid))
+    assert sizes == [3, 1]
+
+
+def test_complex_scores_are_refused():
+    with engine() as made:
+        odd = rewards.combine("a + b", {"a": brightness, "b": Complex()})
+        with pytest.raises(FunctionError, match="one real number an image"):
+            made.generate(bon(4, reward=odd))
+        assert_sound(made)
+
+
+class Complex:
+    name = "complex"
+
+    def check(self, prompt):
+        pass
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3)) + 1j
 
 
 def test_a_term_that_is_away_is_called_again_and_the_other_is_not():

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
@@ -172,17 +173,14 @@ def commands() -> dict[str, Callable[..., Any]]:
 
 def _run(requests: list[Request], runtime: ModelOptions) -> list[Result]:
     """Checks what it can before it loads the model, then searches under a progress bar."""
-    from rollflow import rewards
+    from rollflow.cli.judging import check_weights
     from rollflow.cli.output import progress_bar
     from rollflow.models import traits
     from rollflow.plan import plan
 
+    check_weights(requests)
     known, budgets = traits(runtime.model), list[int]()
     for request in requests:
-        for judge in (request.reward, request.held_out):
-            for term in () if judge is None else rewards.terms_of(rewards.make(judge)):
-                if hasattr(term, "wanted"):  # weights, which may not be there
-                    rewards.check(term, request.prompt)
         try:
             budgets.append(plan(_without_model(request, known.steps), known, runtime.preview).nfe)
         except BudgetError:
@@ -265,6 +263,13 @@ def _reason(box: str) -> str:
     return "; ".join(section[:1].lower() + section[1:] for section in sections if section)
 
 
+def _warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning of ours as one line; any other as Python has it."""
+    if str(place[0]).startswith(str(Path(rollflow.__file__).parent)):
+        return f"rollflow: warning: {line(str(message), LONGEST)}\n"
+    return f"{place[0]}:{place[1]}: {category.__name__}: {message}\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: that of the command, 2 for what cannot be honoured, 130 after
     Ctrl-C."""
@@ -275,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"rollflow {rollflow.__version__}")
         return 0
+    warnings.formatwarning = _warning  # type: ignore[assignment]
     try:
         bench = list(arguments[:1]) == ["bench"]  # whose options are not parsed here
         return (Bench((*arguments[1:],)) if bench else _parse(arguments))() or 0

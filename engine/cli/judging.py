@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from rollflow.cli.options import by_default
+from rollflow.errors import RequestError
+
+if TYPE_CHECKING:
+    from rollflow.request import Request
+
+Name = Annotated[str | None, by_default("all", metavar="NAME")]
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """List the rewards: what each measures, and the weights it takes, with revision, licence and size.
+    """List the rewards: what each measures, and the weights it takes, with revision, licence and size. Or explain one.
 
     A reward is named as in --reward pickscore, with options as in --reward "vqa:model=FOLDER", and combined as in
     --reward "0.7*vqa + 0.3*aesthetic". `rollflow fetch NAME --to DIR` gets its weights.
     """
 
+    name: Positional[Name] = None
+    """A reward, which is to be explained with its options."""
+
     def __call__(self) -> None:
         """Runs the command."""
         from rollflow import rewards
 
+        if self.name is not None:
+            print(explained(self.name))
+            return
         made = {name: rewards.make(name) for name in rewards.names()}
         print_table(
             "rewards",
@@ -38,6 +56,26 @@ class Rewards:
             "revision: the commit that was seen to work, else the latest; licence: as the authors name it; GB: of the "
             "files that are fetched; -: not known",
         )
+
+
+def explained(name: str) -> str:
+    """What a reward does, and its options with what they are by default.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    from rollflow.rewards import catalog
+
+    kind = catalog.kind_of(name)
+    text = inspect.getdoc(kind) or ""
+    usual = {
+        key: parameter.default
+        for key, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and key != "self"
+    }
+    options = [f"  {name}:{key}={'none' if value is None else value}" for key, value in usual.items()]
+    listed = "\n".join(["", "Options, with what they are by default:", *options]) if options else "\nIt has no options."
+    return f"{name}: {text}\n{listed}"
 
 
 def measures(reward: Any) -> str:
@@ -88,3 +126,27 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
     for row in rows:
         table.add_row(*map(Text, row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def check_weights(requests: Sequence[Request]) -> None:
+    """Looks for the weights of all rewards, before a model is loaded.
+
+    Raises:
+        RequestError: some are neither here nor on the hub; it names all.
+    """
+    from rollflow import rewards
+    from rollflow.rewards import weights
+
+    judges = [judge for one in requests for judge in (one.reward, one.held_out) if judge is not None]
+    terms = {id(term): term for judge in judges for term in rewards.terms_of(rewards.make(judge))}
+    heavy = {term.name: term for term in terms.values() if hasattr(term, "wanted")}
+    errors = []
+    for term in heavy.values():
+        try:
+            rewards.check(term, requests[0].prompt)
+        except RequestError as error:
+            errors.append(error)
+    if len(errors) > 1 and (every := weights.all_missing(heavy)) is not None:
+        raise every
+    if errors:
+        raise errors[0]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import CellType
 from typing import Any
 
 import torch
@@ -105,22 +106,24 @@ def reward_cost(
     rewards.check(reward, prompt)
     cost = _cost(call, device)
     parts = getattr(reward, "parts", None)
-    networks = networks_in(parts(device)) if callable(parts) else {}
+    networks = networks_in((reward, parts(device) if callable(parts) else None))
     held = {id(t): t for net in networks.values() for t in (*net.parameters(), *net.buffers()) if t.device == device}
     batch = min(one for one in (rewards.batch(reward), most) if one is not None)
     resident = sum(tensor.nbytes for tensor in held.values())
     return {"resident": resident, "batch": batch, "call": cost.bytes_of(batch), "seconds": cost.seconds}
 
 
-def networks_in(thing: Any, depth: int = 4) -> dict[int, nn.Module]:
-    """The networks that an object holds, in attributes and containers, by identity."""
+def networks_in(thing: Any, depth: int = 7) -> dict[int, nn.Module]:
+    """The networks that an object holds, in attributes, containers and functions' closures, by identity."""
     if isinstance(thing, nn.Module):
         return {id(thing): thing}
     if depth == 0 or isinstance(thing, str | bytes | Tensor | type):
         return {}
     inner = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, tuple | list) else ()
     own = vars(thing).values() if hasattr(thing, "__dict__") and type(thing).__module__.startswith("rollflow") else ()
-    return {key: net for one in (*inner, *own) for key, net in networks_in(one, depth - 1).items()}
+    cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if cell != CellType()]
+    bound = [getattr(thing, "__self__", None), *getattr(thing, "args", ())] if callable(thing) else []
+    return {key: net for one in (*inner, *own, *cells, *bound) for key, net in networks_in(one, depth - 1).items()}
 
 
 def _cost(make: Callable[[int], Callable[[], Any]], device: torch.device) -> Cost:

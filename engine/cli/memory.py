@@ -65,6 +65,12 @@ class Plan:
         from rollflow.models.text import Size as Asked
         from rollflow.settings import BUCKETS, CPU_BUCKETS, lanes_and_threads, slots_of
 
+        if self.reward is not None:
+            from rollflow.cli.judging import check_weights
+            from rollflow.request import Request
+            from rollflow.rewards.own import reward_of
+
+            check_weights([Request(self.prompt, reward_of(self.reward))])
         device, dtype = self.place.placed()
         free = measuring.free_memory(device)
         pipeline: Any = loading.load(self.place.model, torch.device("cpu"), dtype, self.place.pipeline)

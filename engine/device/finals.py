@@ -79,7 +79,9 @@ class Finals:
             own_pixels = pixels[place].clone(), eight_bit[place].clone()  # a view would keep everybody's images
             terms = score if isinstance(score := own[best], tuple) else None
             outcome = Outcome(*own_pixels, values[best], None, terms)
-            judge = show.brief.held_out or rewards.held_out(show.brief.reward)
+            judge = show.brief.held_out
+            if judge is None:
+                judge = rewards.held_out(show.brief.reward)
             if judge is None:
                 over.append((show, outcome))
             else:

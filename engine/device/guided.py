@@ -18,7 +18,7 @@ from rollflow.errors import RequestError
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
-from rollflow.rewards import Combined, Reward
+from rollflow.rewards import Combined, Reward, Terms
 from rollflow.row import Event, Failed, Free, Landed, Report, Rerun, Row, Score
 
 
@@ -57,12 +57,14 @@ class Answers:
 
     Attributes:
         over: whether it was given up; then nothing that its thread still reports counts.
+        failing: what the reward that raised, if one did, says of how it is called.
     """
 
     def __init__(self, rows: Sequence[Row], report: Report, attempt: int):
         self._left = {id(row): row for row in rows}  # not answered yet
         self._report, self._attempt, self._lock = report, attempt, threading.Lock()
         self.over = False
+        self.failing: Terms | None = None
 
     def __call__(self, event: Event) -> None:
         """Reports what came of rows, or what else is to be known."""
@@ -154,7 +156,11 @@ def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers
     for key, (term, group) in groups.items():
         with runner.ledger.span("reward", runner.model.device):
             call, prompts = OnLane(term, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
-            values = runner.judge.here(call, images[group], prompts, answers).to(images.device).double()
+            try:
+                values = runner.judge.here(call, images[group], prompts, answers).to(images.device).double()
+            except Exception:
+                answers.failing = call.terms
+                raise
         found.update(((key, i), value) for i, value in zip(group, values, strict=True))
     total, each = torch.zeros((), dtype=torch.float64, device=images.device), list[Tensor]()
     for i, row in enumerate(rows):

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import rewards
-from rollflow.device.costs import RewardCost
+from rollflow.device.costs import RewardCost, Spent
 from rollflow.device.judges import Turn
 from rollflow.device.workers import Lanes
 from rollflow.errors import FunctionError, RollflowError, said
@@ -29,6 +29,7 @@ from rollflow.timers import Timer
 
 RETRY_SECONDS = 0.2  # before the second call of a reward that was not available; doubled for each further one
 LONGEST_RETRY = 30.0
+NAMES = 256  # of rewards whose calls are counted
 T = TypeVar("T")
 
 
@@ -134,15 +135,13 @@ class Judge:
         device: where the images are.
         stream: on a GPU, the stream that rewards run on.
 
-    Attributes:
-        costs: what calls took so far, by the reward's name.
     """
 
     def __init__(self, threads: Lanes, ledger: Ledger, bucket: int | None, device: torch.device, stream: Any = None):
         self.threads, self._ledger, self._bucket, self._device = threads, ledger, bucket, device
         self._stream = stream
-        self._fits: dict[Hashable, int] = {}  # the most images of a call, of rewards that ran out of memory
-        self.costs: dict[str, RewardCost] = {}
+        self._fits: dict[Hashable, tuple[Reward, int]] = {}  # the most images of a call, of those out of memory
+        self._costs: dict[str, Spent] = {}
 
     def post(self, call: Call, report: Report) -> None:
         """Judges, on a thread of its own; reports an event of `call.then`, or of what went wrong."""
@@ -227,9 +226,18 @@ class Judge:
         scores = iter(found)
         return [[next(scores) for _ in places] for places in call.places]
 
-    def _cost(self, reward: Reward) -> RewardCost:
+    def _cost(self, reward: Reward) -> Spent:
         name = rewards.title(reward)
-        return self.costs[name] if name in self.costs else self.costs.setdefault(name, RewardCost())
+        if (found := self._costs.get(name)) is None:
+            found = self._costs.setdefault(name, Spent())
+            if len(self._costs) > NAMES:
+                self._costs.pop(next(iter(self._costs)), None)
+        return found
+
+    @property
+    def costs(self) -> dict[str, RewardCost]:
+        """What calls took so far, by the reward's name; of the latest few hundred names."""
+        return {name: spent.now() for name, spent in [*self._costs.items()]}
 
     def score(self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> Tensor:
         """The rewards of images: [row]; the caller has its turn at the reward.
@@ -237,7 +245,8 @@ class Judge:
         More images than a call may have, by the reward's `batch` or by what fits into memory, are judged in parts.
         """
         key, count = identity(reward), len(prompts)
-        limits = [limit for limit in (rewards.terms(reward).batch, self._fits.get(key)) if limit is not None]
+        fits = self._fits.get(key, (reward, None))[1]
+        limits = [limit for limit in (rewards.terms(reward).batch, fits) if limit is not None]
         most = min([count, *limits])
         scores: list[Tensor] = []
         done = 0
@@ -248,7 +257,8 @@ class Judge:
             except torch.OutOfMemoryError:
                 if most == 1:
                     raise
-                most = self._fits[key] = (most + 1) // 2
+                most = (most + 1) // 2
+                self._fits[key] = reward, most  # held, or another could take its identity
                 limits.append(most)
                 warnings.warn(
                     f"the reward {rewards.title(reward)} ran out of memory with {len(prompts[part])} images: it is "
@@ -264,17 +274,22 @@ class Judge:
         self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str], most: int | None
     ) -> Tensor:
         """One call of a reward: [row]."""
-        size = 0 if self._bucket is None else min(self._bucket, most or self._bucket)
+        padded = self._bucket is not None and rewards.terms(reward).padded
+        size = min(self._bucket or 0, most or self._bucket or 0) if padded else 0
         missing = max(0, size - len(prompts))
         if missing:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
         scores = reward(images, prompts + prompts[:1] * missing)
-        if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-            given = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        if not isinstance(scores, Tensor) or scores.shape != (len(images),) or scores.is_complex():
+            given = (
+                f"a tensor of shape {tuple(scores.shape)} and {scores.dtype}"
+                if isinstance(scores, Tensor)
+                else type(scores).__name__
+            )
             raise FunctionError(
                 f"the reward {rewards.title(reward)} returned {given} for {len(images)} images: it must return one "
-                f"score an image, shape ({len(images)},)"
+                f"real number an image, shape ({len(images)},)"
             )
         return scores[: len(prompts)]
 

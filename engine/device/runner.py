@@ -212,7 +212,7 @@ class Runner:
         except Exception as error:
             if len({row.brief.ticket for row in rows}) > 1:
                 raise  # each request then runs, and waits for its reward, by itself
-            terms = rewards.terms(rows[0].brief.reward)
+            terms = report.failing or rewards.terms(rows[0].brief.reward)
             if attempt >= terms.retries or not isinstance(error.__cause__ or error, terms.retry_on):
                 raise
             report(Rerun(rows, back_off(attempt + 1), attempt + 1))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rollflow import rewards
 from rollflow.device.judge import Call, identity
+from rollflow.errors import FunctionError, RollflowError, said
 from rollflow.rewards import Combined, Reward
 from rollflow.row import Event, Failed, Row, Score, Show
 
@@ -87,7 +88,16 @@ class Judgement:
                 found.missing -= 1
                 if not found.missing:
                     whole.append(self._open.pop(id(one)))
-        return self._then([found.work for found in whole], [found.joined() for found in whole]) if whole else None
+        if not whole:
+            return None
+        try:
+            return self._then([found.work for found in whole], [found.joined() for found in whole])
+        except BaseException as error:  # nobody must wait for ever
+            unusable = FunctionError(f"the scores of the reward could not be used ({said(error)})")
+            unusable.__cause__ = error
+            kept = error if isinstance(error, RollflowError) else unusable
+            failed: list[Any] = [found.work for found in whole]
+            return Failed(failed, kept)
 
     def _failed(self, work: Sequence[Any], error: BaseException) -> Event | None:
         """A term could not be had: its work fails, if it has not already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import threading
@@ -38,6 +39,9 @@ class Conditioning(NamedTuple):
 
 class FluxModel(FlowModel):
     """Drives the parts of a `FluxPipeline` with rows of different prompts at different times.
+
+    It has what `rollflow.models.pipeline.PipelineModel` has not: previews, CUDA graphs, a pinned attention, text
+    encoders that can be released, and prompts that are checked. On a CPU it is no faster (`rollflow bench adapters`).
 
     Args:
         pipeline: a complete FluxPipeline; its modules are used where they are, without gradients of their weights, and
@@ -93,6 +97,8 @@ class FluxModel(FlowModel):
             images=True, returns=True, signature=self._signature(),
         )  # fmt: skip
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
+        # Prompts are checked on threads of those who ask, while a lane encodes: a tokenizer's padding is its state.
+        self._reader = copy.deepcopy(pipeline.tokenizer_2)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
         self._recorded: dict[Geometry, Callable[..., Tensor]] = {}
         self._decoders: dict[tuple[torch.nn.Module, tuple[int, ...]], Callable[..., Tensor]] = {}
@@ -136,7 +142,7 @@ class FluxModel(FlowModel):
                 f"the prompt {shown(prompt, 60)} was not encoded before the text encoders were released: encode all "
                 "prompts first (Engine.encode), or make a new engine"
             )
-        tokenizer = self.pipeline.tokenizer_2
+        tokenizer = self._reader
         ids = tokenizer(prompt).input_ids
         if len(tokenizer) < _WORD_LEVEL and tokenizer.unk_token_id in ids:
             known = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)

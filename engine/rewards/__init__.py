@@ -10,6 +10,7 @@ from rollflow.rewards.catalog import combine as combine
 from rollflow.rewards.catalog import held_out as held_out
 from rollflow.rewards.catalog import make as make
 from rollflow.rewards.catalog import names as names
+from rollflow.rewards.catalog import unscaled as unscaled
 from rollflow.rewards.catalog import with_gradients as with_gradients
 from rollflow.rewards.combined import Combined as Combined
 from rollflow.rewards.combined import terms_of as terms_of

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from threading import Lock
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -40,6 +41,8 @@ _BUILT_IN = {  # name -> module and class, or function that makes one; imported 
     "hpsv3": ("rollflow.rewards.hpsv3", "HPSv3"),
     "imagereward": ("rollflow.rewards.imagereward", "ImageReward"),
 }
+REMEMBERED = 256  # rewards of which equal ones are the same object
+_lock = Lock()
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -90,20 +93,40 @@ def combine(text: str, own: Mapping[str, Any]) -> Reward:
 
     Args:
         text: as in "0.7*vqa + 0.3*mine".
-        own: by name, what is no built-in reward.
+        own: by name, what is no built-in reward; none of them an expression itself.
 
     Raises:
-        RequestError: as `make`.
+        RequestError: as `make`, and for a name that a built-in reward has.
     """
     node = expression.parse(text)
-    named = {one: make(own[one.name]) if one.name in own else _named(one) for one in expression.rewards_of(node)}
+    if taken := [name for name in own if name in _BUILT_IN]:
+        raise RequestError(f"a built-in reward is called {taken[0]}: give your own another name than that")
+    asked = [*dict.fromkeys(expression.rewards_of(node))]
+    if unused := [name for name in own if name not in {one.name for one in asked}]:
+        raise RequestError(f"the reward {shown(text)} does not name {shown(unused[0])}, which was given; leave it out")
+    if odd := [name for name, one in own.items() if not callable(one) and not isinstance(one, str)]:
+        raise RequestError(f"{odd[0]}={shown(own[odd[0]])}: it must be a reward or a function f(images, prompts)")
+    named = {one: make(own[one.name]) if one.name in own else _named(one) for one in asked}
+    for one, made in named.items():
+        if isinstance(made, Combined):
+            raise RequestError(f"{one.name} stands for {shown(made.name)}, an expression itself: write it out")
     return Combined(node, named)
 
 
 def held_out(reward: Reward) -> Reward | None:
     """The second judge that `reward` names for the final image, or None."""
     given = protocol.asked(reward, lambda: getattr(reward, "held_out", None))
-    return None if given is None else of(given)
+    return None if given is None else unscaled(of(given))
+
+
+def unscaled(judge: Reward) -> Reward:
+    """A held-out judge; raises `RequestError` for one that normalises."""
+    if isinstance(judge, Combined) and judge.normalised:
+        raise RequestError(
+            f"held_out={shown(judge.name)}: z(...) normalises by a search's own particles, which a held-out judge "
+            "does not see; leave it out"
+        )
+    return judge
 
 
 def _check_attributes(reward: Reward) -> None:
@@ -112,10 +135,11 @@ def _check_attributes(reward: Reward) -> None:
     if not isinstance(name, str) or line(name, 1000) != name or not name:
         raise RequestError(f"the name of a reward is {shown(name)}: it must be a line of at most 1000 characters")
     protocol.size(reward), protocol.differentiable(reward), protocol.concurrent(reward), held_out(reward)
-    protocol.timeout(reward), protocol.retry_on(reward), protocol.retries(reward), protocol.batch(reward)
+    protocol.timeout(reward), protocol.retry_on(reward), protocol.retries(reward)
+    protocol.batch(reward), protocol.padded(reward)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=REMEMBERED)
 def _of_text(text: str) -> Reward:
     """One object a text, so that all requests that ask for it are judged in one call a batch."""
     node = expression.parse(text)
@@ -124,20 +148,23 @@ def _of_text(text: str) -> Reward:
     return Combined(node, {one: _named(one) for one in expression.rewards_of(node)})
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=REMEMBERED)
 def _named(named: Named) -> Reward:
-    if named.name not in _BUILT_IN:
-        close = get_close_matches(named.name, names(), 3)
+    kind = kind_of(named.name)
+    return _one(kind(**_options(named, kind)) if named.options else kind())
+
+
+def kind_of(name: str) -> Any:
+    """The class of a name, or the function that makes it; raises `RequestError` where there is none."""
+    if name not in _BUILT_IN:
+        close = get_close_matches(name, names(), 3)
         meant = f"did you mean {', '.join(close)}? Else choose" if close else "choose"
         raise RequestError(
-            f"there is no reward {shown(named.name)}: {meant} one of {', '.join(names())}, "
+            f"there is no reward {shown(name)}: {meant} one of {', '.join(names())}, "
             "or give a function f(images, prompts) that returns one score an image"
         )
-    module, attribute = _BUILT_IN[named.name]
-    kind = getattr(importlib.import_module(module), attribute)
-    if not named.options:
-        return _one(kind())
-    return _one(kind(**_options(named, kind)))
+    module, attribute = _BUILT_IN[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _options(named: Named, kind: Any) -> dict[str, Any]:
@@ -183,8 +210,12 @@ _ones: dict[Reward, Reward] = {}
 
 
 def _one(reward: Reward) -> Reward:
-    """The same object for equal dataclasses: requests that say the same are judged in the same calls."""
-    try:
-        return _ones.setdefault(reward, reward) if is_dataclass(reward) else reward
-    except TypeError:  # not hashable
+    """The same object for equal rewards of ours: requests that say the same are judged in the same calls."""
+    if not (is_dataclass(reward) and type(reward).__module__.startswith(__package__ or "")):
         return reward
+    with _lock:
+        found = _ones.pop(reward, reward)
+        _ones[found] = found  # the latest last
+        if len(_ones) > REMEMBERED:
+            del _ones[next(iter(_ones))]
+        return found

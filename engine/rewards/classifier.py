@@ -100,6 +100,10 @@ class CountClassifier:
         """The independent judge, the parser of `rollflow.rewards.count`."""
         return catalog.make("count")
 
+    def parts(self, device: torch.device) -> CountNet:
+        """Its network, which is on the CPU wherever the images are."""
+        return _trained()
+
     def check(self, prompt: str) -> None:
         """Raises `RequestError` if the prompt asks for no group of the world's shapes."""
         _target(prompt)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, line
 from rollflow.rewards import expression, protocol
 from rollflow.rewards.expression import Named, Node
 from rollflow.rewards.protocol import Reward
@@ -21,7 +23,8 @@ class Combined(Reward):
     """An expression of other rewards, its terms.
 
     The engine calls each term for itself, in batches with whatever other requests ask of that term, and combines what
-    they give. A term in a `z` is normalised by the mean and the deviation of the request's first particles.
+    they give. A term in a `z` is normalised by the mean and the deviation of the request's first particles. The
+    held-out judge is that of its terms, where they name one and no two.
 
     Args:
         node: the expression.
@@ -40,11 +43,17 @@ class Combined(Reward):
         self.terms = tuple(rewards[one] for one in named)
         self.labels = expression.labels(named)
         self.normalised = tuple(sorted({self._places[one] for one in expression.normalised_of(node)}))
-        self.name = str(node)
+        self.name = line(str(node), 300)
         self.size = _same_size(self.name, self.terms)
-        self.differentiable = not self.normalised and all(map(protocol.differentiable, self.terms))
-        self.retry_on = tuple(dict.fromkeys(kind for term in self.terms for kind in protocol.retry_on(term)))
-        self.retries = max(map(protocol.retries, self.terms))
+        smooth = not self.normalised and not expression.has_threshold(node)
+        self.differentiable = smooth and all(map(protocol.differentiable, self.terms))
+
+    @property
+    def held_out(self) -> Any:
+        """The judge that its terms name, if it is one."""
+        named = [protocol.asked(term, partial(getattr, term, "held_out", None)) for term in self.terms]
+        judges = {id(judge): judge for judge in named if judge is not None}
+        return next(iter(judges.values())) if len(judges) == 1 else None
 
     def check(self, prompt: str) -> None:
         """Asks each term."""

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rollflow.errors import RequestError, shown
 
-DEEPEST = 50  # brackets within brackets
+DEEPEST = 50  # brackets, functions and signs within one another
+LONGEST = 10_000  # characters of an expression
 _COMPARISONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     ">=": torch.ge,
     "<=": torch.le,
@@ -60,7 +61,7 @@ class Number:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.value:g}"
+        return _number(self.value)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Product:
     parts: tuple[tuple[int, Node], ...]
 
     def __str__(self) -> str:
-        text = "".join(f"{'*' if power > 0 else '/'}{_bracketed(part, Sum, Threshold)}" for power, part in self.parts)
-        return text[1:]
+        text = [f"{'*' if power > 0 else '/'}{_bracketed(part, Sum, Product)}" for power, part in self.parts]
+        return "".join(text)[1:]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Threshold:
     bound: float
 
     def __str__(self) -> str:
-        return f"({self.left} {self.sign} {self.bound:g})"
+        return f"({self.left} {self.sign} {_number(self.bound)})"
 
 
 Node = Named | Number | Normalised | Sum | Product | Extreme | Threshold
@@ -127,6 +128,8 @@ def parse(text: str) -> Node:
     Raises:
         RequestError: it is none; the message says where.
     """
+    if len(text) > LONGEST:
+        raise RequestError(f"the reward {shown(text)} has {len(text)} characters: at most {LONGEST} are read")
     return _Parser(text).whole()
 
 
@@ -160,6 +163,13 @@ def normalised_of(node: Node) -> Iterator[Named]:
             yield from normalised_of(part)
 
 
+def has_threshold(node: Node) -> bool:
+    """Whether an expression has a threshold, which has no gradient."""
+    if isinstance(node, Sum | Product):
+        return any(has_threshold(part) for _, part in node.parts)
+    return isinstance(node, Threshold) or (isinstance(node, Extreme) and any(map(has_threshold, node.parts)))
+
+
 def evaluate(
     node: Node, score: Callable[[Named], Float[Tensor, " row"]], scale: Callable[[Named], tuple[float, float]]
 ) -> Float[Tensor, " row"]:
@@ -171,21 +181,23 @@ def evaluate(
         scale: mean and deviation of one in a `z`.
     """
 
-    def value(one: Node) -> Tensor | float:
+    some = score(next(rewards_of(node)))
+
+    def value(one: Node) -> Tensor:
         if isinstance(one, Number):
-            return one.value
+            return torch.full_like(some, one.value)
         if isinstance(one, Named):
             return score(one)
         if isinstance(one, Normalised):
             mean, deviation = scale(one.of)
             return (score(one.of) - mean) / deviation
         if isinstance(one, Threshold):
-            left = torch.as_tensor(value(one.left))
+            left = value(one.left)
             return torch.where(left.isnan(), left, _COMPARISONS[one.sign](left, one.bound).to(left.dtype))
         if isinstance(one, Extreme):
-            total = like(value(one.parts[0]))
+            total = value(one.parts[0])
             for part in one.parts[1:]:
-                total = (torch.minimum if one.name == "min" else torch.maximum)(total, like(value(part)))
+                total = (torch.minimum if one.name == "min" else torch.maximum)(total, value(part))
             return total
         (_, first), *others = one.parts
         found = value(first)
@@ -198,12 +210,7 @@ def evaluate(
             found = found * value(part) if power > 0 else found / value(part)
         return found
 
-    some = score(next(rewards_of(node)))
-
-    def like(found: Tensor | float) -> Tensor:
-        return found if isinstance(found, Tensor) else torch.full_like(some, found)
-
-    return like(value(node))
+    return value(node)
 
 
 class _Parser:
@@ -221,9 +228,6 @@ class _Parser:
         return node
 
     def expression(self) -> Node:
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise RequestError(f"the reward {shown(self.text)} has more than {DEEPEST} brackets within one another")
         sign = -1 if self.takes("-") else 1
         parts = [(sign, self.product())]
         while operator := self.takes("+", "-"):
@@ -235,7 +239,6 @@ class _Parser:
             if number is None:
                 raise self.error(f"a number after {comparison}")
             node = Threshold(node, comparison, sign * float(number[0]))
-        self.depth -= 1
         return node
 
     def product(self) -> Node:
@@ -247,6 +250,14 @@ class _Parser:
         return parts[0][1] if len(parts) == 1 else Product(tuple(parts))
 
     def factor(self) -> Node:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise RequestError(f"the reward {shown(self.text)} has more than {DEEPEST} brackets within one another")
+        node = self.inner()
+        self.depth -= 1
+        return node
+
+    def inner(self) -> Node:
         if self.takes("("):
             node = self.expression()
             self.closes()
@@ -332,6 +343,11 @@ def _quoted(value: str) -> str:
     if found is not None and found[3] is not None:
         return value
     return f'"{value}"' if '"' not in value else f"'{value}'"
+
+
+def _number(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _bracketed(node: Node, *kinds: type) -> str:

@@ -51,7 +51,7 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 @dataclass(frozen=True)
 class HttpReward(Reward):
-    """Scores from a server that speaks the wire format of this module, such as `rollflow reward-server`.
+    """Scores from a server that speaks the wire format of this module.
 
     A clip is sent whole: what counts of it, the server's reward says. Errors that may pass (no connection, no answer in
     time, the statuses 408, 425, 429 and 5xx) raise `RewardUnavailable`, upon which an engine calls again, later each
@@ -68,6 +68,7 @@ class HttpReward(Reward):
 
     kind: ClassVar[str] = "http"
     concurrent: ClassVar[bool] = True
+    padded: ClassVar[bool] = False  # each image is paid for
     packages: ClassVar[tuple[str, ...]] = ()
     name = FrameReward.name  # as it is written in a spec
 

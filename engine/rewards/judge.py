@@ -98,6 +98,7 @@ class JudgeReward(FrameReward):
 
     kind: ClassVar[str] = "judge"
     concurrent: ClassVar[bool] = True
+    padded: ClassVar[bool] = False  # each image is paid for
     packages: ClassVar[tuple[str, ...]] = ("openai",)
 
     model: str = ""

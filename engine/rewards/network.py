@@ -41,6 +41,7 @@ class FrameReward(Reward):
     """
 
     kind: ClassVar[str]  # its name in specs
+    always: ClassVar[tuple[str, ...]] = ()  # options that its name has even where they are as usual
     differentiable: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()  # that it imports, beyond what rollflow itself takes
 
@@ -54,8 +55,12 @@ class FrameReward(Reward):
     def name(self) -> str:  # type: ignore[override]
         """The reward as it is written in a spec, without what is as usual; shortened to 100 characters."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.repr}
-        usual = {f.name: None if f.default is MISSING else f.default for f in fields(self)}
-        said = sorted((key, str(value)) for key, value in given.items() if value != usual[key])
+        usual = {
+            f.name: f.default
+            for f in fields(self)
+            if f.default is not MISSING and f.name not in getattr(self, "always", ())
+        }
+        said = sorted((key, str(value)) for key, value in given.items() if value != usual.get(key))
         return line(str(Named(self.kind, tuple(said))), 100)
 
     def check(self, prompt: str) -> None:
@@ -70,10 +75,14 @@ class FrameReward(Reward):
             return self._scores(images, [*prompts])
         rows, count = images.shape[:2]
         places = {"first": [0], "last": [count - 1], "ends": [0, count - 1]}.get(self.frames, [*range(count)])
-        chosen = images[:, places]
-        scores = self._scores(chosen.flatten(0, 1), [prompt for prompt in prompts for _ in places])
-        each = scores.view(rows, len(places))
-        return each.amin(1) if self.frames == "min" else each.mean(1)
+        chosen, each = images[:, places], list[Tensor]()
+        most = getattr(self, "batch", None)
+        step = rows if most is None else max(1, most // len(places))  # whole clips: none depends on its place
+        for i in range(0, rows, step):
+            asked = [prompt for prompt in prompts[i : i + step] for _ in places]
+            each.append(self._scores(chosen[i : i + step].flatten(0, 1), asked).view(-1, len(places)))
+        scores = torch.cat(each)
+        return scores.amin(1) if self.frames == "min" else scores.mean(1)
 
     def _scores(self, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Float[Tensor, " row"]:
         """`score`, of at most `batch` images at a time: those of a clip are its frames."""
@@ -136,14 +145,31 @@ class NetworkReward(FrameReward):
     def check(self, prompt: str) -> None:
         """Looks for its packages and weights; see `rollflow.rewards.Reward.check`."""
         super().check(prompt)
+        errors = []
         for one in self.wanted():
-            weights.folder(self.name, *one)
+            try:
+                weights.folder(self.name, *one)
+            except RequestError as error:
+                errors.append(error)
+        if len(errors) > 1:
+            raise weights.all_missing({self.name: self}) or errors[0]
+        if errors:
+            raise errors[0]
+
+    def _key(self, device: torch.device) -> tuple[Any, ...]:
+        """What tells apart what rewards of this kind load."""
+        device = device if self.device is None else torch.device(self.device)
+        return (type(self), self.model, self.revision, str(device), self.chosen_dtype(device), self.variant())
+
+    def _scores(self, images: Float[Tensor, "row 3 height width"], prompts: list[str]) -> Float[Tensor, " row"]:
+        with weights.turn(self._key(images.device)):  # rewards that differ in an option share networks and tokenizers
+            return super()._scores(images, prompts)
 
     def parts(self, device: torch.device) -> Any:
         """What `load` made, once a process for each model, dtype and device."""
+        key = self._key(device)
         device = device if self.device is None else torch.device(self.device)
         dtype = self.chosen_dtype(device)
-        key = (type(self), self.model, self.revision, str(device), dtype, self.variant())
 
         def load() -> Any:
             with torch.inference_mode(False):  # a later call may need gradients of images

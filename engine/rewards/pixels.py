@@ -54,7 +54,7 @@ _FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {  # Pil
 }
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _coefficients(old: int, new: int, resample: int, device: torch.device) -> Float64[Tensor, "new old"]:
     """One pass of Pillow's `Image.resize` as a matrix, in units of 2^-22."""
     filter, support = _FILTERS[resample]

@@ -32,7 +32,9 @@ class Reward(Protocol):
     - `timeout: float | None`, seconds that a call may take: one that takes longer fails its requests;
     - `retry_on: tuple[type[Exception], ...]`, errors after which it is called again later, beside `RewardUnavailable`;
     - `retries: int`, how often it is called again, by default 3;
-    - `batch: int | None`, the most images of one call: more are judged in several.
+    - `batch: int | None`, the most images of one call: more are judged in several;
+    - `padded: bool`, by default True, whether a reproducible engine fills calls up with copies of an image, so that a
+      network's scores do not depend on how many images there are; of what is paid by the image it is False.
 
     Attributes:
         name: what messages call it.
@@ -165,6 +167,11 @@ def batch(reward: object) -> int | None:
     return None if given is None else whole(f"batch of the reward {title(reward)}", given, 1)
 
 
+def padded(reward: object) -> bool:
+    """Whether calls of `reward` may be filled up with copies of an image."""
+    return flag(f"padded of the reward {title(reward)}", _attribute(reward, "padded", True))
+
+
 def retries(reward: Reward) -> int:
     """How often `reward` is called again."""
     return whole(f"retries of the reward {title(reward)}", _attribute(reward, "retries", RETRIES), 0, 1000)
@@ -178,6 +185,7 @@ class Terms(NamedTuple):
     retries: int = RETRIES
     concurrent: bool = False
     batch: int | None = None
+    padded: bool = True
     fault: BaseException | None = None
 
 
@@ -194,9 +202,12 @@ def terms(reward: Reward) -> Terms:
             and getattr(declares, "retries", RETRIES) == RETRIES
             and getattr(declares, "concurrent", False) is False
             and getattr(declares, "batch", None) is None
+            and getattr(declares, "padded", True) is True
         ):
             return _USUAL  # nearly every reward: nothing is to be checked
-        return Terms(timeout(reward), retry_on(reward), retries(reward), concurrent(reward), batch(reward))
+        return Terms(
+            timeout(reward), retry_on(reward), retries(reward), concurrent(reward), batch(reward), padded(reward)
+        )
     except BaseException as error:  # they were as they should be at the door, and are not any more
         if isinstance(error, RollflowError):
             return Terms(fault=error)

@@ -104,6 +104,7 @@ class QuantityReward(DetectionReward):
     """
 
     kind: ClassVar[str] = "count"
+    always: ClassVar[tuple[str, ...]] = ("model",)  # without one it is another reward
 
     share: float = 0.6
     sure: float = 0.32

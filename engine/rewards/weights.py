@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,9 @@ PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no pick
 T = TypeVar("T")
 _loaded: dict[Hashable, Any] = {}
 _locks: dict[Hashable, threading.Lock] = {}
+_turns: dict[Hashable, threading.Lock] = {}  # at what was loaded, for which several rewards may wait
 _lock = threading.Lock()
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # suffixes of files without which a model is not there
 
 
 class Wanted(NamedTuple):
@@ -61,7 +63,8 @@ def here(model: str, revision: str | None = None, patterns: Sequence[str] = PATT
     if (below := fetched(model)) is not None or not hub_id(model):
         return below
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns], local_files_only=True))
+        cached = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns], local_files_only=True))
+        return cached if _whole(cached, patterns) else None
     except (OSError, ValueError):  # it is not in the hub's cache
         return None
 
@@ -73,7 +76,7 @@ def _of_hub(reward: str, model: str, revision: str | None, patterns: Sequence[st
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": list(patterns)}
     try:
         cached = Path(snapshot_download(model, **wanted, local_files_only=True))
-        if any(next(cached.glob(pattern), None) for pattern in patterns):  # else it was cached for other files
+        if _whole(cached, patterns):  # else it was cached for other files
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -85,6 +88,18 @@ def _of_hub(reward: str, model: str, revision: str | None, patterns: Sequence[st
         return Path(snapshot_download(model, **wanted))
     except Exception as error:  # of the network, of the hub or of the disk
         raise _missing(reward, model, patterns, error) from error
+
+
+def _whole(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether a folder has files of these patterns: of its weights, where weights are among them."""
+    heavy = [pattern for pattern in patterns if pattern.endswith(WEIGHTS)]
+    return any(next(folder.glob(pattern), None) for pattern in heavy or patterns)
+
+
+def turn(key: Hashable) -> threading.Lock:
+    """A lock for those that use what was loaded under a key: tokenizers hold state while they work."""
+    with _lock:
+        return _turns.setdefault(key, threading.Lock())
 
 
 def reachable() -> bool:
@@ -111,6 +126,33 @@ def _missing(reward: str, model: str, patterns: Sequence[str], error: Exception)
     )
 
 
+def all_missing(rewards: Mapping[str, Any]) -> RequestError | None:
+    """What to do about the models of rewards that are not here; None if all are.
+
+    Args:
+        rewards: those with `wanted`, by how they are written in a spec.
+    """
+    missing: dict[str, None] = {}
+    patterns: dict[str, None] = {}
+    asked: dict[str, None] = {}
+    for name, reward in rewards.items():
+        own = [one for one in reward.wanted() if here(*one) is None]
+        missing.update(dict.fromkeys(one.model for one in own))
+        patterns.update(dict.fromkeys(pattern for one in own for pattern in one.patterns))
+        if own:
+            spec = reward.kind if "..." in name else name  # one that was shortened cannot be asked for
+            asked[f'"{spec}"' if ":" in spec else spec] = None
+    if not missing:
+        return None
+    which = f" ({', '.join(patterns)})" if len(asked) == 1 else ""
+    return RequestError(
+        f"the reward{'s' * (len(asked) > 1)} {' and '.join(asked)} need{'s' * (len(asked) == 1)} the models "
+        f"{', '.join(missing)}, which are neither here nor to be had from the hub: put their files{which} into "
+        f"DIR/OWNER/NAME, as `rollflow fetch {' '.join(asked)} --to DIR` does where there is a network, and set "
+        f"{FOLDERS}=DIR"
+    )
+
+
 def once(key: Hashable, make: Callable[[], T]) -> T:
     """What `make` gives, made once a process for each key, by one thread; an error is not kept."""
     with _lock:
@@ -119,11 +161,12 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
         if key not in _loaded:
-            _loaded[key] = make()
+            _loaded[key] = made = make()
+            return made
         return _loaded[key]
 
 
 def forget() -> None:
-    """Lets go of every loaded network that no reward uses at the moment."""
+    """Lets go of what was loaded; rewards load it again when they are called."""
     with _lock:
         _loaded.clear()

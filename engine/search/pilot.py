@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from rollflow.draw import Draw
 from rollflow.errors import RequestError
 from rollflow.plan import PILOT
@@ -26,12 +28,13 @@ class Pilot:
 
     Attributes:
         scales: of each normalised term; those of no normalisation until they are known.
+        known: whether they are, or there is nothing to normalise.
     """
 
     def __init__(self, reward: Combined):
         self._reward = reward
         self.scales: tuple[Scale, ...] = (UNSCALED,) * len(reward.normalised)
-        self._known = not reward.normalised
+        self.known = not reward.normalised
         self._missing: set[tuple[int, int]] = set()  # draw and child of those that are not back
         self._members: frozenset[tuple[int, int]] = frozenset()
         self._waiting: list[tuple[Flight, Score | None]] = []
@@ -44,7 +47,7 @@ class Pilot:
         Raises:
             RequestError: there is only one.
         """
-        if self._known or self._members:
+        if self.known or self._members:
             return
         counts = [0 if not draw.scored else draw.count if draw.until == math.inf else 1 for draw in draws]
         places = [(i, child) for i, count in enumerate(counts) for child in range(min(count, PILOT))][:PILOT]
@@ -58,13 +61,13 @@ class Pilot:
 
     def take(self, flight: Flight, score: Score | None) -> list[tuple[Flight, Score | None]]:
         """One more is back; returns those that need wait no longer."""
-        if self._known or not self._members:
+        if self.known or not self._members:
             return [(flight, score)]
         self._waiting.append((flight, score))
         self._missing.discard((flight.draw, flight.child))
         if self._missing:
             return []
-        self._known = True
+        self.known = True
         pilot = [
             score
             for flight, score in sorted(self._waiting, key=lambda one: (one[0].draw, one[0].child))
@@ -72,6 +75,12 @@ class Pilot:
         ]
         self.scales = tuple(_scale([score[place] for score in pilot]) for place in self._reward.normalised)
         return self.let_go()
+
+    @property
+    def named(self) -> dict[str, Scale]:
+        """Mean and deviation by the label of the term."""
+        labels = [self._reward.labels[place] for place in self._reward.normalised]
+        return dict(zip(labels, self.scales, strict=True))
 
     def let_go(self) -> list[tuple[Flight, Score | None]]:
         """Those that wait; they do no longer."""
@@ -81,9 +90,10 @@ class Pilot:
 
 def _scale(values: Sequence[float]) -> Scale:
     """Mean and standard deviation of the finite ones; a deviation of 0 is 1: such a term tells nothing apart."""
-    finite = [value for value in values if math.isfinite(value)]
+    finite = np.array([value for value in values if math.isfinite(value)])
     if len(finite) < 2:
-        return (finite[0] if finite else 0.0), 1.0
-    mean = math.fsum(finite) / len(finite)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1))
-    return mean, deviation or 1.0
+        return float(finite.sum()), 1.0
+    with np.errstate(over="ignore"):
+        mean, deviation = float(finite.mean()), float(finite.std(ddof=1))
+    usable = math.isfinite(mean) and math.isfinite(deviation) and deviation > 0
+    return (mean, deviation) if usable else (float(finite[0]), 1.0)

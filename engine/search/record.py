@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rollflow.request import Record
@@ -41,7 +42,10 @@ class History:
     @property
     def records(self) -> list[Record]:
         """A record for each committed particle, in draw order."""
-        return [Record(*row[:-1], self.named(row[-1])) for row in self._rows]
+        records = [Record(*row) for row in self._rows]
+        if not self.labels:
+            return records
+        return [replace(one, terms=self.named(row[-1])) for one, row in zip(records, self._rows, strict=False)]
 
     def named(self, terms: Sequence[float] | None) -> Mapping[str, float] | None:
         """The scores of terms by their labels."""

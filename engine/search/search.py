@@ -142,7 +142,11 @@ class Search:
         if self._pilot is None or flight.turn is None or flight.turn is not self._turn:
             self._deliver(flight, score)
         else:
-            for waiting, own in self._pilot.take(flight, score):
+            known = self._pilot.known
+            ready = self._pilot.take(flight, score)
+            if self._pilot.known and not known:
+                self.history.notes.append({"normalised_by": self._pilot.named})
+            for waiting, own in ready:
                 self._deliver(waiting, own)
 
     def _deliver(self, flight: Flight, score: Score | None) -> None:

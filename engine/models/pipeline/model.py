@@ -27,11 +27,11 @@ from rollflow.models.pipeline.families import Family, family
 from rollflow.models.pipeline.learn import TIMES, Learned, learn
 from rollflow.models.pipeline.memory import Space
 from rollflow.models.pipeline.outputs import random_outputs
-from rollflow.models.pipeline.recorded_calls import record
+from rollflow.models.pipeline.recorded_calls import laid_out, record, recorded_decoder
 from rollflow.models.pipeline.recording import Script
 from rollflow.models.pipeline.replay import Conditioning, Replay
 from rollflow.models.pipeline.verify import PROMPTS, calls_of, verify
-from rollflow.models.recorded import Function, traced
+from rollflow.models.recorded import Function
 from rollflow.models.text import Size, Text
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
@@ -248,11 +248,7 @@ class PipelineModel(FlowModel):
                 return
             record(space.replay, texts)
             if not self._clip and shape not in self._decoders:
-                decode = partial(decoded, self.pipeline.vae, space.decoding, clip=False)
-                noise = torch.Generator().manual_seed(0)
-                latents = [torch.randn(rows, *shape, generator=noise).to(self.dtype) for rows in (3, 5, 1, 2)]
-                three, five, *further = [(self._laid_out(one),) for one in latents]
-                self._decoders[shape] = traced(decode, self.pipeline.vae, three, five, "decoder", further)
+                self._decoders[shape] = recorded_decoder(self.pipeline.vae, space.decoding, self.dtype)
 
     def velocity(
         self,
@@ -271,16 +267,11 @@ class PipelineModel(FlowModel):
         decoding = next(one for one in [*self.layout.of.values()] if one.shape == tuple(latents.shape[1:]))
         pixels = math.prod(latents.shape[2:]) * 64
         chunk = 1 if self._clip else max(1, DECODE_PIXELS[self.device.type == "cuda"] // pixels)
-        latents = self._laid_out(latents)
+        latents = laid_out(latents)
         recorded = None if torch.is_grad_enabled() else self._decoders.get(decoding.shape)
         decode = recorded or partial(decoded, self.pipeline.vae, decoding, clip=self._clip)
         with self._borrowed.lent():
             return torch.cat([decode(part) for part in latents.split(chunk)])
-
-    def _laid_out(self, latents: Tensor) -> Tensor:
-        """Latents of images as a CPU convolves them fastest, whatever the layout of the weights."""
-        fast = self.device.type == "cpu" and latents.ndim == 4
-        return latents.contiguous(memory_format=torch.channels_last) if fast else latents
 
 
 def _size(geometry: Geometry) -> Size:

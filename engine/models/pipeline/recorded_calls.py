@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rollflow.models.pipeline.arguments import LIST
+from rollflow.models.pipeline.decoding import Decoding, decoded
 from rollflow.models.pipeline.drive import SCALES
 from rollflow.models.pipeline.replay import Conditioning, Prompt, Replay, tensors_of
 from rollflow.models.recorded import Function, traced
@@ -52,6 +55,20 @@ def _traced(replay: Replay, i: int, network: nn.Module, prompts: Sequence[Prompt
 
     further = [inputs(rows) for rows in (1, 2, 7)]
     return traced(function, network, inputs(3), inputs(5), replay.driver.networks[i], further)
+
+
+def recorded_decoder(vae: Any, decoding: Decoding, dtype: torch.dtype) -> Function:
+    """`decoded` of an autoencoder of images as a function of latents of this dtype, recorded."""
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(rows, *decoding.shape, generator=generator).to(dtype) for rows in (3, 5, 1, 2)]
+    three, five, *further = [(laid_out(one),) for one in latents]
+    return traced(partial(decoded, vae, decoding, clip=False), vae, three, five, "decoder", further)
+
+
+def laid_out(latents: Tensor) -> Tensor:
+    """Latents of images as a CPU convolves them fastest, whatever the layout of the weights."""
+    fast = latents.device.type == "cpu" and latents.ndim == 4
+    return latents.contiguous(memory_format=torch.channels_last) if fast else latents
 
 
 def _hooked(network: nn.Module) -> bool:
