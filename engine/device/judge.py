@@ -157,7 +157,7 @@ class Judge:
             FunctionError: the reward raised, or returned no scores.
         """
         turn = self.threads.hold(called(call.reward), call.terms.concurrent)
-        scores, failure = self._timed(turn, call, report, lambda: self.score(call.reward, images, prompts))
+        scores, failure = self._timed(turn, call, report, lambda: self.score(call, images, prompts))
         if turn.state == "abandoned":
             raise GivenUp
         if failure is not None:
@@ -221,7 +221,7 @@ class Judge:
             if wanted != [*range(len(images))]:
                 images = images[torch.tensor(wanted, device=images.device)]
             start = time.perf_counter()
-            found = self.score(call.reward, images, [brief.prompt for brief in call.briefs]).tolist()
+            found = self.score(call, images, [brief.prompt for brief in call.briefs]).tolist()
             self._cost(call.reward).add(len(found), time.perf_counter() - start)
         scores = iter(found)
         return [[next(scores) for _ in places] for places in call.places]
@@ -239,27 +239,26 @@ class Judge:
         """What calls took so far, by the reward's name; of the latest few hundred names."""
         return {name: spent.now() for name, spent in [*self._costs.items()]}
 
-    def score(self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> Tensor:
+    def score(self, call: Timed, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> Tensor:
         """The rewards of images: [row]; the caller has its turn at the reward.
 
         More images than a call may have, by the reward's `batch` or by what fits into memory, are judged in parts.
         """
-        key, count = identity(reward), len(prompts)
-        fits = self._fits.get(key, (reward, None))[1]
-        limits = [limit for limit in (rewards.terms(reward).batch, fits) if limit is not None]
-        most = min([count, *limits])
+        reward, count, most = call.reward, len(prompts), call.terms.batch
+        if self._fits and (fits := self._fits.get(identity(reward))) is not None:
+            most = fits[1] if most is None else min(most, fits[1])
+        most = count if most is None else min(most, count)
         scores: list[Tensor] = []
         done = 0
         while done < count:
             part = slice(done, done + most)
             try:
-                scores.append(self._part(reward, images[part], prompts[part], min(limits, default=None)))
+                scores.append(self._part(call, images[part], prompts[part]))
             except torch.OutOfMemoryError:
                 if most == 1:
                     raise
                 most = (most + 1) // 2
-                self._fits[key] = reward, most  # held, or another could take its identity
-                limits.append(most)
+                self._fits[identity(reward)] = reward, most  # held, or another could take its identity
                 warnings.warn(
                     f"the reward {rewards.title(reward)} ran out of memory with {len(prompts[part])} images: it is "
                     f"called with at most {most} from now on",
@@ -270,23 +269,20 @@ class Judge:
             done += most
         return scores[0] if len(scores) == 1 else torch.cat(scores)
 
-    def _part(
-        self, reward: Reward, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str], most: int | None
-    ) -> Tensor:
-        """One call of a reward: [row]."""
-        padded = self._bucket is not None and rewards.terms(reward).padded
-        size = min(self._bucket or 0, most or self._bucket or 0) if padded else 0
+    def _part(self, call: Timed, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> Tensor:
+        """One call of a reward, which a reproducible engine fills up to one size: [row]."""
+        reward, size = call.reward, 0
+        if self._bucket is not None and call.terms.padded:
+            limits = (call.terms.batch, self._fits.get(identity(reward), (reward, None))[1])
+            size = min(self._bucket, *(limit for limit in limits if limit is not None), self._bucket)
         missing = max(0, size - len(prompts))
         if missing:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         images = images.contiguous()  # one layout, or a network's last bits would depend on who else was judged
         scores = reward(images, prompts + prompts[:1] * missing)
         if not isinstance(scores, Tensor) or scores.shape != (len(images),) or scores.is_complex():
-            given = (
-                f"a tensor of shape {tuple(scores.shape)} and {scores.dtype}"
-                if isinstance(scores, Tensor)
-                else type(scores).__name__
-            )
+            tensor = isinstance(scores, Tensor)
+            given = f"a tensor of shape {tuple(scores.shape)}, {scores.dtype}" if tensor else type(scores).__name__
             raise FunctionError(
                 f"the reward {rewards.title(reward)} returned {given} for {len(images)} images: it must return one "
                 f"real number an image, shape ({len(images)},)"

@@ -59,6 +59,11 @@ class Judgement:
         self._work, self._places, self._make, self._then = work, places, make, then
         self._lock, self._open = Lock(), dict[int, _Open]()
         self._groups: dict[Hashable, tuple[Reward, list[int]]] = {}
+        self._plain = not any(isinstance(judge, Combined) for judge in judges)
+        if self._plain:  # nothing waits for another term: nearly every batch
+            for i, judge in enumerate(judges):
+                self._groups.setdefault(identity(judge), (judge, []))[1].append(i)
+            return
         for i, (one, judge) in enumerate(zip(work, judges, strict=True)):
             terms = rewards.terms_of(judge)
             keys = [identity(term) for term in terms]
@@ -68,6 +73,11 @@ class Judgement:
 
     def calls(self) -> list[Call]:
         """One for each term."""
+        if self._plain:
+            return [
+                Call(reward, [self._work[i] for i in own], [self._places[i] for i in own], self._make, self._then)
+                for reward, own in self._groups.values()
+            ]
         return [
             Call(
                 term, [self._work[i] for i in own], [self._places[i] for i in own], self._make,

@@ -32,6 +32,7 @@ class History:
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = labels
         self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
+        self._terms: list[tuple[float, ...] | None] = []
         self.committed = self.executed = self.level = self.invalid = 0
         self.best = -math.inf
         self.notes: list[Mapping[str, Any]] = []
@@ -45,7 +46,7 @@ class History:
         records = [Record(*row) for row in self._rows]
         if not self.labels:
             return records
-        return [replace(one, terms=self.named(row[-1])) for one, row in zip(records, self._rows, strict=False)]
+        return [replace(one, terms=self.named(terms)) for one, terms in zip(records, self._terms, strict=False)]
 
     def named(self, terms: Sequence[float] | None) -> Mapping[str, float] | None:
         """The scores of terms by their labels."""
@@ -56,8 +57,9 @@ class History:
         particle.index = len(self._rows)
         particle.parent = None if parent is None else parent.index
         reward = particle.reward
-        place = particle.index, particle.step, particle.time
-        self._rows.append((*place, reward, particle.parent, kind, nfe, particle.terms))
+        if self.labels:
+            self._terms.append(particle.terms)
+        self._rows.append((particle.index, particle.step, particle.time, reward, particle.parent, kind, nfe))
         self.committed += nfe
         self.level = particle.step
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))
