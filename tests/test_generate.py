@@ -200,7 +200,10 @@ class Interrupting(Gate):
             self.sent = True
             while self.name not in self.stack():
                 pass
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            # A signal that comes just before the thread begins to wait is seen only when the wait is over: again, then.
+            while self.name in self.stack():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                self.open.wait(1.0)
         return super().__call__(images, prompts)
 
     @staticmethod
