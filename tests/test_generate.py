@@ -200,11 +200,21 @@ class Interrupting(Gate):
             self.sent = True
             while self.name not in self.stack():
                 pass
-            # A signal that comes just before the thread begins to wait is seen only when the wait is over: again, then.
-            while self.name in self.stack():
+            # One that comes just before the thread begins to wait is seen only when the wait is over: again, then.
+            while not self.open.is_set() and self.name in self.stack():
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                self.open.wait(0.05)
+                place = self.place()
                 self.open.wait(1.0)
+                if self.place() != place:  # it has gone on
+                    break
         return super().__call__(images, prompts)
+
+    @staticmethod
+    def place():
+        """Where the main thread is."""
+        frame = sys._current_frames()[threading.main_thread().ident]
+        return id(frame), frame.f_lasti
 
     @staticmethod
     def stack():
