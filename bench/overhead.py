@@ -30,6 +30,7 @@ from rollflow.models.layout import Layout
 from rollflow.request import Request
 
 SIZE = Geometry(2, 2, 2, 2, 1, 4)
+TURNS = 7
 
 
 class Free(FlowModel):
@@ -114,12 +115,17 @@ class Overhead:
                 f"{row['executed'] / row['batches']:.1f}",
             )
         console.print(table)
+        ledger = self._ledger()
+        console.print(
+            f"the ledger's tables cost {ledger['microseconds_per_row']:.2f} us a row (median of {TURNS} turns, "
+            f"{ledger['least']:.2f} to {ledger['most']:.2f})"
+        )
         memory = self._memory()
         grown = (memory[-1]["resident_bytes"] - memory[0]["resident_bytes"]) / 2**20
         first, last = memory[0]["requests"], memory[-1]["requests"]
         console.print(f"resident memory grew by {grown:.1f} MiB between request {first} and request {last}")
         if self.json:
-            report = {"environment": where, "rows": rows, "memory": memory}
+            report = {"environment": where, "rows": rows, "ledger": ledger, "memory": memory}
             self.json.write_text(json.dumps(report, indent=1) + "\n")
 
     def _engine(self, live: int) -> Engine:
@@ -150,6 +156,22 @@ class Overhead:
             "host_microseconds_per_tick": spent / ticks,
             "operator_microseconds_per_tick": operators / ticks,
         }
+
+    def _ledger(self, live: int = 100) -> dict[str, float]:
+        """Microseconds a row that the ledger's tables cost: processor time with them less that without, in turns."""
+        engine, requests = self._engine(live), self._requests(live)
+        engine.generate(requests)
+
+        def spent(on: bool) -> float:
+            engine.ledger.clear()
+            engine.ledger.on = on
+            gc.collect()
+            start = time.process_time()
+            engine.generate(requests)
+            return 1e6 * (time.process_time() - start) / sum(engine.ledger.executed.values())
+
+        found = sorted(spent(True) - spent(False) for _ in range(TURNS))
+        return {"microseconds_per_row": found[TURNS // 2], "least": found[0], "most": found[-1]}
 
     def _memory(self) -> list[dict[str, int]]:
         """Resident bytes after every 50 requests; the first 100 fill caches."""

@@ -60,7 +60,7 @@ class Scripted:
     def __init__(self, script, lanes=2, parallel=True, seed=0, buckets=(1, 2, 4, 8, 16, 64), eager=True):
         self.lanes, self.parallel, self.script, self.eager = lanes, parallel, script, eager
         self.random = random.Random(seed)
-        self.held, self.batches = [], []
+        self.held, self.batches, self.ledger = [], [], Ledger()
         flat = dict.fromkeys(buckets, 1.0)  # a batch costs the same whatever its size: run ahead all the way
         linear = {bucket: float(bucket) for bucket in range(1, max(buckets) + 1)}  # to run ahead never pays
         self.cost = CostModel(flat if eager else linear)
@@ -77,6 +77,7 @@ class Scripted:
     def submit(self, rows, report, attempt=0):
         assert len({(row.brief.geometry, row.kind == "guided") for row in rows}) == 1
         self.batches.append([(row.brief.seed, row.kind, row.ahead) for row in rows])
+        self.ledger.rows(rows, self.bucket(len(rows), SIZE))
         report(Free())  # as if rewards took for ever: the lane is free at once
         self.held.append(rows)
         self.report = report
@@ -103,7 +104,7 @@ class Scripted:
 
 def drive(requests, device, slots=4096):
     """Runs requests to the end; returns each one's history and the point of the grid of its choice."""
-    ledger, found = Ledger(), {}
+    ledger, found = device.ledger, {}
     loop = Loop(device, Prepared(device.cost), ledger, lambda geometry: slots)
     for i, request in enumerate(requests):
         loop.submit(plan(request), SIZE, lambda news, i=i: found.__setitem__(i, news))

@@ -22,7 +22,7 @@ from rollflow.device.costs import RewardCost, Spent
 from rollflow.device.judges import Turn
 from rollflow.device.workers import Lanes
 from rollflow.errors import FunctionError, RollflowError, said
-from rollflow.profile.ledger import Ledger
+from rollflow.profile.ledger import Ledger, current, working_for
 from rollflow.rewards import FunctionReward, Reward
 from rollflow.row import Again, Began, Brief, Event, Failed, Report, Row, Show
 from rollflow.timers import Timer
@@ -82,6 +82,9 @@ class Call(Timed):
         then: from the work and the scores of each one's images to what is reported.
         attempts: how often it was made again.
         failed: from the work and an error to what is reported.
+
+    Attributes:
+        batch: the number of the batch that it belongs to, in the ledger.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Call(Timed):
     ):
         super().__init__(reward, work)
         self.places, self.make, self.then, self.attempts, self.failed = places, make, then, attempts, failed
+        self.batch = current()
 
     @property
     def images(self) -> int:
@@ -169,8 +173,12 @@ class Judge:
         """Gives up a call that takes too long; False if it is over."""
         return self.threads.abandon(turn)
 
-    @torch.no_grad()
     def _run(self, turn: Turn, call: Call, report: Report) -> None:
+        with working_for(call.batch):
+            self._judge(turn, call, report)
+
+    @torch.no_grad()
+    def _judge(self, turn: Turn, call: Call, report: Report) -> None:
         scores, failure = self._timed(turn, call, report, lambda: self._scores(call))
         if turn.state == "abandoned":  # whoever gave it up has told its requests so: nothing of it counts any more
             return

@@ -24,7 +24,7 @@ from rollflow.device.storage import Storage
 from rollflow.device.terms import Judgement
 from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
-from rollflow.profile.ledger import Ledger
+from rollflow.profile.ledger import Ledger, working_for
 from rollflow.row import (
     NONE,
     Brief,
@@ -158,14 +158,16 @@ class Runner:
 
     def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
         """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
-        self.ledger.rows(rows, self.bucket(len(rows), rows[0].brief.geometry), rows[0].brief.network_rows)
+        brief = rows[0].brief
+        number = self.ledger.rows(rows, self.bucket(len(rows), brief.geometry), brief.network_rows)
         if rows[0].kind == "guided":
             report = guided.Answers(rows, report, attempt)
-        self.threads.post(self._attempts.run, partial(self._run, attempt=attempt), rows, report)
+        self.threads.post(self._attempts.run, partial(self._run, number, attempt), rows, report)
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images of searches of one geometry; reports a free lane once, and every search once."""
-        self.threads.post(self._attempts.run, self._run_images, shows, report)
+        number = self.ledger.images(shows[0].brief.geometry, image_count(shows))
+        self.threads.post(self._attempts.run, partial(self._run_images, number), shows, report)
 
     def submit_work(self, work: Callable[[], Any], then: Callable, report: Report) -> None:
         """Does something else on a lane; reports a free lane and a `Done`."""
@@ -181,7 +183,13 @@ class Runner:
 
     # A batch of rows.
 
-    def _run(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> After | None:
+    def _run(self, number: int | None, attempt: int, rows: Sequence[Row], report: Report) -> After | None:
+        """Evaluates rows, which are those of a batch of the ledger; returns what is to be done last."""
+        with self.ledger.batch(number):
+            after = self._run_rows(rows, report, attempt)
+        return None if after is None else partial(_for_batch, number, after)
+
+    def _run_rows(self, rows: Sequence[Row], report: Report, attempt: int) -> After | None:
         """Evaluates rows; returns what is to be done last, which frees the lane."""
         if rows[0].kind == "guided":
             self._run_guided(rows, report, attempt)
@@ -278,8 +286,14 @@ class Runner:
 
     # Images of searches that are over.
 
+    def _run_images(self, number: int | None, shows: Sequence[Show], report: Report) -> After:
+        """Makes images, which are a batch of the ledger; returns what is to be done last."""
+        with self.ledger.batch(number):
+            after = self._run_shows(shows, report)
+        return partial(_for_batch, number, after)
+
     @torch.no_grad()
-    def _run_images(self, shows: Sequence[Show], report: Report) -> After:
+    def _run_shows(self, shows: Sequence[Show], report: Report) -> After:
         """Decodes what the searches chose in full, and has the 8-bit images that are returned judged.
 
         Where particles were judged on previews, all finalists are decoded and the best of the images is returned.
@@ -323,6 +337,12 @@ class Runner:
 
 def _landed(rows: Sequence[Row], scores: list[list[Score]]) -> Event:
     return Landed(rows, [score for (score,) in scores])
+
+
+def _for_batch(number: int | None, after: After, free: Callable[[], None]) -> None:
+    """Does what is to be done last of a batch."""
+    with working_for(number):
+        after(free)
 
 
 def _do(work: Callable[[], Any], then: Callable, report: Report) -> None:

@@ -74,8 +74,9 @@ class Judgement:
     def calls(self) -> list[Call]:
         """One for each term."""
         if self._plain:
+            then: Any = self._then  # a score is a number where no reward is combined
             return [
-                Call(reward, [self._work[i] for i in own], [self._places[i] for i in own], self._make, self._then)
+                Call(reward, [self._work[i] for i in own], [self._places[i] for i in own], self._make, then)
                 for reward, own in self._groups.values()
             ]
         return [

@@ -238,10 +238,13 @@ class Search:
 
     def discard(self) -> None:
         """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
+        unused = [] if self._turn is None else [*self._turn.leftover()]
+        unused += [flight for final in self._finals or () for flight in final.flights]
+        unused += [] if self._pilot is None else [flight for flight, _ in self._pilot.let_go()]
+        for flight in unused:
+            self._ledger.settle(self.brief.ticket, flight.number, False, flight.kind, flight.particle.reward)
         if self._turn is not None:
             self._turn.close()
-        if self._pilot is not None:
-            self._pilot.let_go()
         self._finals, self._turn, self._best, self._latest = [], None, [], None
         self._method.close()
 
@@ -320,7 +323,7 @@ class Search:
             asked.reach,
         )
         particle = Particle(draw.arrives, step, slot, asked.guided)
-        self.flying[self._rows] = Flight(row.kind, row.nfe, particle, parent, turn, i, child, prior)
+        self.flying[self._rows] = Flight(row.kind, row.nfe, particle, parent, turn, i, child, prior, row.number)
         self._rows += 1
         return row
 
@@ -332,7 +335,9 @@ class Search:
         final.steps, final.waiting, parent = tuple(left), True, final.particle
         level = max(parent.step + 1, len(self.plan.steps))
         row = Row(self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=not left)
-        self.flying[self._rows] = Flight(row.kind, row.nfe, Particle(level, step, slot), parent, None, i, -1, None)
+        self.flying[self._rows] = Flight(
+            row.kind, row.nfe, Particle(level, step, slot), parent, None, i, -1, None, row.number
+        )
         self._rows += 1
         return row
 
@@ -351,6 +356,7 @@ class Search:
 
     def _record(self, flight: Flight) -> None:
         particle = flight.particle
+        self._ledger.settle(self.brief.ticket, flight.number, True, flight.kind, particle.reward)
         self.history.add(particle, flight.parent, flight.kind, flight.nfe, flight.invalid)
         if self.history.committed > self._budget:
             raise RequestError(f"the method {self._title} drew more than its budget of {self._budget} evaluations")
@@ -393,7 +399,7 @@ class Search:
 
     def _drop(self, flight: Flight) -> None:
         """Counts a row that ran and, for the search, does not exist; its slot is free."""
-        self._ledger.wasted(flight.kind)
+        self._ledger.settle(self.brief.ticket, flight.number, False, flight.kind, flight.particle.reward)
         flight.particle.slot.release()
 
     def _choose(self, chosen: Any) -> None:

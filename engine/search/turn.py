@@ -22,8 +22,9 @@ class Flight(NamedTuple):
     """A row on its way: the particle that it makes, its parent, and its place in the turn.
 
     `prior` says which of the request's samples of the prior it is; `draw` and `child` are its place in the turn, or of
-    a step of the finish the finalist's number and -1. `turn` is None for a step of the finish. `kind` and `nfe` are
-    the row's; the row itself is gone when the device is done with it. `error` says why it was not evaluated.
+    a step of the finish the finalist's number and -1. `turn` is None for a step of the finish. `kind`, `nfe` and
+    `number` are the row's; the row itself is gone when the device is done with it. `error` says why it was not
+    evaluated.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class Flight(NamedTuple):
     draw: int
     child: int
     prior: int | None
+    number: int
     invalid: bool = False
     error: BaseException | None = None
 
