@@ -10,7 +10,6 @@ from rollflow.cli.options import File, Guidance, Judge, Place, Size
 from rollflow.errors import RequestError
 
 PROMPT = "two red circles"
-SHARE = 0.9  # of the free memory that is counted on: allocators lose some to gaps, and kernels have workspaces
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Plan:
 
         from rollflow.cli import measuring
         from rollflow.cli.sizes import tell
+        from rollflow.device.memory import SHARE
         from rollflow.models import loading, own_size
         from rollflow.models.text import Size as Asked
         from rollflow.settings import BUCKETS, CPU_BUCKETS, lanes_and_threads, slots_of

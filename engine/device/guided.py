@@ -12,7 +12,7 @@ from torch import Tensor
 from rollflow import rewards
 from rollflow.device import moves
 from rollflow.device.batch import Tables
-from rollflow.device.judge import Judge, Timed, identity
+from rollflow.device.judge import Judge, Timed, by_term, identity
 from rollflow.device.storage import Storage
 from rollflow.errors import RequestError
 from rollflow.models import FlowModel, Geometry
@@ -148,12 +148,8 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
 
 def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers) -> tuple[list[Score], Tensor]:
     """Each row's score, and the sum of all rewards, which has a gradient."""
-    groups: dict[Hashable, tuple[Reward, list[int]]] = {}
-    for i, row in enumerate(rows):
-        for key, term in {identity(term): term for term in rewards.terms_of(row.brief.reward)}.items():
-            groups.setdefault(key, (term, []))[1].append(i)
     found: dict[tuple[Hashable, int], Tensor] = {}
-    for key, (term, group) in groups.items():
+    for key, (term, group) in by_term([row.brief.reward for row in rows]).items():
         with runner.ledger.span("reward", runner.model.device):
             call, prompts = OnLane(term, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
             try:

@@ -281,8 +281,8 @@ class Judge:
         """One call of a reward, which a reproducible engine fills up to one size: [row]."""
         reward, size = call.reward, 0
         if self._bucket is not None and call.terms.padded:
-            limits = (call.terms.batch, self._fits.get(identity(reward), (reward, None))[1])
-            size = min(self._bucket, *(limit for limit in limits if limit is not None), self._bucket)
+            limits = (self._bucket, call.terms.batch, self._fits.get(identity(reward), (reward, None))[1])
+            size = min(limit for limit in limits if limit is not None)
         missing = max(0, size - len(prompts))
         if missing:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
@@ -307,6 +307,17 @@ def identity(reward: Reward) -> Hashable:
     """What tells rewards apart: of a method its object and function, since it is another object each time."""
     target = called(reward)
     return (id(target.__self__), id(target.__func__)) if isinstance(target, MethodType) else (id(target), 0)
+
+
+def by_term(judges: Sequence[Reward]) -> dict[Hashable, tuple[Reward, list[int]]]:
+    """The distinct terms of rewards, by identity, each with the places of the rewards that ask for it."""
+    groups: dict[Hashable, tuple[Reward, list[int]]] = {}
+    for i, judge in enumerate(judges):
+        for term in rewards.terms_of(judge):
+            places = groups.setdefault(identity(term), (term, []))[1]
+            if not places or places[-1] != i:  # else the same reward asks twice
+                places.append(i)
+    return groups
 
 
 def back_off(attempt: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from rollflow import rewards
-from rollflow.device.judge import Call, identity
+from rollflow.device.judge import Call, by_term, identity
 from rollflow.errors import FunctionError, RollflowError, said
 from rollflow.rewards import Combined, Reward
 from rollflow.row import Event, Failed, Row, Score, Show
@@ -58,18 +58,13 @@ class Judgement:
     ):
         self._work, self._places, self._make, self._then = work, places, make, then
         self._lock, self._open = Lock(), dict[int, _Open]()
-        self._groups: dict[Hashable, tuple[Reward, list[int]]] = {}
+        self._groups = by_term(judges)
         self._plain = not any(isinstance(judge, Combined) for judge in judges)
         if self._plain:  # nothing waits for another term: nearly every batch
-            for i, judge in enumerate(judges):
-                self._groups.setdefault(identity(judge), (judge, []))[1].append(i)
             return
-        for i, (one, judge) in enumerate(zip(work, judges, strict=True)):
-            terms = rewards.terms_of(judge)
-            keys = [identity(term) for term in terms]
+        for one, judge in zip(work, judges, strict=True):
+            keys = [identity(term) for term in rewards.terms_of(judge)]
             self._open[id(one)] = _Open(one, keys, isinstance(judge, Combined))
-            for key, term in dict(zip(keys, terms, strict=True)).items():
-                self._groups.setdefault(key, (term, []))[1].append(i)
 
     def calls(self) -> list[Call]:
         """One for each term."""

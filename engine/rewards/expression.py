@@ -133,41 +133,35 @@ def parse(text: str) -> Node:
     return _Parser(text).whole()
 
 
+def walk(node: Node) -> Iterator[Node]:
+    """An expression and all of its parts, from left to right; of a `z`, the `z` before the reward in it."""
+    yield node
+    parts: tuple[Node, ...] = ()
+    if isinstance(node, Sum | Product):
+        parts = tuple(part for _, part in node.parts)
+    elif isinstance(node, Extreme):
+        parts = node.parts
+    elif isinstance(node, Threshold):
+        parts = (node.left,)
+    elif isinstance(node, Normalised):
+        parts = (node.of,)
+    for part in parts:
+        yield from walk(part)
+
+
 def rewards_of(node: Node) -> Iterator[Named]:
     """The rewards of an expression, in order, repetitions included."""
-    if isinstance(node, Named):
-        yield node
-    elif isinstance(node, Normalised):
-        yield node.of
-    elif isinstance(node, Threshold):
-        yield from rewards_of(node.left)
-    elif isinstance(node, Extreme):
-        for part in node.parts:
-            yield from rewards_of(part)
-    elif isinstance(node, Sum | Product):
-        for _, part in node.parts:
-            yield from rewards_of(part)
+    return (one for one in walk(node) if isinstance(one, Named))
 
 
 def normalised_of(node: Node) -> Iterator[Named]:
     """The rewards of an expression that stand in a `z`."""
-    if isinstance(node, Normalised):
-        yield node.of
-    elif isinstance(node, Threshold):
-        yield from normalised_of(node.left)
-    elif isinstance(node, Extreme):
-        for part in node.parts:
-            yield from normalised_of(part)
-    elif isinstance(node, Sum | Product):
-        for _, part in node.parts:
-            yield from normalised_of(part)
+    return (one.of for one in walk(node) if isinstance(one, Normalised))
 
 
 def has_threshold(node: Node) -> bool:
     """Whether an expression has a threshold, which has no gradient."""
-    if isinstance(node, Sum | Product):
-        return any(has_threshold(part) for _, part in node.parts)
-    return isinstance(node, Threshold) or (isinstance(node, Extreme) and any(map(has_threshold, node.parts)))
+    return any(isinstance(one, Threshold) for one in walk(node))
 
 
 def evaluate(

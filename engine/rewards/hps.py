@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import RequestError, shown
-from rollflow.rewards import checkpoint, known, openclip, published
+from rollflow.rewards import checkpoint, openclip, published
 from rollflow.rewards.network import NetworkReward, frozen, imported, loading
 from rollflow.rewards.pixels import Preparation
 from rollflow.rewards.towers import Towers, tokens
@@ -62,10 +62,7 @@ class HPS(NetworkReward):
 
     def wanted(self) -> tuple[Wanted, ...]:
         """The checkpoint, and the tokenizer where it is elsewhere."""
-        own = super().wanted()
-        if published.has_vocabulary(self.model):
-            return own
-        return *own, Wanted(self.tokenizer, known.revision(self.tokenizer), published.TOKENIZER)
+        return published.with_vocabulary(super().wanted(), self.model, self.tokenizer)
 
     def check(self, prompt: str) -> None:
         """Looks for the checkpoint and the tokenizer, and for ftfy, with which prompts beyond ASCII are cleaned."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rollflow.rewards import checkpoint, known, published
+from rollflow.rewards import checkpoint, published
 from rollflow.rewards.hps import DEVIATION, MEAN
 from rollflow.rewards.network import NetworkReward, Remembered, frozen, loading
 from rollflow.rewards.pixels import Preparation
@@ -74,10 +74,7 @@ class ImageReward(NetworkReward):
 
     def wanted(self) -> tuple[Wanted, ...]:
         """The checkpoint, and the tokenizer where it is elsewhere."""
-        own = super().wanted()
-        if published.has_vocabulary(self.model):
-            return own
-        return *own, Wanted(self.tokenizer, known.revision(self.tokenizer), published.TOKENIZER)
+        return published.with_vocabulary(super().wanted(), self.model, self.tokenizer)
 
     def check(self, prompt: str) -> None:
         """Looks for the checkpoint and the tokenizer."""

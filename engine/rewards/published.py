@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rollflow.errors import ModelError, RequestError, shown
-from rollflow.rewards import weights
+from rollflow.rewards import known, weights
 from rollflow.rewards.weights import FOLDERS, Wanted
 
 TOKENIZER = ("tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -33,6 +33,11 @@ def file(reward: str, folder: Path, stem: str, suffixes: tuple[str, ...] = (".sa
 def has_vocabulary(model: str | Path) -> bool:
     """Whether a model is a folder that holds a tokenizer, beside whatever else is in it."""
     return any((Path(model).expanduser() / name).is_file() for name in _VOCABULARIES)
+
+
+def with_vocabulary(own: tuple[Wanted, ...], model: str, tokenizer: str) -> tuple[Wanted, ...]:
+    """What a reward loads, with the tokenizer from elsewhere where the folder `model` holds none."""
+    return own if has_vocabulary(model) else (*own, Wanted(tokenizer, known.revision(tokenizer), TOKENIZER))
 
 
 def vocabulary(reward: str, wanted: Wanted) -> Path:
