@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import rollflow
+from rollflow.profile.machine import device_name, versions
 
 
 def environment() -> dict[str, str | int]:
     """Machine, versions, commit and date of this run."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "rollflow": rollflow.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, CPU only",
+        **versions(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
     }
 
@@ -41,7 +35,3 @@ def _commit() -> str:
     except OSError:
         return "unknown"
     return git.stdout.strip() if tracked.returncode == 0 else "unknown"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

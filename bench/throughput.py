@@ -33,7 +33,7 @@ from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.models import loading
 from rollflow.models.text import Size
-from rollflow.profile.ledger import overlap
+from rollflow.profile import accounts
 from rollflow.request import Request, Result
 from rollflow.rewards import Reward
 
@@ -191,12 +191,10 @@ class Throughput:
 def _counted(engine: Engine, requests: list[Request]) -> Counted:
     engine.ledger.clear()
     engine.forget_prompts()  # the others encode theirs in every run
-    engine.ledger.record = True
-    try:
-        results = engine.generate(requests)
-    finally:
-        engine.ledger.record = False
-    return results, dict(engine.ledger.decoded), overlap(engine.ledger.intervals(), "reward", "forward")
+    results = engine.generate(requests)
+    batches = engine.ledger.table("batches")
+    shared = accounts.overlap(accounts.intervals(batches, "reward"), accounts.intervals(batches, "forward"))
+    return results, dict(engine.ledger.decoded), shared
 
 
 def _bare_rows(parts: Parts) -> list[dict[str, Any]]:

@@ -40,8 +40,8 @@ class Device(Protocol):
         """Starts making images."""
         ...
 
-    def submit_work(self, work: Callable[[], Any], then: Callable, report: Report) -> None:
-        """Starts something else."""
+    def submit_work(self, work: Callable[[], Any], then: Callable, report: Report, kind: str = "other") -> None:
+        """Starts something else; `kind` is what the ledger calls it."""
         ...
 
     def peek(self, candidate: Candidate, brief: Brief) -> Any:
@@ -120,7 +120,8 @@ class Dispatch:
         """Starts a chore; whatever else can run goes before the next one."""
         self._chore, self._chores_first = True, False
         self.lanes += 1
-        self.device.submit_work(*self._preparations.chores.popleft(), self._report)
+        work, then, kind = self._preparations.chores.popleft()
+        self.device.submit_work(work, then, self._report, kind)
 
     def _run(self, rows: Sequence[Row], attempt: int = 0) -> None:
         """Starts a batch and counts its rows; the bucket's padding is shared out in turns."""

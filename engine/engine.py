@@ -29,6 +29,7 @@ from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
+from rollflow.profiling import Profiling, about, write
 from rollflow.rendering import Rendering
 from rollflow.request import Request, Result
 from rollflow.settings import batch_sizes, checked_traits, floats, keep_pages, lanes_and_threads, on_device, slots_of
@@ -70,9 +71,11 @@ class Engine:
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
             size. It takes a model that declares itself graphable (`rollflow.models.Capabilities`); others run without.
         max_queued: how many requests may wait to be let in; `submit` raises `EngineBusy` for more. None: any number.
+        name: what recordings call the model; by default the class of its adapter.
 
     Attributes:
-        ledger: rows by kind and seconds by span since the engine was made.
+        ledger: what ran since the engine was made: rows, batches, calls of rewards, requests; see
+            `rollflow.profile.ledger`.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Engine:
         reproducible: bool = False,
         graphs: bool = True,
         max_queued: int | None = None,
+        name: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         preview, reproducible = flag("preview", preview), flag("reproducible", reproducible)
@@ -105,6 +109,7 @@ class Engine:
         if on_cpu:
             keep_pages()
         self.ledger, self.traits, self.preview, self.clock = Ledger(), traits, preview, clock
+        self.name = type(self.model).__name__ if name is None else str(name)
         self._slots_of = partial(slots_of, slots)
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
@@ -124,7 +129,7 @@ class Engine:
             preparations.encoded,
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
-        self._host, self._render = Host(loop, runner, preparations), Rendering()
+        self._host, self._render = Host(loop, runner, preparations), Rendering(self.ledger)
         weakref.finalize(self, self._host.close, False, False).atexit = False  # the host sees to that
 
     @classmethod
@@ -178,6 +183,7 @@ class Engine:
         usual = torch.bfloat16 if device.type == "cuda" else torch.float32
         kind = calibrate.best_dtype(lambda kind: loading.model(load(dtype=kind))) if auto else floating or usual
         options.setdefault("traits", built_in_traits(name_or_path))
+        options.setdefault("name", str(name_or_path))
         loaded = load(dtype=kind)
         for network in loading.networks(loaded):
             acceleration.quantize(network, quantize)
@@ -422,6 +428,20 @@ class Engine:
             healthy=found.dead is None and not host.closed,
             rewards=host.runner.judge.costs,
         )
+
+    def profile(self, out: str | Path | None = None) -> Profiling:
+        """Records what runs while its `with` block does: `with engine.profile("profile") as p: ...`.
+
+        Args:
+            out: a folder, which gets the ledger's tables as Parquet, `trace.json.gz` for Perfetto and `report.html`; None
+                to have `p.recording` alone.
+
+        Raises:
+            RequestError: what writes them is not installed (`pip install 'rollflow[profile]'`).
+        """
+        host = self._host
+        known = partial(about, self.name, host.runner, host.preparations, self.traits)
+        return Profiling(self.ledger, known, None if out is None else Path(out), write)
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, ends what is there, and gives threads and memory back. Further calls do nothing.

@@ -67,7 +67,7 @@ class Loop:
     ):
         self.device, self.preparations, self.clock = device, preparations, clock
         self.inbox: SimpleQueue[Event | tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
-        self._timers, self._rate = Timers(), Rate()
+        self._timers, self._rate, self._ledger = Timers(), Rate(), ledger
         self._short = set[Geometry]()  # of whose shortness of memory was warned
         self._ended, self._lock = False, threading.RLock()  # a collected engine may be closed anywhere
         self._admission = Admission(slots, device.allocate, max_queued)
@@ -81,7 +81,7 @@ class Loop:
             device, preparations, scheduler, register.tickets, register.over, self._timers, clock, self.inbox.put
         )
         self._handlers: dict[type, Callable[[Any], None]] = {
-            Free: dispatch.on_free, Landed: self._on_landed, Shown: self._on_shown, Failed: self._on_failed,
+            Free: dispatch.on_free, Landed: self._decided, Shown: self._decided, Failed: self._on_failed,
             Shrunk: self._on_shrunk, Began: dispatch.on_began, Again: dispatch.on_again, Rerun: dispatch.on_rerun,
             Done: dispatch.on_done, tuple: self._on_call,
         }  # fmt: skip
@@ -153,6 +153,7 @@ class Loop:
         register.admit()
         self._scheduler.freed()
         if register.dead is None:
+            self._ledger.choosing()
             dispatch.launch()
         else:
             self._drop_chores(register.dead)
@@ -206,7 +207,7 @@ class Loop:
 
         assert search is not None, "it has a best particle"
         brief, candidate = search.brief, best.candidate
-        self.preparations.chores.append((lambda: self.device.peek(candidate, brief), seen))
+        self.preparations.chores.append((lambda: self.device.peek(candidate, brief), seen, "peek"))
 
     def _close(self, drain: bool) -> None:
         self._register.close(drain)
@@ -218,6 +219,11 @@ class Loop:
         self._dispatch.forget()
 
     # What comes back.
+
+    def _decided(self, event: Landed | Shown) -> None:
+        landed = isinstance(event, Landed)
+        with self._ledger.deciding(event.rows[0] if landed else event.shows[0]):
+            self._on_landed(event) if landed else self._on_shown(event)
 
     def _on_landed(self, event: Landed) -> None:
         touched: dict[Ticket, None] = {}

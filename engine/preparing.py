@@ -30,9 +30,8 @@ ENCODED_PROMPTS = 256  # kept for later requests
 Wanted = tuple[Text, Geometry | None]  # a text, and where it matters the size that it is encoded for
 Need = Wanted | Geometry
 Bound = Literal["time", "memory", "sizes"]  # of batch sizes
-Chore = tuple[
-    Callable[[], Any], Callable[[Any, BaseException | None], None]
-]  # what to do on a lane, and with its result
+# What to do on a lane, what with its result, and what the ledger calls it.
+Chore = tuple[Callable[[], Any], Callable[[Any, BaseException | None], None], str]
 Steps = Generator[Callable[[], Any], Any, None]
 
 
@@ -49,7 +48,7 @@ class Preparations:
         memory: what the device says of its memory; None on a CPU.
 
     Attributes:
-        memory: the same.
+        memory, slots: the same.
         conditioning: what the model made of texts.
         costs: what batches cost, by image size.
         bounds: why batches are no larger, by image size; see `rollflow.stats.Stats`.
@@ -70,7 +69,7 @@ class Preparations:
         memory: Memory | None = None,
     ):
         self.memory, self.bounds = memory, dict[Geometry, Bound]()
-        self.runner, self._slots = runner, slots
+        self.runner, self.slots = runner, slots
         self._measure, self._keep, self._choose, self._graphs = measure, keep_buckets, choose_lanes, graphs
         self.conditioning: dict[Wanted, Any] = {}
         self.costs: dict[Geometry, CostModel] = {}
@@ -123,7 +122,7 @@ class Preparations:
         def told(state: Any, error: BaseException | None) -> None:
             then(state, None if error is None else model_error(error))
 
-        self.chores.append((partial(moves.started, self.runner.model, image, mask, geometry), told))
+        self.chores.append((partial(moves.started, self.runner.model, image, mask, geometry), told, "start"))
 
     def company(self, conditioning: Any, guidance: float, *given: Any) -> tuple[Any, ...]:
         """The last fields of a brief: conditioning, those given, company and network rows."""
@@ -191,7 +190,8 @@ class Preparations:
         except BaseException as raised:
             self._tell(need, model_error(raised))
         else:
-            self.chores.append((work, partial(self._advance, need, steps)))
+            kind = "measure" if isinstance(need, Geometry) else "encode"
+            self.chores.append((work, partial(self._advance, need, steps), kind))
 
     def _tell(self, need: Need, error: BaseException | None) -> None:
         for told in self._waiting.pop(need, []):
@@ -221,7 +221,7 @@ class Preparations:
             chosen = yield partial(self._best_lanes, geometry, conditioning)
             self._choose_lanes(*chosen)
         if self.memory is not None or self._graphs:
-            runner.allocate(geometry, self._slots(geometry))  # first, as batches have what the particles leave
+            runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
         room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), self._in_graphs)
         known = (model, geometry, conditioning)
         seconds = yield from calibrate.measured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from rollflow.schedule.pace import Pace
 from rollflow.schedule.pool import Lease
 from rollflow.schedule.scheduler import Scheduler
 from rollflow.search.search import Search
+from rollflow.specs import spec
 from rollflow.ticket import Finished, News, Refused, Started, Ticket
 from rollflow.timers import Timers
 
@@ -38,7 +40,7 @@ class Register:
         preparations: encodings and measured costs.
         pace: what a time pays for.
         timers: ends of requests whose time is limited.
-        ledger: where rows that ran in vain are counted.
+        ledger: where requests and their rows are written.
         clock: seconds.
 
     Attributes:
@@ -73,11 +75,12 @@ class Register:
         self, plan: Plan, geometry: Geometry, tell: Callable[[News], None], resize: Callable[[int], Plan] | None
     ) -> Ticket:
         """A ticket for a request; of any thread."""
-        return Ticket(next(self._numbers), plan, geometry, tell, self._clock(), resize)
+        return Ticket(next(self._numbers), plan, geometry, tell, self._clock(), resize, self._ledger.clock())
 
     def take_on(self, ticket: Ticket) -> None:
         """A request is here: what it needs is prepared, and then it waits in line."""
         self.tickets[ticket.id] = ticket
+        self._ledger.came(ticket.id, spec(ticket.plan, ticket.geometry), ticket.came)
         if self.dead is not None or self.closing:
             self.refuse(ticket, EngineClosed("the engine was closed") if self.dead is None else no_more(self.dead))
             return
@@ -145,6 +148,7 @@ class Register:
             return
         ticket.started = now
         self.running += 1
+        self._ledger.changed(ticket.id, "running", started=self._ledger.clock(), nfe=ticket.plan.nfe)
         ticket.tell(Started(ticket.search.history, now))
         if request.seconds is not None:
             self._end_at(ticket, now + request.seconds, "seconds")
@@ -188,6 +192,7 @@ class Register:
         self._scheduler.add(search)
         if search.done and not ticket.shown and ticket not in self.over:
             ticket.ended = self._clock()
+            self._ledger.changed(ticket.id, searched=self._ledger.clock())
             self.over.append(ticket)
 
     def _end_at(self, ticket: Ticket, when: float, reason: str) -> None:
@@ -285,8 +290,12 @@ class Register:
         )  # fmt: skip
         self.leave(ticket)
         ticket.over = True
+        self._ended(
+            ticket, "cancelled" if ticket.cancelled else "done", stopped=search.stopped, score=outcome.reward,
+            held_out=math.nan if outcome.held_out is None else outcome.held_out,
+        )  # fmt: skip
         rows = search.brief.network_rows
-        ticket.tell(Finished(outcome, search.history, search.stopped, seconds, ticket.plan, rows))
+        ticket.tell(Finished(outcome, search.history, search.stopped, seconds, ticket.plan, rows, ticket.id))
 
     def leave(self, ticket: Ticket) -> None:
         """Nothing of a request is left on the device: its slots come back, and its fate is told."""
@@ -304,7 +313,15 @@ class Register:
                 ticket.error = ticket.error or method_error(ticket.plan, raised)
         if ticket.error is not None:
             ticket.over = True
+            self._ended(ticket, "cancelled" if isinstance(ticket.error, Cancelled) else "failed")
             ticket.tell(Refused(ticket.error, last=True))
+
+    def _ended(self, ticket: Ticket, state: str, **fields: Any) -> None:
+        """Writes the end of a request down."""
+        if ticket.search is not None:
+            history = ticket.search.history
+            fields |= {"committed": history.committed, "executed": history.executed}
+        self._ledger.changed(ticket.id, state, ended=self._ledger.clock(), **fields)
 
     def fail(self, error: BaseException) -> None:
         """Ends all, at once, and takes no more."""

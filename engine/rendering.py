@@ -5,15 +5,20 @@ from __future__ import annotations
 import warnings
 
 from rollflow.errors import shown
+from rollflow.profile.ledger import Ledger
 from rollflow.request import Result, picture
 from rollflow.ticket import Finished
 
 
 class Rendering:
-    """Makes results, and warns once of rewards that are no numbers."""
+    """Makes results, and warns once of rewards that are no numbers.
 
-    def __init__(self) -> None:
-        self._warned = False
+    Args:
+        ledger: knows what they cost.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._warned = ledger, False
 
     def __call__(self, finished: Finished) -> Result:
         """What the caller gets."""
@@ -42,4 +47,5 @@ class Rendering:
             notes=[*history.notes],
             network_rows=history.executed * finished.network_rows,
             terms=history.named(outcome.terms),
+            cost=self._ledger.cost(finished.ticket),
         )

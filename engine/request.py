@@ -14,6 +14,7 @@ from PIL import Image
 from rollflow import interpolant as interpolants
 from rollflow import methods
 from rollflow.errors import RequestError, said, shown
+from rollflow.profile.accounts import Cost
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class Result:
         history: a record for each evaluated particle, in the order of evaluation.
         seconds: wall time from admission to the end.
         request: what was asked.
+        cost: NFE by kind, seconds by stage, and its share of each batch; None where the ledger is off.
     """
 
     image: Image.Image
@@ -186,6 +188,7 @@ class Result:
     notes: list[Mapping[str, Any]] = field(default_factory=list)
     network_rows: int = 0
     terms: Mapping[str, float] | None = None
+    cost: Cost | None = None
 
     def __repr__(self) -> str:
         frames = f", frames={len(self.pixels)}" if self.pixels.ndim == 4 else ""

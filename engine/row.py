@@ -97,6 +97,8 @@ class Row(NamedTuple):
         moved: whether the parent's velocity is moved by the gradient of its reward.
         guide: how the gradient of its own reward will move its children, or None.
         reach: of a guided row, `sigma^2 / alpha` at its time; 0 where there is nothing but noise.
+        level: its point of the time grid; steps of a finish count on from the last.
+        origin: the number of the row that made its parent, `NONE` for a sample of the prior.
     """
 
     brief: Brief
@@ -114,6 +116,8 @@ class Row(NamedTuple):
     moved: bool = False
     guide: Guide | None = None
     reach: float = 0.0
+    level: int = 0
+    origin: int = NONE
 
 
 class Candidate(NamedTuple):

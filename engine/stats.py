@@ -25,7 +25,7 @@ class Stats:
             where what it is expected to take, by the peaks of the smaller ones, fits into 90 % of the free memory.
         nfe_per_second: evaluations a second over the last ten seconds, those that ran in vain included.
         abandoned: threads that were given up because a call of a reward did not come back within its timeout.
-        rewards: what calls of each reward took so far, by its name; of calls that judge on a lane (guided) nothing.
+        rewards: what calls of each reward took so far, by its name.
         healthy: whether it takes requests: it was not closed, and its device did not fail.
     """
 

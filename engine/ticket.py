@@ -34,6 +34,7 @@ class Finished(NamedTuple):
         seconds: from when it was let in.
         plan: what was asked.
         network_rows: how many rows of the network an evaluation took.
+        ticket: its number.
     """
 
     outcome: Outcome
@@ -42,6 +43,7 @@ class Finished(NamedTuple):
     seconds: float
     plan: Plan
     network_rows: int = 1
+    ticket: int = -1
 
 
 class Refused(NamedTuple):
@@ -63,6 +65,7 @@ class Ticket:
         plan, geometry: what was asked.
         tell: is told the news.
         submitted: when it came.
+        came: the same by the ledger's clock.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
         conditioning: what the model made of its prompt, once it may be let in.
         start: what it starts from of an image, or None.
@@ -79,7 +82,7 @@ class Ticket:
     """
 
     __slots__ = (
-        "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued",
+        "came", "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued",
         "resize", "search", "shown", "start", "started", "submitted", "tell", "timers",
     )  # fmt: skip
 
@@ -91,9 +94,10 @@ class Ticket:
         tell: Callable[[News], None],
         now: float,
         resize: Callable[[int], Plan] | None = None,
+        came: float = 0.0,
     ):
         self.id, self.plan, self.geometry, self.tell, self.submitted = number, plan, geometry, tell, now
-        self.resize = resize
+        self.resize, self.came = resize, came
         self.conditioning: Any = None
         self.start: Any = None
         self.search: Search | None = None

@@ -22,7 +22,7 @@ from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.errors import RequestError
 from rollflow.models.world import target_counts
-from rollflow.profile.ledger import Interval, overlap
+from rollflow.profile.accounts import overlap
 
 
 def study(out, **options):
@@ -233,17 +233,10 @@ def test_throughput(tmp_path, capsys, monkeypatch):
 
 
 def test_overlap_is_the_share_of_the_time_of_some_spans_in_which_others_ran():
-    spans = [
-        ("x", 0, 9),
-        ("reward", 0, 4),
-        ("reward", 6, 8),
-        ("forward", 1, 2),
-        ("forward", 1.5, 3),
-        ("forward", 7, 20),
-    ]
-    assert overlap([Interval(*span) for span in spans], "reward", "forward") == pytest.approx((2 + 1) / (4 + 2))
-    assert overlap([Interval("reward", 0, 1)], "reward", "forward") == 0
-    assert overlap([Interval("forward", 0, 1)], "reward", "forward") is None
+    reward, forward = np.array([[0, 4], [6, 8], [9, np.nan]]), np.array([[1, 2], [1.5, 3], [7, 20], [np.nan, np.nan]])
+    assert overlap(reward, forward) == pytest.approx((2 + 1) / (4 + 2))
+    assert overlap(np.array([[0.0, 1]]), np.zeros((0, 2))) == 0
+    assert overlap(np.zeros((0, 2)), np.array([[0.0, 1]])) is None
 
 
 def test_a_reward_of_the_cost_of_clip_in_several_processes():

@@ -97,7 +97,7 @@ class Scripted:
         outcomes = [Outcome(pixels, pixels.to(torch.uint8), float(s.candidates[0].level), None) for s in shows]
         report(Shown(shows, outcomes))
 
-    def submit_work(self, work, then, report):
+    def submit_work(self, work, then, report, kind="other"):
         report(Done(then, work()))
         report(Free())
 
@@ -185,7 +185,7 @@ def test_chores_and_batches_take_turns():
     loop = Loop(device, Prepared(device.cost), Ledger(), lambda geometry: 64)
     told = []
     loop.submit(plan(Request("a", brightness, "rbf", 12, 4)), SIZE, told.append)
-    loop.preparations.chores += [(lambda: order.append("chore"), lambda value, error: None)] * 10
+    loop.preparations.chores += [(lambda: order.append("chore"), lambda value, error: None, "other")] * 10
     while not (told and isinstance(told[-1], Finished)):
         if loop.inbox.empty() and device.held:
             device.release()

@@ -194,7 +194,7 @@ class Hand:
         pixels = torch.zeros(3, 8, 8)
         report(Shown(shows, [Outcome(pixels, pixels.to(torch.uint8), 0.0, None) for _ in shows]))
 
-    def submit_work(self, work, then, report):
+    def submit_work(self, work, then, report, kind="other"):
         report(Done(then, work()))
         report(Free())
 

@@ -6,10 +6,9 @@ prompt or image harms no other.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -161,7 +160,12 @@ class Judge:
             FunctionError: the reward raised, or returned no scores.
         """
         turn = self.threads.hold(called(call.reward), call.terms.concurrent)
-        scores, failure = self._timed(turn, call, report, lambda: self.score(call, images, prompts))
+
+        def judge() -> Tensor:
+            with self.timed(call, len(prompts)):
+                return self.score(call, images, prompts)
+
+        scores, failure = self._timed(turn, call, report, judge)
         if turn.state == "abandoned":
             raise GivenUp
         if failure is not None:
@@ -228,11 +232,21 @@ class Judge:
             images = call.make()
             if wanted != [*range(len(images))]:
                 images = images[torch.tensor(wanted, device=images.device)]
-            start = time.perf_counter()
-            found = self.score(call, images, [brief.prompt for brief in call.briefs]).tolist()
-            self._cost(call.reward).add(len(found), time.perf_counter() - start)
+            with self.timed(call, len(images)):
+                found = self.score(call, images, [brief.prompt for brief in call.briefs]).tolist()
         scores = iter(found)
         return [[next(scores) for _ in places] for places in call.places]
+
+    @contextmanager
+    def timed(self, call: Timed, images: int) -> Iterator[None]:
+        """Writes down what a call of a reward takes."""
+        start, failed = self._ledger.clock(), True
+        try:
+            yield
+            failed = False
+        finally:
+            self._ledger.call(rewards.title(call.reward), images, start, failed)
+        self._cost(call.reward).add(images, self._ledger.clock() - start)
 
     def _cost(self, reward: Reward) -> Spent:
         name = rewards.title(reward)

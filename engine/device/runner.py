@@ -166,12 +166,12 @@ class Runner:
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images of searches of one geometry; reports a free lane once, and every search once."""
-        number = self.ledger.images(shows[0].brief.geometry, image_count(shows))
+        number = self.ledger.images(shows)
         self.threads.post(self._attempts.run, partial(self._run_images, number), shows, report)
 
-    def submit_work(self, work: Callable[[], Any], then: Callable, report: Report) -> None:
-        """Does something else on a lane; reports a free lane and a `Done`."""
-        self.threads.post(_do, work, then, report)
+    def submit_work(self, work: Callable[[], Any], then: Callable, report: Report, kind: str = "other") -> None:
+        """Does something else on a lane, of a kind that the ledger knows; reports a free lane and a `Done`."""
+        self.threads.post(self._do, self.ledger.chore(kind), kind, work, then, report)
 
     def peek(self, candidate: Candidate, brief: Brief) -> Tensor:
         """A particle as an 8-bit image [3, height, width], or clip; on a lane."""
@@ -185,9 +185,10 @@ class Runner:
 
     def _run(self, number: int | None, attempt: int, rows: Sequence[Row], report: Report) -> After | None:
         """Evaluates rows, which are those of a batch of the ledger; returns what is to be done last."""
-        with self.ledger.batch(number):
+        with self.ledger.batch(number) as visit:
             after = self._run_rows(rows, report, attempt)
-        return None if after is None else partial(_for_batch, number, after)
+            visit.goes_on = after is not None
+        return None if after is None else partial(self._for_batch, number, after)
 
     def _run_rows(self, rows: Sequence[Row], report: Report, attempt: int) -> After | None:
         """Evaluates rows; returns what is to be done last, which frees the lane."""
@@ -288,9 +289,10 @@ class Runner:
 
     def _run_images(self, number: int | None, shows: Sequence[Show], report: Report) -> After:
         """Makes images, which are a batch of the ledger; returns what is to be done last."""
-        with self.ledger.batch(number):
+        with self.ledger.batch(number) as visit:
             after = self._run_shows(shows, report)
-        return partial(_for_batch, number, after)
+            visit.goes_on = True
+        return partial(self._for_batch, number, after)
 
     @torch.no_grad()
     def _run_shows(self, shows: Sequence[Show], report: Report) -> After:
@@ -322,6 +324,25 @@ class Runner:
         with self._beside():
             return torch.cat(decoded)
 
+    def _for_batch(self, number: int | None, after: After, free: Callable[[], None]) -> None:
+        """Does what is to be done last of a batch."""
+
+        def freed() -> None:
+            self.ledger.freed(number)
+            free()
+
+        with working_for(number):
+            after(freed)
+
+    def _do(self, number: int | None, kind: str, work: Callable[[], Any], then: Callable, report: Report) -> None:
+        with self.ledger.batch(number, "encode_prompt" if kind == "encode" else "tick"):
+            try:
+                done = Done(then, work())
+            except BaseException as error:
+                done = Done(then, error=error)
+        report(done)
+        report(Free())
+
     def _beside(self, *used: Tensor) -> AbstractContextManager[Any]:
         """On a GPU, the stream of decoding, after what has been asked of the main one so far."""
         if self._side is None:
@@ -337,21 +358,6 @@ class Runner:
 
 def _landed(rows: Sequence[Row], scores: list[list[Score]]) -> Event:
     return Landed(rows, [score for (score,) in scores])
-
-
-def _for_batch(number: int | None, after: After, free: Callable[[], None]) -> None:
-    """Does what is to be done last of a batch."""
-    with working_for(number):
-        after(free)
-
-
-def _do(work: Callable[[], Any], then: Callable, report: Report) -> None:
-    try:
-        done = Done(then, work())
-    except BaseException as error:
-        done = Done(then, error=error)
-    report(done)
-    report(Free())
 
 
 def _after(wait: Callable[[], None], images: Tensor) -> Tensor:

@@ -11,18 +11,27 @@ from typing import Any
 import numpy as np
 
 from rollflow.errors import RequestError, shown
-from rollflow.profile.records import NAMES
+from rollflow.profile.records import NAMES, TABLES
 
 SUFFIXES = (".parquet", ".csv", ".json")
 
 
 def columns(table: np.ndarray) -> dict[str, np.ndarray]:
     """A table by column, with words where it has numbers that stand for them."""
+    names = NAMES[_which(table)]
     found = {}
     for name in table.dtype.names or ():
         column = table[name]
-        found[name] = np.array(NAMES[name], dtype=object)[column] if name in NAMES else column
+        if name in names:
+            column = np.array(names[name], dtype=object)[column]
+        elif column.dtype.kind == "U":
+            column = column.astype(object)
+        found[name] = column
     return found
+
+
+def _which(table: np.ndarray) -> str:
+    return next(name for name, kind in TABLES.items() if kind == table.dtype)
 
 
 def to_pandas(table: np.ndarray) -> Any:
@@ -46,14 +55,8 @@ def save(table: np.ndarray, path: str | Path) -> Path:
     if path.suffix not in SUFFIXES:
         raise RequestError(f"{shown(str(path))}: a table is written as one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise RequestError(
-                "a .parquet file takes pyarrow: pip install 'rollflow[profile]', or choose .csv"
-            ) from error
-        parquet.write_table(pyarrow.table(columns(table)), path)
+        arrow = _arrow()
+        arrow.parquet.write_table(arrow.table(columns(table)), path)
         return path
     found = {name: [_plain(value) for value in column.tolist()] for name, column in columns(table).items()}
     rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
@@ -65,6 +68,42 @@ def save(table: np.ndarray, path: str | Path) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def load(path: str | Path, which: str) -> np.ndarray:
+    """A table that `save` wrote as Parquet.
+
+    Args:
+        path: the file.
+        which: which table it is, see `rollflow.profile.records`.
+
+    Raises:
+        RequestError: it is not there, is none of these tables, or pyarrow is not installed.
+    """
+    arrow, kind = _arrow(), TABLES[which]
+    try:
+        read = arrow.parquet.read_table(path)
+    except (OSError, arrow.ArrowInvalid) as error:
+        raise RequestError(f"{shown(str(path))} cannot be read as a table of {which} ({error})") from error
+    missing = [name for name in kind.names or () if name not in read.column_names]
+    if missing:
+        raise RequestError(f"{shown(str(path))} is no table of {which}: the column {missing[0]} is missing")
+    table = np.zeros(len(read), kind)
+    for name in kind.names or ():
+        column = read[name].to_numpy(zero_copy_only=False)
+        if (words := NAMES[which].get(name)) is not None:
+            column = np.array([words.index(word) for word in column], dtype=np.uint8)
+        table[name] = column
+    return table
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise RequestError("a .parquet file takes pyarrow: pip install 'rollflow[profile]', or choose .csv") from error
+    return pyarrow
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""What the ledger keeps of rows and batches: structured arrays in rings, without a reference to a tensor."""
+"""What the ledger keeps of rows, batches, calls of rewards and requests: structured arrays in rings, without a
+reference to a tensor."""
 
 from __future__ import annotations
 
@@ -6,20 +7,36 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("committed", "guided", "finish", "padding")  # why a row ran
+KINDS = ("committed", "guided", "finish", "padding", "image")  # why a row ran; an image is that of a finished search
 STATES = ("open", "kept", "dropped")  # dropped: it ran ahead of an answer, or its request ended, before it was needed
-STAGES = ("propose", "forward", "finish", "backward", "decode", "reward")
-WORK = ("rows", "guided", "images")  # what a batch evaluates, or of which searches it makes the images
+LANE_STAGES = ("propose", "forward", "finish", "backward", "decode")  # what a lane does of a batch
+STAGES = (*LANE_STAGES, "reward", "decide")  # decide: rows are taken back, on the loop's thread
+DEVICE_STAGES = ("forward", "backward", "decode", "reward")  # whose time on CUDA is the device's
+WORK = (
+    "rows",
+    "guided",
+    "images",
+    "encode",
+    "measure",
+    "start",
+    "peek",
+    "other",
+)  # what a batch is; from "encode" on chores
+CHORES = WORK[3:]
+FATES = ("queued", "running", "done", "cancelled", "failed")
 
 ROW = np.dtype(
     [
         ("batch", "i8"),  # its batch's number
-        ("request", "i8"),  # the request's number, -1 of padding
-        ("number", "i4"),  # which of the request's rows
+        ("request", "i8"),  # the request's number; of padding whom it is charged to
+        ("number", "i4"),  # which of the request's rows; -1 of padding and images
+        ("origin", "i4"),  # the row that made its parent; -1 of samples of the prior
+        ("level", "i2"),  # its point of the time grid; steps of a finish count on
         ("time", "f4"),  # the interpolant's time
         ("kind", "u1"),  # of KINDS
-        ("nfe", "u1"),  # what it is charged
+        ("nfe", "u1"),  # what it is charged; 0 of images
         ("ahead", "?"),  # whether it ran before it was known to be needed
+        ("scored", "?"),  # whether it is decoded and judged
         ("state", "u1"),  # of STATES
         ("reward", "f4"),  # NaN where it was not judged
     ]
@@ -35,16 +52,62 @@ BATCH = np.dtype(
         ("rows", "i4"),  # or images
         ("bucket", "i4"),  # rows, padding included
         ("network_rows", "i4"),
-        ("submitted", "f8"),  # seconds of the ledger's clock, as all of these
+        ("chosen", "f8"),  # when the scheduler began to choose it; seconds of the ledger's clock, as all of these
+        ("submitted", "f8"),
         ("started", "f8"),
         ("ended", "f8"),  # when its lane was free again
+        ("host", "f8"),  # seconds of the lane outside of its stages
+        ("idle", "f8"),  # seconds that the lane had nothing to do before it; NaN of a lane's first
         *((f"{stage}_started", "f8") for stage in STAGES),
         *((f"{stage}_ended", "f8") for stage in STAGES),
         *((f"{stage}_seconds", "f8") for stage in STAGES),  # of threads, several calls added up
+        *((f"{stage}_device_started", "f8") for stage in DEVICE_STAGES),  # by CUDA events; NaN elsewhere
+        *((f"{stage}_device_seconds", "f8") for stage in DEVICE_STAGES),
     ]
 )
-FRESH = {"f": np.nan, "i": -1, "u": 0, "b": False}  # what a field holds before it is written, by its kind
-NAMES = {"kind": KINDS, "state": STATES, "work": WORK}  # what the numbers of a field stand for
+CALL = np.dtype(
+    [
+        ("batch", "i8"),
+        ("reward", "U48"),  # one term's title
+        ("images", "i4"),
+        ("thread", "i2"),  # which of the threads that judge
+        ("failed", "?"),
+        ("started", "f8"),
+        ("ended", "f8"),
+    ]
+)
+REQUEST = np.dtype(
+    [
+        ("request", "i8"),
+        ("prompt", "U80"),
+        ("method", "U24"),
+        ("reward", "U64"),
+        ("nfe", "i4"),  # the budget
+        ("priority", "i4"),
+        ("height", "i4"),
+        ("width", "i4"),
+        ("frames", "i4"),
+        ("state", "u1"),  # of FATES
+        ("stopped", "U12"),  # as `rollflow.Result.stopped`
+        ("submitted", "f8"),
+        ("started", "f8"),  # when it was let in
+        ("searched", "f8"),  # when its search was over
+        ("ended", "f8"),  # when its fate was told
+        ("committed", "i8"),
+        ("executed", "i8"),
+        ("score", "f4"),  # the reward of its image
+        ("held_out", "f4"),
+    ]
+)
+TABLES = {"rows": ROW, "batches": BATCH, "calls": CALL, "requests": REQUEST}
+CAPACITY = {"rows": 2**18, "batches": 2**15, "calls": 2**15, "requests": 2**13}  # 10, 14, 7 and 7 MiB when full
+FRESH = {"f": np.nan, "i": -1, "u": 0, "b": False, "U": ""}  # what a field holds before it is written, by its kind
+NAMES = {  # what the numbers of a field stand for, by the table
+    "rows": {"kind": KINDS, "state": STATES},
+    "batches": {"work": WORK},
+    "calls": {},
+    "requests": {"state": FATES},
+}
 
 
 class Ring:
@@ -92,9 +155,11 @@ class Ring:
         """Entries that are no longer kept."""
         return max(0, self.count - self.capacity)
 
-    def copy(self) -> np.ndarray:
-        """The entries that are kept, oldest first."""
-        if self.count <= self.capacity:
-            return self._array[: self.count].copy()
-        start = self.count % self.capacity
-        return np.concatenate([self._array[start:], self._array[:start]])
+    def copy(self, first: int = 0) -> np.ndarray:
+        """The entries that are kept, oldest first, from serial number `first` on."""
+        first = max(first, self.dropped)
+        start, many = first % self.capacity, max(0, self.count - first)
+        fits = min(many, self.capacity - start)
+        if fits == many:
+            return self._array[start : start + many].copy()
+        return np.concatenate([self._array[start:], self._array[: many - fits]])

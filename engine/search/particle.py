@@ -75,15 +75,16 @@ class Particle:
         slot: its place in the pool.
         moved: whether its children's velocity is moved by its reward's gradient.
         kept: whether the method may still draw from it or return it; see `rollflow.draw.Draw.keep`.
+        number: of the row that made it.
     """
 
     __slots__ = (
-        "__weakref__", "arrival", "index", "kept", "moved", "parent", "reward", "slot", "step", "terms", "value",
+        "__weakref__", "arrival", "index", "kept", "moved", "number", "parent", "reward", "slot", "step", "terms", "value",
     )  # fmt: skip
 
-    def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False):
+    def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False, number: int = -1):
         self.step, self.arrival, self.slot, self.moved = step, arrival, slot, moved
-        self.index, self.kept = -1, True
+        self.index, self.kept, self.number = -1, True, number
         self.parent: int | None = None
         self.reward: float | None = None
         self.terms: tuple[float, ...] | None = None

@@ -321,8 +321,10 @@ class Search:
             parent is not None and parent.moved,
             draw.guide,
             asked.reach,
+            draw.arrives,
+            NONE if parent is None else parent.number,
         )
-        particle = Particle(draw.arrives, step, slot, asked.guided)
+        particle = Particle(draw.arrives, step, slot, asked.guided, self._rows)
         self.flying[self._rows] = Flight(row.kind, row.nfe, particle, parent, turn, i, child, prior, row.number)
         self._rows += 1
         return row
@@ -334,9 +336,12 @@ class Search:
         step, *left = final.steps
         final.steps, final.waiting, parent = tuple(left), True, final.particle
         level = max(parent.step + 1, len(self.plan.steps))
-        row = Row(self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=not left)
+        row = Row(
+            self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=not left, level=level,
+            origin=parent.number,
+        )  # fmt: skip
         self.flying[self._rows] = Flight(
-            row.kind, row.nfe, Particle(level, step, slot), parent, None, i, -1, None, row.number
+            row.kind, row.nfe, Particle(level, step, slot, number=self._rows), parent, None, i, -1, None, row.number
         )
         self._rows += 1
         return row
