@@ -23,6 +23,7 @@ from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.bench.versus import Versus
 from rollflow.bench.video_quality import Video
+from rollflow.bench.what_if import WhatIf
 from rollflow.errors import LONGEST, RollflowError, line
 from rollflow.models import silence
 
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "study": Study,
     "video": Video,
     "adapters": Adapters,
+    "what-if": WhatIf,
 }
 
 

@@ -2,7 +2,8 @@
 
 A model of one token that computes next to nothing leaves what the engine itself does: choosing and packing rows,
 tables, handing rewards to the methods. The figure is the processor time of all threads, less that of the two operators
-(propose and finish), which are the device's work and are timed apart.
+(propose and finish), which are the device's work and are timed apart. How much of it is the ledger's, and what that is
+of an evaluation of a model that does compute, is measured besides; see `rollflow.bench.ledger_cost`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rollflow import kernels
-from rollflow.bench import outputs
+from rollflow.bench import ledger_cost, outputs
 from rollflow.bench.environment import environment
 from rollflow.bench.measure import resident_memory
 from rollflow.engine import Engine
@@ -30,7 +32,6 @@ from rollflow.models.layout import Layout
 from rollflow.request import Request
 
 SIZE = Geometry(2, 2, 2, 2, 1, 4)
-TURNS = 7
 
 
 class Free(FlowModel):
@@ -87,6 +88,8 @@ class Overhead:
         method: search method.
         bucket: rows of a batch.
         requests: over how many requests, in calls of 50, memory is followed.
+        pairs: how often searches run with the ledger's tables and without.
+        prompts: of those with the model "shapes", whose wall time is compared.
         json: a file for the rows.
     """
 
@@ -95,6 +98,8 @@ class Overhead:
     method: str = "rbf"
     bucket: int = 32
     requests: int = 1000
+    pairs: int = 30
+    prompts: int = 16
     json: Path | None = None
 
     def __call__(self) -> None:
@@ -116,10 +121,7 @@ class Overhead:
             )
         console.print(table)
         ledger = self._ledger()
-        console.print(
-            f"the ledger's tables cost {ledger['microseconds_per_row']:.2f} us a row (median of {TURNS} turns, "
-            f"{ledger['least']:.2f} to {ledger['most']:.2f})"
-        )
+        console.print(ledger_cost.text(ledger))
         memory = self._memory()
         grown = (memory[-1]["resident_bytes"] - memory[0]["resident_bytes"]) / 2**20
         first, last = memory[0]["requests"], memory[-1]["requests"]
@@ -157,21 +159,23 @@ class Overhead:
             "operator_microseconds_per_tick": operators / ticks,
         }
 
-    def _ledger(self, live: int = 100) -> dict[str, float]:
-        """Microseconds a row that the ledger's tables cost: processor time with them less that without, in turns."""
-        engine, requests = self._engine(live), self._requests(live)
-        engine.generate(requests)
-
-        def spent(on: bool) -> float:
-            engine.ledger.clear()
-            engine.ledger.on = on
-            gc.collect()
-            start = time.process_time()
+    def _ledger(self, live: int = 100) -> dict[str, Any]:
+        """What the ledger costs with the free model, in processor time, and with "shapes", in wall time."""
+        free, shapes = self._engine(min(live, self.requests)), Engine.from_pretrained("shapes")
+        asked, drawn = self._requests(min(live, self.requests)), ledger_cost.shapes_requests(self.prompts, self.nfe)
+        found: dict[str, Any] = {"predicted": ledger_cost.PREDICTED}
+        for engine, requests in ((free, asked), (shapes, drawn)):
             engine.generate(requests)
-            return 1e6 * (time.process_time() - start) / sum(engine.ledger.executed.values())
-
-        found = sorted(spent(True) - spent(False) for _ in range(TURNS))
-        return {"microseconds_per_row": found[TURNS // 2], "least": found[0], "most": found[-1]}
+        cost, run = ledger_cost, ledger_cost.measured
+        found["free model"] = cost.in_microseconds(
+            cost.in_pairs(partial(run, free, asked, time.process_time), self.pairs)
+        )
+        found["shapes"] = cost.in_shares(cost.in_pairs(partial(run, shapes, drawn, time.perf_counter), self.pairs))
+        milliseconds = found["shapes"]["milliseconds_per_row"]
+        found["shapes"] |= cost.at_most(found["free model"], milliseconds)
+        run(shapes, drawn, time.perf_counter, True)
+        found["nvtx"] = cost.ranges(shapes, milliseconds / 1e3)
+        return found
 
     def _memory(self) -> list[dict[str, int]]:
         """Resident bytes after every 50 requests; the first 100 fill caches."""

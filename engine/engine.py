@@ -29,7 +29,7 @@ from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
-from rollflow.profiling import Profiling, about, write
+from rollflow.profiling import Profiling, about, check_installed, write
 from rollflow.rendering import Rendering
 from rollflow.request import Request, Result
 from rollflow.settings import batch_sizes, checked_traits, floats, keep_pages, lanes_and_threads, on_device, slots_of
@@ -429,19 +429,27 @@ class Engine:
             rewards=host.runner.judge.costs,
         )
 
-    def profile(self, out: str | Path | None = None) -> Profiling:
+    def profile(
+        self, out: str | Path | None = None, usd_per_hour: float | None = None, kernels: bool = False
+    ) -> Profiling:
         """Records what runs while its `with` block does: `with engine.profile("profile") as p: ...`.
 
         Args:
-            out: a folder, which gets the ledger's tables as Parquet, `trace.json.gz` for Perfetto and `report.html`; None
-                to have `p.recording` alone.
+            out: a folder, which gets the ledger's tables as Parquet, `trace.json.gz` for Perfetto and `report.html`;
+                None to have `p.recording` alone.
+            usd_per_hour: what the device costs, for the report.
+            kernels: record torch's operators and the GPU's kernels of the first seconds, too, for the trace; it slows
+                them down.
 
         Raises:
             RequestError: what writes them is not installed (`pip install 'rollflow[profile]'`).
         """
+        if out is not None:
+            check_installed()
         host = self._host
         known = partial(about, self.name, host.runner, host.preparations, self.traits)
-        return Profiling(self.ledger, known, None if out is None else Path(out), write)
+        writes = partial(write, usd_per_hour=usd_per_hour)
+        return Profiling(self.ledger, known, None if out is None else Path(out), writes, kernels)
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, ends what is there, and gives threads and memory back. Further calls do nothing.

@@ -89,6 +89,7 @@ class Job:
 
     Attributes:
         id: as given to `Engine.submit`, or a number.
+        number: of its request in the ledger; -1 before it is there.
         request: what was asked.
     """
 
@@ -100,6 +101,7 @@ class Job:
         self._owner: Owner | None = owner  # until nothing more will come: a job does not keep its engine alive
         self._render, self._rendered = render, dict[int, Result]()
         self._ticket: Ticket | None = None
+        self.number = -1
         self._future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
         self._future.set_running_or_notify_cancel()  # it ends by `cancel` of the job alone
         self._best: concurrent.futures.Future[Finished | None] = concurrent.futures.Future()
@@ -294,6 +296,7 @@ class Job:
         """Hands it to the loop."""
         with self._lock:  # the loop's news wait until it is known what they are of
             self._ticket = submit(self.tell)
+            self.number = self._ticket.id
 
     # What the loop tells, on its own thread.
 

@@ -81,7 +81,7 @@ class Loop:
             device, preparations, scheduler, register.tickets, register.over, self._timers, clock, self.inbox.put
         )
         self._handlers: dict[type, Callable[[Any], None]] = {
-            Free: dispatch.on_free, Landed: self._decided, Shown: self._decided, Failed: self._on_failed,
+            Free: dispatch.on_free, Landed: self._on_landed, Shown: self._on_shown, Failed: self._on_failed,
             Shrunk: self._on_shrunk, Began: dispatch.on_began, Again: dispatch.on_again, Rerun: dispatch.on_rerun,
             Done: dispatch.on_done, tuple: self._on_call,
         }  # fmt: skip
@@ -167,6 +167,11 @@ class Loop:
             self._admission.pools.clear()
         return not self._ended
 
+    @property
+    def due(self) -> float | None:
+        """When, by its clock, it has something to do though nothing comes; None where that is never."""
+        return self._timers.due
+
     def fail(self, error: BaseException) -> None:
         """Ends everything, at once, with an error: the device, or the loop itself, can do no more."""
         self._register.fail(error)
@@ -220,12 +225,11 @@ class Loop:
 
     # What comes back.
 
-    def _decided(self, event: Landed | Shown) -> None:
-        landed = isinstance(event, Landed)
-        with self._ledger.deciding(event.rows[0] if landed else event.shows[0]):
-            self._on_landed(event) if landed else self._on_shown(event)
-
     def _on_landed(self, event: Landed) -> None:
+        with self._ledger.deciding(event.rows[0]):
+            self._deliver(event)
+
+    def _deliver(self, event: Landed) -> None:
         touched: dict[Ticket, None] = {}
         invalid = frozenset(event.invalid)
         self._dispatch.away -= len(event.rows)
@@ -252,10 +256,11 @@ class Loop:
 
     def _on_shown(self, event: Shown) -> None:
         self._dispatch.away -= len(event.shows)
-        for show, outcome in zip(event.shows, event.outcomes, strict=True):
-            ticket = self._register.tickets.get(show.brief.ticket)
-            if ticket is not None:
-                self._register.finish(ticket, outcome)
+        with self._ledger.deciding(event.shows[0]):
+            for show, outcome in zip(event.shows, event.outcomes, strict=True):
+                ticket = self._register.tickets.get(show.brief.ticket)
+                if ticket is not None:
+                    self._register.finish(ticket, outcome)
 
     def _on_failed(self, event: Failed) -> None:
         self._dispatch.away -= len(event.work)

@@ -313,7 +313,8 @@ class Register:
                 ticket.error = ticket.error or method_error(ticket.plan, raised)
         if ticket.error is not None:
             ticket.over = True
-            self._ended(ticket, "cancelled" if isinstance(ticket.error, Cancelled) else "failed")
+            cancelled = ticket.cancelled or isinstance(ticket.error, Cancelled)
+            self._ended(ticket, "cancelled" if cancelled else "failed")
             ticket.tell(Refused(ticket.error, last=True))
 
     def _ended(self, ticket: Ticket, state: str, **fields: Any) -> None:

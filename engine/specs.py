@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 from rollflow import methods, rewards
+from rollflow.errors import RollflowError
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 
@@ -18,12 +20,16 @@ def spec(plan: Plan, geometry: Geometry) -> dict[str, Any]:
 
     `opaque` names the fields that are objects, of which only the text is there: such a request cannot be made again.
     """
-    request = plan.request
+    request, judge = plan.request, plan.held_out
+    if judge is None:
+        with suppress(RollflowError):  # of an attribute that raises its request is told when its image is judged
+            judge = rewards.held_out(plan.reward)
     found: dict[str, Any] = {
         "prompt": request.prompt, "method": methods.title(request.method), "reward": rewards.title(plan.reward),
         "terms": [rewards.title(term) for term in rewards.terms_of(plan.reward)],
-        "held_out": None if plan.held_out is None else [rewards.title(t) for t in rewards.terms_of(plan.held_out)],
+        "held_out": None if judge is None else [rewards.title(term) for term in rewards.terms_of(judge)],
         "nfe": plan.nfe, "priority": request.priority, "seed": request.seed, "guidance": request.guidance,
+        "grid_times": [step.time for step in plan.steps], "plan_finalists": plan.finalists,
         "height": geometry.height, "width": geometry.width, "frames": geometry.frames or 0,
         "options": dict(request.options), "seconds": request.seconds, "trusted_from": plan.trusted_from,
     }  # fmt: skip

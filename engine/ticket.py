@@ -82,8 +82,8 @@ class Ticket:
     """
 
     __slots__ = (
-        "came", "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan", "queued",
-        "resize", "search", "shown", "start", "started", "submitted", "tell", "timers",
+        "came", "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan",
+        "queued", "resize", "search", "shown", "start", "started", "submitted", "tell", "timers",
     )  # fmt: skip
 
     def __init__(

@@ -55,13 +55,18 @@ class Timers:
             heapq.heapify(self._heap)
             self._cancelled = 0
 
-    def wait(self, now: float, most: float | None) -> float | None:
-        """Seconds until the next call is due, at most `most`; None where nothing is to be waited for."""
+    @property
+    def due(self) -> float | None:
+        """When the next call is due; None where none is to come."""
         while self._heap and self._heap[0][2].call is None:
             self._pop()
-        if not self._heap:
+        return self._heap[0][0] if self._heap else None
+
+    def wait(self, now: float, most: float | None) -> float | None:
+        """Seconds until the next call is due, at most `most`; None where nothing is to be waited for."""
+        if (due := self.due) is None:
             return most
-        left = min(LONGEST, max(0.0, self._heap[0][0] - now))
+        left = min(LONGEST, max(0.0, due - now))
         return left if most is None else min(left, most)
 
     def run(self, now: float) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rollflow import methods
-from rollflow.bench import contenders, figures, intervals, probes, prompt_sets, tables, throughput
+from rollflow.bench import contenders, figures, intervals, ledger_cost, probes, prompt_sets, tables, throughput
 from rollflow.bench.compare import Compare
 from rollflow.bench.contenders import Contender
 from rollflow.bench.overhead import Overhead
@@ -261,12 +261,35 @@ def test_scaling_and_overhead(tmp_path, capsys):
     one, three = json.loads(file.read_text())["rows"]
     assert (one["prompts"], three["prompts"]) == (1, 3)
     assert three["milliseconds_per_nfe"] == pytest.approx(1000 * three["seconds"][0] / 36)
-    Overhead(live=(2, 5), nfe=12, requests=150, json=file)()
+    Overhead(live=(2, 5), nfe=12, requests=150, pairs=2, prompts=1, json=file)()
     report = json.loads(file.read_text())
     assert [row["prompts"] for row in report["rows"]] == [2, 5]
     assert all(row["executed"] >= 12 * row["prompts"] for row in report["rows"])
     assert [point["requests"] for point in report["memory"]] == [100, 150]
-    assert "us/row" in capsys.readouterr().out
+    told, cost = capsys.readouterr().out, report["ledger"]
+    assert "us/row" in told and "the ledger's tables cost" in " ".join(told.split())
+    assert cost["predicted"].keys() == {"microseconds_per_row", "share_of_wall_time", "microseconds_per_range"}
+    assert cost["free model"]["microseconds_per_row"]["count"] == cost["shapes"]["share"]["count"] == 2
+    assert cost["shapes"]["milliseconds_per_row"] > 0 < cost["nvtx"]["share"] and cost["nvtx"]["ranges_per_row"] > 0
+
+
+def test_what_the_ledger_costs_is_measured_in_pairs_of_changing_order():
+    asked = []
+
+    def run(on):
+        asked.append(on)
+        return (3.0 if on else 2.0) + len(asked) / 1000
+
+    pairs = ledger_cost.in_pairs(run, 3)
+    assert asked == [True, False, False, True, True, False]
+    assert pairs == [(3.001, 2.002), (3.004, 2.003), (3.005, 2.006)]
+    assert ledger_cost.in_microseconds(pairs)["microseconds_per_row"]["median"] == pytest.approx(999_000)
+    share = ledger_cost.in_shares([(2.02, 2.0)] * 5 + [(2.2, 2.0)] * 4)
+    assert share["milliseconds_per_row"] == 2000 and share["share"]["median"] == pytest.approx(0.01)
+    assert share["share"]["low"] == pytest.approx(0.01) and share["share"]["high"] == pytest.approx(0.1)
+    cost = {"microseconds_per_row": {"median": 10.0, "low": None, "high": 20.0, "count": 9}}
+    most = ledger_cost.at_most(cost, 5.0)["share_at_most"]
+    assert most == {"median": pytest.approx(0.002), "low": None, "high": pytest.approx(0.004), "count": 9}
 
 
 def test_the_prompt_sets_are_100_different_readable_prompts():

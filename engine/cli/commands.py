@@ -1,4 +1,5 @@
-"""The command line: `rollflow generate | demo | probe | plan | models | rewards | fetch | study | bench`.
+"""The command line: `rollflow generate | demo | probe | plan | models | rewards | fetch | profile | what-if | study |
+bench`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2; a pipeline that
@@ -13,18 +14,18 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 import rollflow
+from rollflow.cli.folders import writable
 from rollflow.cli.options import Method, ModelOptions, SearchOptions, by_default
-from rollflow.errors import LONGEST, BudgetError, RequestError, RollflowError, line, shown
+from rollflow.errors import LONGEST, BudgetError, RequestError, RollflowError, line
 
 if TYPE_CHECKING:
     from rollflow.cli.output import Bar
@@ -77,7 +78,7 @@ class Generate:
         requests = [self.search.request(prompt) for prompt in self.prompts]
         names = output.names(requests)
         files = [f"{name}.{kind}" for name in names for kind in (*kinds, "json")]
-        with _writable(self.out, files):
+        with writable(self.out, files):
             for name, result in zip(names, _run(requests, self.runtime), strict=True):
                 clip = result.pixels.ndim == 4
                 image, record = self.out / f"{name}.{kinds[clip]}", self.out / f"{name}.json"
@@ -128,7 +129,7 @@ class Demo:
         search = SearchOptions(method=self.method, nfe=self.nfe, seed=self.seed)
         requests = [options.request(prompt) for prompt in self.prompts for options in (plain, search)]
         path = self.out / "demo.png"
-        with _writable(self.out, [path.name]):
+        with writable(self.out, [path.name]):
             results = _run(requests, self.runtime)
 
             from rollflow.cli import output
@@ -160,14 +161,18 @@ def commands() -> dict[str, Callable[..., Any]]:
     """The commands by name."""
     from rollflow.bench.study import Study
     from rollflow.cli.catalogue import Models
+    from rollflow.cli.comparing import ProfileDiff
     from rollflow.cli.fetching import Fetch
     from rollflow.cli.judging import Rewards
     from rollflow.cli.memory import Plan
     from rollflow.cli.probe import Probe
+    from rollflow.cli.profiling import Profile
+    from rollflow.cli.what_if import WhatIf
 
     return {
         "generate": Generate, "demo": Demo, "probe": Probe, "plan": Plan, "models": Models, "rewards": Rewards,
-        "fetch": Fetch, "study": Study, "bench": Bench,
+        "fetch": Fetch, "profile": Profile, "profile-diff": ProfileDiff, "what-if": WhatIf, "study": Study,
+        "bench": Bench,
     }  # fmt: skip
 
 
@@ -189,40 +194,6 @@ def _run(requests: list[Request], runtime: ModelOptions) -> list[Result]:
     timed = any(request.nfe is None and request.seconds is not None for request in requests)
     with progress_bar() as bar:
         return _search(requests, runtime.load(), bar, None if timed else sum(budgets))
-
-
-@contextmanager
-def _writable(out: Path, files: Sequence[str]) -> Iterator[None]:
-    """A folder, made where it is not there, to which these files can be written; after an error no empty one is left.
-
-    Raises:
-        RequestError: they cannot be written.
-    """
-    made: list[Path] = []
-    try:
-        made += [folder for folder in (out, *out.parents) if not folder.exists()]
-        _check_writable(out, files)
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # it is not empty, or was never made
-                folder.rmdir()
-        raise
-
-
-def _check_writable(out: Path, files: Sequence[str]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):  # find out now, not after the work
-            pass
-        folders = [file for file in files if (out / file).is_dir()]
-    except (OSError, ValueError) as error:  # a ValueError: of a path that is none
-        reason = line(str(getattr(error, "strerror", None) or error), 100)
-        raise RequestError(
-            f"the folder {shown(str(out))} cannot be made or written to ({reason}): choose another --out"
-        ) from error
-    if folders:
-        raise RequestError(f"{shown(str(out / folders[0]))} is a folder: take it away, or choose another --out")
 
 
 def _without_model(request: Request, steps: int) -> Request:
@@ -280,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"rollflow {rollflow.__version__}")
         return 0
+    if [*arguments[:2]] == ["profile", "diff"]:
+        arguments = ["profile-diff", *arguments[2:]]
     warnings.formatwarning = _warning  # type: ignore[assignment]
     try:
         bench = list(arguments[:1]) == ["bench"]  # whose options are not parsed here

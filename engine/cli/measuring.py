@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rollflow.models import Geometry
 
-SECONDS = 0.3  # that the matrix product is timed for
+SECONDS = 0.3  # that the matrix product is timed for, and a copy
 SIDE = {"cpu": 1024, "cuda": 8192}  # of its matrices
+COPIED = {"cpu": 2**28, "cuda": 2**29}  # bytes of each buffer of the copy: more than most caches hold
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,38 @@ def free_memory(device: torch.device) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
 
 
+Work = Callable[[], Any]
+
+
 @torch.no_grad()
 def costs(model: Any, geometry: Geometry, conditioning: Any, guidance: float) -> tuple[Cost, Cost]:
     """Of an evaluation, with the rows of the network that its guidance takes, and of a decode."""
+    forward, decode = forwards(model, geometry, conditioning, guidance), decodes(model, geometry, model.decode)
+    return _cost(forward, model.device), _cost(decode, model.device)
+
+
+def forwards(model: Any, geometry: Geometry, conditioning: Any, guidance: float) -> Callable[[int], Work]:
+    """An evaluation of so many rows, all of one prompt."""
     generator = torch.Generator().manual_seed(0)
 
-    def forward(rows: int) -> Callable[[], Any]:
+    def forward(rows: int) -> Work:
         x = torch.randn(rows, geometry.token, geometry.channel, generator=generator).to(model.device, model.dtype)
         tau, scale = torch.full((rows,), 0.7, device=model.device), torch.full((rows,), guidance, device=model.device)
         return lambda: model.velocity(x, tau, [conditioning] * rows, scale, geometry)
 
-    def decode(rows: int) -> Callable[[], Any]:
+    return forward
+
+
+def decodes(model: Any, geometry: Geometry, decoder: Callable[[Tensor], Any]) -> Callable[[int], Work]:
+    """A decode of so many rows by a decoder of the model's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def decode(rows: int) -> Work:
         x = torch.randn(rows, geometry.token, geometry.channel, generator=generator).to(model.device)
         z = model.layout.decodable(x, geometry).to(model.dtype)
-        return lambda: model.decode(z)
+        return lambda: decoder(z)
 
-    return _cost(forward, model.device), _cost(decode, model.device)
+    return decode
 
 
 @torch.no_grad()
@@ -99,7 +116,7 @@ def reward_cost(
 
     generator = torch.Generator().manual_seed(0)
 
-    def call(rows: int) -> Callable[[], Any]:
+    def call(rows: int) -> Work:
         images = torch.rand(rows, *pixels, generator=generator).to(device)
         return lambda: reward(images, [prompt] * rows)
 
@@ -126,26 +143,33 @@ def networks_in(thing: Any, depth: int = 7) -> dict[int, nn.Module]:
     return {key: net for one in (*inner, *own, *cells, *bound) for key, net in networks_in(one, depth - 1).items()}
 
 
-def _cost(make: Callable[[int], Callable[[], Any]], device: torch.device) -> Cost:
+def _cost(make: Callable[[int], Work], device: torch.device) -> Cost:
     one, two = make(1), make(2)
     one()  # what is loaded at the first call stays
+    operations = flops(one, device)
+    first, second = _peak(one), _peak(two)
+    slope = max(0, second - first)
+    return Cost(first - slope, slope, operations, min(seconds(one, device) for _ in range(2)))
+
+
+def flops(work: Work, device: torch.device) -> int:
+    """Floating-point operations of what work does: matrix products, convolutions and attention, two for each product of
+    numbers that are added up."""
     # The counter knows the matrix products, and of attention's own kernels those of a GPU.
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with plain, FlopCounterMode(display=False) as counter:
-        one()
-    first, second = _peak(one), _peak(two)
-    slope = max(0, second - first)
-    seconds = min(_seconds(one, device) for _ in range(2))
-    return Cost(first - slope, slope, counter.get_total_flops(), seconds)
+        work()
+    return counter.get_total_flops()
 
 
-def _peak(work: Callable[[], Any]) -> int:
+def _peak(work: Work) -> int:
     with Alive() as alive:
         work()
     return alive.peak
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds(work: Work, device: torch.device) -> float:
+    """How long work takes, on a GPU until that is done with it."""
     _wait(device)
     start = time.perf_counter()
     work()
@@ -162,10 +186,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a product of large square matrices."""
     side = SIDE.get(device.type, 1024)
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _best(lambda: a @ b, device)
+
+
+def copy_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes a second that a copy from one large buffer to another reads and writes."""
+    many = COPIED.get(device.type, COPIED["cpu"]) // dtype.itemsize
+    a, b = (torch.ones(many, device=device, dtype=dtype) for _ in range(2))
+    return 2 * a.nbytes / _best(lambda: b.copy_(a), device)
+
+
+def _best(work: Work, device: torch.device) -> float:
+    """The seconds of the fastest of many runs."""
     best, until = float("inf"), time.perf_counter() + SECONDS
     while best == float("inf") or time.perf_counter() < until:
-        best = min(best, _seconds(lambda: a @ b, device))
-    return 2 * side**3 / best
+        best = min(best, seconds(work, device))
+    return best
 
 
 class Alive(TorchDispatchMode):

@@ -85,10 +85,10 @@ class Plan:
             return found
         own = own_size(self.place.model)
         model: Any = loading.model(pipeline.to(device), own=own)
-        size = self._size(model)
+        size = size_of(model, self.height, self.width, self.frames)
         tell(model, Asked(*size), own)
         geometry = model.geometry(*size)
-        conditioning, rows, guidance = self._conditioning(model, geometry)
+        conditioning, rows, guidance = conditioning_of(model, self.place.model, geometry, self.prompt, self.guidance)
         forward, decode = measuring.costs(model, geometry, conditioning, guidance)
         slots, each = slots_of(None, geometry), 8 * geometry.token * geometry.channel
         lanes = lanes_and_threads(device, None, None)[0]
@@ -122,22 +122,27 @@ class Plan:
         terms = rewards.terms_of(rewards.make(reward_of(self.reward)))
         return {rewards.title(term): measuring.reward_cost(term, shape, self.prompt, device, most) for term in terms}
 
-    def _size(self, model: Any) -> tuple[int | None, ...]:
-        if model.capabilities.frames:
-            return self.height, self.width, self.frames
-        if self.frames is not None:
-            raise RequestError(f"frames={self.frames}: this model makes images; leave it out")
-        return self.height, self.width
 
-    def _conditioning(self, model: Any, geometry: Any) -> tuple[Any, int, float]:
-        """Of the prompt; the rows of the network that an evaluation takes with it; and the guidance scale."""
-        from rollflow.models import traits
+def size_of(model: Any, height: int | None, width: int | None, frames: int | None) -> tuple[int | None, ...]:
+    """The size that is asked of a model, as its `geometry` takes it; raises `RequestError` for frames of images."""
+    if model.capabilities.frames:
+        return height, width, frames
+    if frames is not None:
+        raise RequestError(f"frames={frames}: this model makes images; leave it out")
+    return height, width
 
-        able, known = model.capabilities, traits(self.place.model).guidance
-        (conditioning,) = model.encode([self.prompt], geometry) if able.sized_text else model.encode([self.prompt])
-        usual = able.guidance if known is None else known
-        guidance = usual if self.guidance is None else self.guidance
-        if not able.companies:
-            return conditioning, 1, guidance
-        conditioning = model.for_request(conditioning, guidance)
-        return conditioning, model.network_rows(conditioning), guidance
+
+def conditioning_of(
+    model: Any, name: str, geometry: Any, prompt: str, guidance: float | None
+) -> tuple[Any, int, float]:  # fmt: skip
+    """Of a prompt; the rows of the network that an evaluation takes with it; and the guidance scale."""
+    from rollflow.models import traits
+
+    able, known = model.capabilities, traits(name).guidance
+    (conditioning,) = model.encode([prompt], geometry) if able.sized_text else model.encode([prompt])
+    usual = able.guidance if known is None else known
+    guidance = usual if guidance is None else guidance
+    if not able.companies:
+        return conditioning, 1, guidance
+    conditioning = model.for_request(conditioning, guidance)
+    return conditioning, model.network_rows(conditioning), guidance

@@ -6,6 +6,7 @@ prompt or image harms no other.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -240,12 +241,12 @@ class Judge:
     @contextmanager
     def timed(self, call: Timed, images: int) -> Iterator[None]:
         """Writes down what a call of a reward takes."""
-        start, failed = self._ledger.clock(), True
+        start, cpu, failed = self._ledger.clock(), time.thread_time(), True
         try:
             yield
             failed = False
         finally:
-            self._ledger.call(rewards.title(call.reward), images, start, failed)
+            self._ledger.call(rewards.title(call.reward), images, start, time.thread_time() - cpu, failed)
         self._cost(call.reward).add(images, self._ledger.clock() - start)
 
     def _cost(self, reward: Reward) -> Spent:

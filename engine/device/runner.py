@@ -84,6 +84,11 @@ class Runner:
             self._finish[geometry] = Finish(self.model, geometry)
             self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
 
+    @property
+    def geometries(self) -> list[Geometry]:
+        """Those that have storage."""
+        return [*self._storage]
+
     def storage(self, geometry: Geometry) -> Storage:
         """Where the particles of a geometry are."""
         return self._storage[geometry]
@@ -160,6 +165,7 @@ class Runner:
         """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
         brief = rows[0].brief
         number = self.ledger.rows(rows, self.bucket(len(rows), brief.geometry), brief.network_rows)
+        report = partial(self._told, number, report)
         if rows[0].kind == "guided":
             report = guided.Answers(rows, report, attempt)
         self.threads.post(self._attempts.run, partial(self._run, number, attempt), rows, report)
@@ -167,11 +173,19 @@ class Runner:
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images of searches of one geometry; reports a free lane once, and every search once."""
         number = self.ledger.images(shows)
-        self.threads.post(self._attempts.run, partial(self._run_images, number), shows, report)
+        run, report = partial(self._run_images, number), partial(self._told, number, report)
+        self.threads.post(self._attempts.run, run, shows, report)
 
     def submit_work(self, work: Callable[[], Any], then: Callable, report: Report, kind: str = "other") -> None:
         """Does something else on a lane, of a kind that the ledger knows; reports a free lane and a `Done`."""
-        self.threads.post(self._do, self.ledger.chore(kind), kind, work, then, report)
+        number = self.ledger.chore(kind)
+        self.threads.post(self._do, number, kind, work, then, partial(self._told, number, report))
+
+    def _told(self, number: int | None, report: Report, event: Event) -> None:
+        """Reports what came of a batch, whose lane is free in the ledger from the moment that the loop is told so."""
+        if isinstance(event, Free):
+            self.ledger.freed(number)
+        report(event)
 
     def peek(self, candidate: Candidate, brief: Brief) -> Tensor:
         """A particle as an 8-bit image [3, height, width], or clip; on a lane."""
@@ -185,10 +199,9 @@ class Runner:
 
     def _run(self, number: int | None, attempt: int, rows: Sequence[Row], report: Report) -> After | None:
         """Evaluates rows, which are those of a batch of the ledger; returns what is to be done last."""
-        with self.ledger.batch(number) as visit:
+        with self.ledger.batch(number):
             after = self._run_rows(rows, report, attempt)
-            visit.goes_on = after is not None
-        return None if after is None else partial(self._for_batch, number, after)
+        return None if after is None else partial(_for_batch, number, after)
 
     def _run_rows(self, rows: Sequence[Row], report: Report, attempt: int) -> After | None:
         """Evaluates rows; returns what is to be done last, which frees the lane."""
@@ -289,10 +302,8 @@ class Runner:
 
     def _run_images(self, number: int | None, shows: Sequence[Show], report: Report) -> After:
         """Makes images, which are a batch of the ledger; returns what is to be done last."""
-        with self.ledger.batch(number) as visit:
-            after = self._run_shows(shows, report)
-            visit.goes_on = True
-        return partial(self._for_batch, number, after)
+        with self.ledger.batch(number):
+            return partial(_for_batch, number, self._run_shows(shows, report))
 
     @torch.no_grad()
     def _run_shows(self, shows: Sequence[Show], report: Report) -> After:
@@ -324,16 +335,6 @@ class Runner:
         with self._beside():
             return torch.cat(decoded)
 
-    def _for_batch(self, number: int | None, after: After, free: Callable[[], None]) -> None:
-        """Does what is to be done last of a batch."""
-
-        def freed() -> None:
-            self.ledger.freed(number)
-            free()
-
-        with working_for(number):
-            after(freed)
-
     def _do(self, number: int | None, kind: str, work: Callable[[], Any], then: Callable, report: Report) -> None:
         with self.ledger.batch(number, "encode_prompt" if kind == "encode" else "tick"):
             try:
@@ -354,6 +355,12 @@ class Runner:
 
     def _device(self, value: Tensor) -> Tensor:
         return value if self._side is None else value.pin_memory().to(self.model.device, non_blocking=True)
+
+
+def _for_batch(number: int | None, after: After, free: Callable[[], None]) -> None:
+    """Does what is to be done last of a batch of the ledger."""
+    with working_for(number):
+        after(free)
 
 
 def _landed(rows: Sequence[Row], scores: list[list[Score]]) -> Event:

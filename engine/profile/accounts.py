@@ -6,16 +6,17 @@ requests cost adds up to what the engine did, chores (encodings, measurements) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rollflow.profile.records import CHORES, DEVICE_STAGES, KINDS, LANE_STAGES, STAGES, STATES, WORK
+from rollflow.profile.records import CALL, CHORES, DEVICE_STAGES, KINDS, LANE_STAGES, STAGES, STATES, WORK
 
 SPENT = ("committed", "guided", "finish", "speculative", "padding")  # what an NFE was for
 PARTS = (*STAGES, "host")  # what a batch's seconds went to
+SEEN = ("decode", "reward")  # parts that only rows with images have
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,21 @@ class Cost:
     """What one request cost.
 
     Attributes:
-        nfe: function evaluations that ran for it, by what they were for: "committed", "guided" and "finish" are those of
-            its history, "speculative" ran ahead and were not needed, "padding" is its share of that; they add up to
-            `Result.executed_nfe`.
+        nfe: function evaluations that ran for it, by what they were for: "committed", "guided" and "finish" are those
+            of its history, "speculative" ran ahead and were not needed, or were not when it ended, "padding" is its
+            share of that; they add up to `Result.executed_nfe`.
         seconds: of its share of each batch, by stage: of a lane (propose, forward, finish, backward, decode, host), of
-            the threads that judge (reward) and of the engine's loop (decide). On CUDA forward, backward, decode and reward are
-            the device's time, others the host's.
+            the threads that judge (reward) and of the engine's loop (decide). On CUDA forward, backward, decode and
+            reward are the device's time, others the host's.
         batches: its share of each batch, by the batch's number in the ledger.
+        lane_seconds: of those seconds, those of lanes, which occupy the device; rewards of guided rows, which are
+            called on a lane, are among them.
     """
 
     nfe: Mapping[str, int]
     seconds: Mapping[str, float]
     batches: Mapping[int, float]
-
-    @property
-    def lane_seconds(self) -> float:
-        """Seconds of lanes: what occupied the device."""
-        return sum(self.seconds[part] for part in (*LANE_STAGES, "host"))
+    lane_seconds: float
 
     def usd(self, per_hour: float) -> float:
         """What its share of a lane's time costs where the device, all lanes together, costs so much an hour.
@@ -67,9 +66,17 @@ def nfe_by_kind(rows: np.ndarray) -> dict[str, int]:
 
 
 def seconds_of(batches: np.ndarray, part: str) -> np.ndarray:
-    """Seconds of a stage, or of the lane's own ("host"), in each batch: on CUDA the device's where it was timed."""
+    """Seconds of a stage, or of the lane's own ("host"), in each batch: on CUDA the device's where it was timed.
+
+    What a lane's stages take on CUDA beyond their launches is then no longer the lane's own.
+    """
     if part == "host":
-        return np.nan_to_num(batches["host"])
+        found = np.nan_to_num(batches["host"])
+        guided = batches["work"] == WORK.index("guided")
+        for stage in DEVICE_STAGES:
+            beyond = seconds_of(batches, stage) - batches[f"{stage}_seconds"]
+            found = found - (beyond if stage in LANE_STAGES else np.where(guided, beyond, 0.0))
+        return np.maximum(found, 0.0)
     host = batches[f"{part}_seconds"]
     if part not in DEVICE_STAGES:
         return host
@@ -88,81 +95,102 @@ def is_chore(batches: np.ndarray) -> np.ndarray:
 
 
 def costs(
-    rows: np.ndarray, batches: np.ndarray, calls: np.ndarray, terms: Mapping[int, Any] | None = None
+    rows: np.ndarray,
+    batches: np.ndarray,
+    calls: np.ndarray,
+    specs: Mapping[int, Mapping[str, Any]] | None = None,
+    only: Sequence[int] | None = None,
 ) -> dict[int, Cost]:
     """What each request cost.
 
     Args:
-        rows, batches, calls: the ledger's tables; batches that are not among them cost nothing here.
-        terms: by request, the titles of the terms that its particles are judged by: calls of a reward are shared among
-            those who asked for it. Requests that are not named share all of their batches' calls.
+        rows, batches, calls: the ledger's tables; batches that are not among them cost nothing here. Where more than
+            one reward is called, the rows of a batch are to be all there.
+        specs: by request, the titles of the "terms" that its images are judged by, and of those of a "held_out" judge
+            or None: a call of a reward is shared by those of a batch who asked for it. Requests that are not named
+            asked for all.
+        only: the requests that are wanted; by default all.
     """
-    terms = terms or {}
     requests, whose = np.unique(rows["request"], return_inverse=True)
-    places = {int(number): place for place, number in enumerate(batches["batch"])}
-    at = np.array([places.get(int(number), -1) for number in rows["batch"]], dtype=np.int64)
+    columns = len(SPENT) + 1
+    spent = np.bincount(whose * columns + purpose(rows), weights=rows["nfe"], minlength=len(requests) * columns)
+    at = _places(rows["batch"], batches["batch"])
     known = at >= 0
-    seconds = np.zeros((len(requests), len(PARTS)))
-    size = np.bincount(at[known], minlength=len(batches)).astype(float)  # entries
-    scored = known & rows["scored"]
-    judged = np.bincount(at[scored], minlength=len(batches)).astype(float)
-    for part, name in enumerate(PARTS):
-        mask, number = (scored, judged) if name in ("decode", "reward") else (known, size)
-        each = seconds_of(batches, name) / np.maximum(number, 1)
-        if name == "reward" and len({*map(str, calls["reward"])}) > 1:
-            own = _reward_seconds(rows, at, scored, batches, calls, terms, requests[whose])
-            seconds[:, part] = np.bincount(whose, weights=own, minlength=len(requests))
-            continue
-        none = number == 0  # nobody's rows were judged in it, and yet it took time: everybody's
-        if name in ("decode", "reward") and (none & (each > 0)).any():
-            shared = known & none[np.maximum(at, 0)]
-            rest = seconds_of(batches, name) / np.maximum(size, 1)
-            seconds[:, part] += np.bincount(whose[shared], weights=rest[at[shared]], minlength=len(requests))
-        seconds[:, part] += np.bincount(whose[mask], weights=each[at[mask]], minlength=len(requests))
-    spent = np.zeros((len(requests), len(SPENT) + 1))
-    np.add.at(spent, (whose, purpose(rows)), rows["nfe"])
-    shares: list[dict[int, float]] = [{} for _ in requests]
-    pairs, counts = np.unique(np.stack([whose[known], at[known]]), axis=1, return_counts=True)
-    for (request, place), count in zip(pairs.T, counts, strict=True):
-        shares[request][int(batches["batch"][place])] = float(count / size[place])
-    return {
-        int(number): Cost(
-            {name: int(spent[i, j]) for j, name in enumerate(SPENT)},
-            {name: float(seconds[i, j]) for j, name in enumerate(PARTS)},
-            shares[i],
+    at, owner, scored = at[known], whose[known], rows["scored"][known]
+    judged, share = batches["judged"][at], 1.0 / np.maximum(batches["bucket"], 1)[at]
+    view = np.where(judged > 0, scored / np.maximum(judged, 1), share)  # nobody was judged, and yet it took time: all
+    each = {part: seconds_of(batches, part)[at] * (view if part in SEEN else share) for part in PARTS}
+    if len(np.unique(calls["reward"])) > 1:
+        each["reward"] = _of_rewards(rows[known], at, scored | (judged == 0), batches, calls, specs or {})
+    guided = (batches["work"] == WORK.index("guided"))[at]
+    each["lane"] = sum((each[part] for part in (*LANE_STAGES, "host")), np.where(guided, each["reward"], 0.0))
+    seconds = np.stack([np.bincount(owner, weights=own, minlength=len(requests)) for own in each.values()], 1)
+    order, found = np.argsort(owner, kind="stable"), dict[int, Cost]()
+    ends = np.searchsorted(owner[order], np.arange(len(requests) + 1))
+    for place in range(len(requests)) if only is None else np.flatnonzero(np.isin(requests, only)).tolist():
+        places, entries = np.unique(at[order[ends[place] : ends[place + 1]]], return_counts=True)
+        shares = entries / batches["bucket"][places]
+        found[int(requests[place])] = Cost(
+            {name: int(spent[place * columns + i]) for i, name in enumerate(SPENT)},
+            dict(zip(PARTS, seconds[place, :-1].tolist(), strict=True)),
+            dict(zip(batches["batch"][places].tolist(), shares.tolist(), strict=True)),
+            float(seconds[place, -1]),
         )
-        for i, number in enumerate(requests)
-    }
+    return found
 
 
-def _reward_seconds(
-    rows: np.ndarray, at: np.ndarray, scored: np.ndarray, batches: np.ndarray, calls: np.ndarray,
-    terms: Mapping[int, Any], owner: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Seconds of rewards of each row: those of a batch in proportion to its calls, each shared by those who asked."""
-    own = np.zeros(len(rows))
-    members: dict[int, np.ndarray] = {}
-    order = np.argsort(at, kind="stable")
-    bounds = np.searchsorted(at[order], np.arange(len(batches) + 1))
-    for place in np.unique(at[at >= 0]):
-        inside = order[bounds[place] : bounds[place + 1]]
-        chosen = inside[scored[inside]]
-        members[int(batches["batch"][place])] = chosen if len(chosen) else inside
-    total = dict(zip(batches["batch"].tolist(), seconds_of(batches, "reward").tolist(), strict=True))
-    called: dict[int, float] = {}
-    for call in calls:
-        number = int(call["batch"])
-        called[number] = called.get(number, 0.0) + float(call["ended"] - call["started"])
-    asked = {request: set(names) for request, names in terms.items()}
-    for call in calls:
-        inside = members.get(int(call["batch"]), np.zeros(0, np.int64))
-        if not len(inside):
-            continue
-        name, number = str(call["reward"]), int(call["batch"])
-        wanted = [i for i in inside if name in asked.get(int(owner[i]), {name})] or [*inside]
-        share = float(call["ended"] - call["started"]) / called[number] if called[number] else 0.0
-        own[wanted] += total[number] * share / len(wanted)
-    return own
+def _places(numbers: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Where each of `numbers` is in `among`; -1 where it is not."""
+    order = np.argsort(among, kind="stable")
+    found = np.append(order, -1)[np.searchsorted(among, numbers, sorter=order)]
+    return np.where(np.append(among, -1)[found] == numbers, found, -1)
+
+
+def _of_rewards(
+    rows: np.ndarray,
+    at: np.ndarray,
+    viewers: np.ndarray,
+    batches: np.ndarray,
+    calls: np.ndarray,
+    specs: Mapping[int, Mapping[str, Any]],
+) -> np.ndarray:
+    """Each row's part of the seconds of rewards: a batch's go to its calls as they took, and each to who asked.
+
+    Args:
+        rows: all of their batches.
+        at: where their batches are.
+        viewers: which of them have images that are judged.
+        batches, calls, specs: see `costs`.
+    """
+    seconds, found = seconds_of(batches, "reward"), np.zeros(len(rows))
+    place, took = _places(calls["batch"], batches["batch"]), calls["ended"] - calls["started"]
+    requests, whose = np.unique(rows["request"], return_inverse=True)
+    known = [specs.get(int(number)) for number in requests]
+    here = place >= 0
+    total = np.bincount(place[here], weights=took[here], minlength=len(batches))
+    rest = seconds / np.where(total > 0, total, 1.0)
+    for title in np.unique(calls["reward"][here]):
+        own = here & (calls["reward"] == title)
+        terms, held_out = (
+            np.array([spec is None or title in _titles(spec.get(kind)) for spec in known], bool)[whose]
+            for kind in ("terms", "held_out")
+        )
+        asked = viewers & (terms | (held_out & (rows["kind"] == KINDS.index("image"))))
+        asked |= viewers & ~np.isin(at, at[asked])  # nobody is known to have asked
+        found += _shared(rest * np.bincount(place[own], weights=took[own], minlength=len(batches)), at, asked)
+    return found + _shared(np.where(total > 0, 0.0, seconds), at, viewers)
+
+
+def _shared(seconds: np.ndarray, at: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Each row's part of the seconds of its batch, which its members share."""
+    count, found = np.bincount(at[members], minlength=len(seconds)), np.zeros(len(at))
+    found[members] = (seconds / np.maximum(count, 1))[at[members]]
+    return found
+
+
+def _titles(given: Sequence[str] | None) -> set[str]:
+    """Titles of rewards, as the table of calls has them."""
+    return {title[: CALL["reward"].itemsize // 4] for title in given or ()}
 
 
 @dataclass(frozen=True)
@@ -182,24 +210,25 @@ class Lane:
 def lanes(batches: np.ndarray, begin: float, end: float) -> list[Lane]:
     """What each lane did from `begin` to `end`, seconds of the ledger's clock; batches are counted whole.
 
-    Idle is what lies between batches, by their starts and ends; the rest is measured inside of them.
+    Idle is what lies between batches, by their starts and ends; the rest is measured inside of them. Batches that are
+    not over are counted until `end`.
     """
     found = []
-    for lane in np.unique(batches["lane"][batches["lane"] >= 0]):
-        own = np.sort(batches[(batches["lane"] == lane) & ~np.isnan(batches["ended"])], order="started")
-        own = own[(own["ended"] > begin) & (own["started"] < end)]
-        if not len(own):
-            continue
-        chore = is_chore(own)
-        edges = np.concatenate([[begin], own["ended"]]), np.concatenate([own["started"], [end]])
-        stages = {stage: float(own[f"{stage}_seconds"][~chore].sum()) for stage in LANE_STAGES}
-        guided = own["work"] == WORK.index("guided")
-        stages["reward"] = float(own["reward_seconds"][guided].sum())
-        stages["host"] = float(own["host"][~chore].sum())
-        chores = {
-            kind: float((own["ended"] - own["started"])[own["work"] == WORK.index(kind)].sum()) for kind in CHORES
-        }
-        idle = float(np.maximum(0.0, edges[1] - edges[0]).sum())
+    batches = batches[(batches["lane"] >= 0) & ~(batches["ended"] <= begin) & (batches["started"] < end)]
+    for lane in np.unique(batches["lane"]):
+        own = batches[batches["lane"] == lane]
+        own = own[np.argsort(own["started"])]
+        running = np.isnan(own["ended"])
+        own["ended"] = np.where(running, end, own["ended"])
+        took = own["ended"] - own["started"]
+        own["host"] = np.where(running, took - sum(own[f"{stage}_seconds"] for stage in LANE_STAGES), own["host"])
+        work = own[~is_chore(own)]
+        stages = {stage: float(seconds_of(work, stage).sum()) for stage in LANE_STAGES}
+        stages["reward"] = float(seconds_of(work[work["work"] == WORK.index("guided")], "reward").sum())
+        stages["host"] = float(seconds_of(work, "host").sum())
+        chores = {kind: float(took[own["work"] == WORK.index(kind)].sum()) for kind in CHORES}
+        free, taken = np.append(begin, own["ended"]), np.append(own["started"], end)
+        idle = float(np.maximum(0.0, taken - free).sum())
         found.append(Lane(int(lane), end - begin, stages, {k: v for k, v in chores.items() if v}, idle))
     return found
 
@@ -230,3 +259,12 @@ def intervals(batches: np.ndarray, stage: str) -> np.ndarray:
     start = batches[f"{stage}_device_started"]
     device = np.stack([start, start + batches[f"{stage}_device_seconds"]], 1)
     return np.where(np.isnan(device), host, device)
+
+
+def done(batches: np.ndarray) -> np.ndarray:
+    """When a lane was done with each batch: the device too."""
+    found = batches["ended"].copy()
+    for stage in LANE_STAGES:
+        if stage in DEVICE_STAGES:
+            found = np.fmax(found, batches[f"{stage}_device_started"] + batches[f"{stage}_device_seconds"])
+    return np.where(np.isnan(batches["ended"]), np.nan, found)

@@ -57,11 +57,17 @@ class DeviceTimes:
             self._waiting.popleft()
 
     def past(self, wait: bool = False) -> Iterator[Timed]:
-        """The spans that the device is done with, oldest first; with `wait` all of them."""
-        while self._waiting and (wait or self._waiting[0][2].query()):
-            of, start, end = self._waiting.popleft()
+        """The spans that the device is done with, in the order in which they ended on the host; with `wait` all.
+
+        Streams do not wait for one another: a span may be over before one that came earlier.
+        """
+        for _ in range(len(self._waiting)):
+            of, start, end = pair = self._waiting.popleft()
             if wait:
                 end.synchronize()
+            elif not end.query():
+                self._waiting.append(pair)
+                continue
             assert self._base is not None, "there was a mark"
             base, when = self._base
             started = when + base.elapsed_time(start) / 1000

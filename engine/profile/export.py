@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from rollflow.errors import RequestError, shown
+from rollflow.errors import RequestError, said, shown
 from rollflow.profile.records import NAMES, TABLES
 
 SUFFIXES = (".parquet", ".csv", ".json")
 
 
 def columns(table: np.ndarray) -> dict[str, np.ndarray]:
-    """A table by column, with words where it has numbers that stand for them."""
+    """A table by column, with words where it has numbers that stand for them.
+
+    Raises:
+        RequestError: it is none of the ledger's tables.
+    """
     names = NAMES[_which(table)]
     found = {}
     for name in table.dtype.names or ():
@@ -31,7 +35,11 @@ def columns(table: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _which(table: np.ndarray) -> str:
-    return next(name for name, kind in TABLES.items() if kind == table.dtype)
+    if (found := next((name for name, kind in TABLES.items() if kind == table.dtype), None)) is None:
+        raise RequestError(
+            f"a table of {shown(table.dtype)}: give one of the ledger's ({', '.join(TABLES)}), or some of its entries"
+        )
+    return found
 
 
 def to_pandas(table: np.ndarray) -> Any:
@@ -83,16 +91,24 @@ def load(path: str | Path, which: str) -> np.ndarray:
     arrow, kind = _arrow(), TABLES[which]
     try:
         read = arrow.parquet.read_table(path)
-    except (OSError, arrow.ArrowInvalid) as error:
-        raise RequestError(f"{shown(str(path))} cannot be read as a table of {which} ({error})") from error
-    missing = [name for name in kind.names or () if name not in read.column_names]
-    if missing:
-        raise RequestError(f"{shown(str(path))} is no table of {which}: the column {missing[0]} is missing")
+    except (OSError, arrow.ArrowException) as error:
+        raise RequestError(
+            f"{shown(str(path))} cannot be read as a table of {which} ({said(error)}): record it again"
+        ) from error
     table = np.zeros(len(read), kind)
     for name in kind.names or ():
-        column = read[name].to_numpy(zero_copy_only=False)
-        if (words := NAMES[which].get(name)) is not None:
-            column = np.array([words.index(word) for word in column], dtype=np.uint8)
+        if name not in read.column_names:
+            raise RequestError(f"{shown(str(path))} is no table of {which}: it has no column {name}; record it again")
+        column, words = read[name].to_numpy(zero_copy_only=False), NAMES[which].get(name)
+        if words is not None and {*column} <= {*words}:
+            column = np.array([words.index(word) for word in column], kind[name])
+        elif kind[name].kind == "U" and all(isinstance(text, str) for text in column):
+            column = column.astype(kind[name])
+        if column.dtype != kind[name]:
+            raise RequestError(
+                f"{shown(str(path))} is no table of {which}: its column {name} holds {read[name].type}, or other words "
+                "than a ledger's; record it again"
+            )
         table[name] = column
     return table
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rollflow.errors import RequestError, shown
+from rollflow.errors import RequestError, said, shown
 from rollflow.profile import export
 from rollflow.profile.accounts import Cost, Lane, costs, lanes
 from rollflow.profile.records import TABLES
@@ -31,12 +31,13 @@ class Recording:
     """What ran between two times.
 
     Attributes:
-        rows, batches, calls, requests: the ledger's tables; see `rollflow.profile.records`.
+        rows, batches, calls, requests: the ledger's entries that were written then, see `rollflow.profile.records`. A
+            request that came before has rows and a spec, but no entry of its own.
         about: what it was recorded on, as JSON holds it: "begin" and "end" (seconds of the ledger's clock) and
-            "began" (of the epoch, when that was "begin"); "model", "device", "dtype", "machine", "versions"; the engine's
-            "lanes", "threads", "cores", "parallel", "preview", "slots" and "traits"; "sizes", for each image size its
-            geometry, slots and the measured seconds of a batch by bucket; "specs", by request what was asked, see
-            `rollflow.specs`; "forgotten", how many entries of each table were lost.
+            "began" (of the epoch, when that was "begin"); "model", "adapter", "device", "dtype", "machine", "cores" and
+            "versions"; of the engine "lanes", "threads", "parallel", "preview", "buckets" and "traits"; "sizes", for
+            each image size its geometry, slots and the measured seconds of a batch by bucket; "specs", by request what
+            was asked, see `rollflow.specs`; "forgotten", how many entries of each table were lost.
     """
 
     rows: np.ndarray
@@ -68,8 +69,7 @@ class Recording:
     @cached_property
     def costs(self) -> dict[int, Cost]:
         """What each request cost."""
-        terms = {number: spec["terms"] for number, spec in self.specs.items()}
-        return costs(self.rows, self.batches, self.calls, terms)
+        return costs(self.rows, self.batches, self.calls, self.specs)
 
     @cached_property
     def lanes(self) -> list[Lane]:
@@ -100,10 +100,11 @@ class Recording:
         folder = Path(folder)
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RequestError(
-                f"{shown(str(folder))} holds no recording ({error}): give a folder that `rollflow profile --out` wrote"
+                f"{shown(str(folder))} holds no recording ({said(error)}): give a folder that `rollflow profile` wrote"
             ) from error
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise RequestError(f"{shown(str(folder / ABOUT))} is of another format than {FORMAT}: record it again")
+        del about["format"]
         return cls(**{name: export.load(folder / FILES[name], name) for name in TABLES}, about=about)

@@ -38,7 +38,7 @@ ROW = np.dtype(
         ("ahead", "?"),  # whether it ran before it was known to be needed
         ("scored", "?"),  # whether it is decoded and judged
         ("state", "u1"),  # of STATES
-        ("reward", "f4"),  # NaN where it was not judged
+        ("reward", "f8"),  # NaN where it was not judged
     ]
 )
 BATCH = np.dtype(
@@ -51,6 +51,7 @@ BATCH = np.dtype(
         ("frames", "i4"),  # 0 of images
         ("rows", "i4"),  # or images
         ("bucket", "i4"),  # rows, padding included
+        ("judged", "i4"),  # rows that are decoded and judged
         ("network_rows", "i4"),
         ("chosen", "f8"),  # when the scheduler began to choose it; seconds of the ledger's clock, as all of these
         ("submitted", "f8"),
@@ -68,12 +69,13 @@ BATCH = np.dtype(
 CALL = np.dtype(
     [
         ("batch", "i8"),
-        ("reward", "U48"),  # one term's title
+        ("reward", "U64"),  # one term's title
         ("images", "i4"),
         ("thread", "i2"),  # which of the threads that judge
         ("failed", "?"),
         ("started", "f8"),
         ("ended", "f8"),
+        ("cpu", "f8"),  # seconds of a core that its thread used; next to nothing where it waits for something
     ]
 )
 REQUEST = np.dtype(
@@ -83,7 +85,7 @@ REQUEST = np.dtype(
         ("method", "U24"),
         ("reward", "U64"),
         ("nfe", "i4"),  # the budget
-        ("priority", "i4"),
+        ("priority", "i8"),
         ("height", "i4"),
         ("width", "i4"),
         ("frames", "i4"),
@@ -95,14 +97,14 @@ REQUEST = np.dtype(
         ("ended", "f8"),  # when its fate was told
         ("committed", "i8"),
         ("executed", "i8"),
-        ("score", "f4"),  # the reward of its image
-        ("held_out", "f4"),
+        ("score", "f8"),  # the reward of its image
+        ("held_out", "f8"),
     ]
 )
 TABLES = {"rows": ROW, "batches": BATCH, "calls": CALL, "requests": REQUEST}
-CAPACITY = {"rows": 2**18, "batches": 2**15, "calls": 2**15, "requests": 2**13}  # 10, 14, 7 and 7 MiB when full
+CAPACITY = {"rows": 2**18, "batches": 2**15, "calls": 2**15, "requests": 2**13}  # 11, 10, 9 and 6 MiB when full
 FRESH = {"f": np.nan, "i": -1, "u": 0, "b": False, "U": ""}  # what a field holds before it is written, by its kind
-NAMES = {  # what the numbers of a field stand for, by the table
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {  # what the numbers of a field stand for, by the table
     "rows": {"kind": KINDS, "state": STATES},
     "batches": {"work": WORK},
     "calls": {},
@@ -116,6 +118,11 @@ class Ring:
     Args:
         kind: of an entry.
         capacity: how many are kept.
+
+    Attributes:
+        fresh: what an entry holds before it is written.
+        columns: by field the values of all entries, to be read or written in place, see `place`.
+        count: how many entries were added.
     """
 
     def __init__(self, kind: np.dtype, capacity: int):
@@ -123,7 +130,14 @@ class Ring:
         self.fresh = np.zeros((), kind)
         for name in kind.names or ():
             self.fresh[name] = FRESH[kind[name].kind]
+        self.columns: dict[str, np.ndarray] = {name: self._array[name] for name in kind.names or ()}
         self.capacity, self.count = capacity, 0
+
+    def new(self) -> int:
+        """Adds an entry that is to be written; returns its serial number."""
+        self._array[self.count % self.capacity] = self.fresh
+        self.count += 1
+        return self.count - 1
 
     def add(self, entries: np.ndarray) -> int:
         """Takes new entries in; returns the serial number of the first. Of more than it holds, the last are kept."""
@@ -143,12 +157,8 @@ class Ring:
         return None if place is None else self._array[place]
 
     def place(self, serial: int) -> int | None:
-        """Where an entry lies in `column`; None where it is no longer kept."""
+        """Where an entry lies in `columns`; None where it is no longer kept."""
         return serial % self.capacity if max(0, self.count - self.capacity) <= serial < self.count else None
-
-    def column(self, name: str) -> np.ndarray:
-        """A field of all entries, to be read or written in place."""
-        return self._array[name]
 
     @property
     def dropped(self) -> int:
@@ -157,9 +167,21 @@ class Ring:
 
     def copy(self, first: int = 0) -> np.ndarray:
         """The entries that are kept, oldest first, from serial number `first` on."""
+        return np.concatenate([self._array[part] for _, part in self._parts(first)])
+
+    def take(self, serials: np.ndarray) -> np.ndarray:
+        """Entries that are kept, by serial number."""
+        return self._array[serials % self.capacity]
+
+    def find(self, name: str, value: Any, first: int = 0) -> np.ndarray:
+        """The serial numbers of the entries, from `first` on, whose field is `value`; ascending."""
+        column, parts = self.columns[name], self._parts(first)
+        return np.concatenate([serial + np.flatnonzero(column[part] == value) for serial, part in parts])
+
+    def _parts(self, first: int) -> list[tuple[int, slice]]:
+        """Where the entries from `first` on lie: serial numbers and places of at most two stretches."""
         first = max(first, self.dropped)
         start, many = first % self.capacity, max(0, self.count - first)
         fits = min(many, self.capacity - start)
-        if fits == many:
-            return self._array[start : start + many].copy()
-        return np.concatenate([self._array[start:], self._array[: many - fits]])
+        parts = [(first, slice(start, start + fits))]
+        return parts if fits == many else [*parts, (first + fits, slice(0, many - fits))]

@@ -79,7 +79,8 @@ class Particle:
     """
 
     __slots__ = (
-        "__weakref__", "arrival", "index", "kept", "moved", "number", "parent", "reward", "slot", "step", "terms", "value",
+        "__weakref__", "arrival", "index", "kept", "moved", "number", "parent", "reward", "slot", "step", "terms",
+        "value",
     )  # fmt: skip
 
     def __init__(self, step: int, arrival: Step, slot: Slot, moved: bool = False, number: int = -1):
