@@ -101,18 +101,19 @@ def ranges(engine: Engine, seconds_per_row: float) -> dict[str, float]:
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """Two sentences about what was measured."""
+    """What was measured, in sentences."""
 
     def between(value: Mapping[str, Any], scale: float, unit: str) -> str:
         ends = ["?" if value[end] is None else f"{scale * value[end]:.2f}" for end in ("low", "high")]
         return f"{scale * value['median']:.2f} {unit} (median of {value['count']} pairs, 95 %: {' to '.join(ends)})"
 
-    free, shapes, nvtx = found["free model"]["microseconds_per_row"], found["shapes"], found["nvtx"]
+    shapes, nvtx = found["shapes"], found["nvtx"]
+    free = between(found["free model"]["microseconds_per_row"], 1, "us of the processor a row")
+    wall, most = (between(shapes[name], 100, "%") for name in ("share", "share_at_most"))
     each, share = nvtx["microseconds_per_range"], 100 * nvtx["share"]
     return (
-        f"the ledger's tables cost {between(free, 1, 'us of the processor a row')} with the free model, and "
-        f"{between(shapes['share'], 100, '% of the wall time')} with shapes, where a row takes "
-        f"{shapes['milliseconds_per_row']:.2f} ms and that processor time is {between(shapes['share_at_most'], 100, '%')}. "
-        f"NVTX ranges without a profiler: {each:.2f} us each, "
-        f"{nvtx['ranges_per_row']:.1f} a row, {share:.3f} % of the wall time with shapes"
+        f"the ledger's tables cost {free}. A row of shapes takes {shapes['milliseconds_per_row']:.2f} ms: with the "
+        f"tables its wall time changes by {wall}, and their processor time is {most} of it. "
+        f"NVTX ranges without a profiler: {each:.2f} us each, {nvtx['ranges_per_row']:.1f} a row, {share:.3f} % of the "
+        "wall time of shapes"
     )

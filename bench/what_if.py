@@ -2,7 +2,7 @@
 
 A run is recorded; of its recording it is predicted how long another run takes, with something changed: budget, number
 of requests, arrivals, batch sizes, lanes, method, or the speed of forward, decoder or reward, which are really made
-slower by doing their work several times. Then the other run takes place. Both alternate, and what counts is the median
+slower by doing their work again. Then the other run takes place. Both alternate, and what counts is the median
 of the predictions against the median of what they are predictions of.
 """
 
@@ -49,7 +49,8 @@ class Variant:
     """How a run differs from the plain one.
 
     Attributes:
-        forward, decode, reward: how often each does its work.
+        forward, decode: how often each does its work.
+        reward: how many times as long as it takes the reward takes.
         lanes: of the engine.
         largest: the largest batch.
     """
@@ -95,8 +96,8 @@ SETTINGS = (
 )
 
 
-class Repeated(rewards.Reward):
-    """A reward that judges several times."""
+class Slower(rewards.Reward):
+    """A reward that takes several times as long: it judges again until it does, as further times are faster."""
 
     def __init__(self, reward: Any, times: int):
         self._reward, self._times = reward, times
@@ -107,10 +108,13 @@ class Repeated(rewards.Reward):
         self._reward.check(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The scores of the last time."""
-        for _ in range(self._times - 1):
+        """The scores of the first time."""
+        began = time.thread_time()
+        scores = self._reward(images, prompts)
+        until = began + self._times * (time.thread_time() - began)
+        while time.thread_time() < until:
             self._reward(images, prompts)
-        return self._reward(images, prompts)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ class WhatIf:
             engine = Engine(model, buckets=sizes, lanes=variant.lanes, traits=traits("shapes"), **options)
             engines.enter_context(engine)
             reward = rewards.make("count")
-            self._made[variant] = engine, reward if variant.reward == 1 else Repeated(reward, variant.reward)
+            self._made[variant] = engine, reward if variant.reward == 1 else Slower(reward, variant.reward)
             engine.generate([Request(prompt, "count", "rbf", 20) for prompt in PROMPTS])
         return self._made[variant]
 

@@ -171,7 +171,8 @@ class Result:
         history: a record for each evaluated particle, in the order of evaluation.
         seconds: wall time from admission to the end.
         request: what was asked.
-        cost: NFE by kind, seconds by stage, and its share of each batch; None where the ledger is off.
+        cost: NFE by kind, seconds by stage, and its share of each batch, as far as the ledger still keeps them; None
+            where it keeps nothing or is off.
     """
 
     image: Image.Image

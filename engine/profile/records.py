@@ -57,7 +57,7 @@ BATCH = np.dtype(
         ("submitted", "f8"),
         ("started", "f8"),
         ("ended", "f8"),  # when its lane was free again
-        ("host", "f8"),  # seconds of the lane outside of its stages
+        ("host", "f8"),  # seconds of the lane outside of its stages; on CUDA it waits for the device, too
         ("idle", "f8"),  # seconds that the lane had nothing to do before it; NaN of a lane's first
         *((f"{stage}_started", "f8") for stage in STAGES),
         *((f"{stage}_ended", "f8") for stage in STAGES),
