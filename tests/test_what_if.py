@@ -12,7 +12,7 @@ from rollflow.profile.recording import Recording
 from rollflow.profile.records import BATCH, CALL, WORK
 from rollflow.whatif.capacity import capacity
 from rollflow.whatif.machine import Machine, Task
-from rollflow.whatif.measured import Alone, Curve, curve, measure
+from rollflow.whatif.measured import Alone, Curve, curve, line, measure
 from rollflow.whatif.replay import Change, Replay
 from rollflow.whatif.scenarios import scenarios
 from rollflow.whatif.scores import Scores
@@ -85,6 +85,15 @@ def test_a_curve_of_samples_does_not_fall_and_forgets_interruptions():
     assert found(1) == pytest.approx((1 + 1 + 2) / 3)  # 40 counts as twice the median
     assert found(2) == found(3) == pytest.approx((5.0 * 2 + 2.0) / 3)
     assert curve(sizes, np.full(6, np.nan), {}).known == {}
+
+
+def test_a_line_of_calls_is_that_of_a_thread_that_is_busy():
+    sizes = np.repeat([1, 2, 4, 8], 8)
+    seconds = 1.0 + 0.25 * sizes
+    late = seconds + np.tile([0, 0, 0, 0.1, 0.2, 0.5, 3.0, 9.0], 4)  # some calls find nothing in the caches
+    for found in (line(sizes, seconds), line(sizes, late)):
+        assert [found(size) for size in (1, 3, 8, 16)] == pytest.approx([1.25, 1.75, 3.0, 5.0], rel=0.02)
+    assert line(sizes[:16], seconds[:16])(2) == 1.5  # two sizes alone make no line
 
 
 def batches_of(**columns):
