@@ -34,7 +34,8 @@ from rollflow.models.loading import load
 from rollflow.profile.recording import Recording
 from rollflow.request import Request
 from rollflow.settings import CPU_BUCKETS, on_device
-from rollflow.whatif.replay import Change, Replay
+from rollflow.whatif.changes import Change
+from rollflow.whatif.replay import Replay
 
 EXPECTED = (
     "Every prediction within 15 % of the median of what really takes place, half of them within 5 %. The largest "

@@ -11,9 +11,10 @@ from rollflow import RequestError
 from rollflow.profile.recording import Recording
 from rollflow.profile.records import BATCH, CALL, WORK
 from rollflow.whatif.capacity import capacity
+from rollflow.whatif.changes import Change
 from rollflow.whatif.machine import Machine, Task
 from rollflow.whatif.measured import Alone, Curve, curve, line, measure
-from rollflow.whatif.replay import Change, Replay
+from rollflow.whatif.replay import Replay
 from rollflow.whatif.scenarios import scenarios
 from rollflow.whatif.scores import Scores
 

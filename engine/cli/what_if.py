@@ -18,7 +18,8 @@ from rollflow.cli.options import by_default
 from rollflow.errors import RequestError, shown
 
 if TYPE_CHECKING:
-    from rollflow.whatif.replay import Change, Replay
+    from rollflow.whatif.changes import Change
+    from rollflow.whatif.replay import Replay
 
 Factor = Annotated[str, tyro.conf.arg(metavar="0.5x")]
 Number = Annotated[int | None, by_default("as recorded")]
@@ -87,7 +88,7 @@ class WhatIf:
             self.json.write_text(json.dumps({"correction": replay.correction, "rows": rows}, indent=1) + "\n")
 
     def _change(self) -> Change:
-        from rollflow.whatif.replay import Change
+        from rollflow.whatif.changes import Change
 
         numbers = {
             name: getattr(self, name) for name in ("nfe", "prompts", "rate", "bucket", "lanes", "gpus", "method")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rollflow.errors import RequestError
-from rollflow.whatif.replay import Change, Replay
+from rollflow.whatif.changes import Change
+from rollflow.whatif.replay import Replay
 
 EACH = 40  # requests of a replay for each engine, at least ...
 LEAST = 200  # ... and in all

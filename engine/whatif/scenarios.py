@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollflow.errors import RollflowError
-from rollflow.whatif.replay import Change, Predicted, Replay
+from rollflow.whatif.changes import Change, Predicted
+from rollflow.whatif.replay import Replay
 
 USUAL = (
     Change(decode=0.5), Change(forward=0.5), Change(reward=0.1), Change(gpus=2),
