@@ -442,10 +442,15 @@ class Engine:
                 them down.
 
         Raises:
-            RequestError: what writes them is not installed (`pip install 'rollflow[profile]'`).
+            RequestError: what writes them is not installed (`pip install 'rollflow[profile]'`), `out` is a file, or a
+                price that is none.
         """
+        if usd_per_hour is not None and not usd_per_hour > 0:
+            raise RequestError(f"usd_per_hour={shown(usd_per_hour)}: it must be above 0; leave it out for no dollars")
         if out is not None:
             check_installed()
+            if Path(out).exists() and not Path(out).is_dir():
+                raise RequestError(f"out={shown(str(out))}: it is a file; give a folder")
         host = self._host
         known = partial(about, self.name, host.runner, host.preparations, self.traits)
         writes = partial(write, usd_per_hour=usd_per_hour)

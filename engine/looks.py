@@ -75,6 +75,9 @@ class Looks:
     def save(self, folder: Path) -> list[dict[str, Any]]:
         """Writes the pictures into a folder's folder `images`; returns what was taken, with files for pictures."""
         found = []
+        if (folder / "images").is_dir():  # of an earlier recording
+            for old in (folder / "images").glob("[0-9]*-*.webp"):
+                old.unlink()
         for one in self.taken:
             file = Path("images") / f"{one['request']}-{'final' if one['final'] else one['nfe']}.webp"
             (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from rollflow.profile.trace.kernels import Kernels
 from rollflow.whatif.replay import Replay
 from rollflow.whatif.scenarios import scenarios
 
+FORETOLD = 20_000  # rows of a recording that is replayed for its report; of larger ones `rollflow what-if` does it
 Write = Callable[[Recording, Path, Mapping[str, Any] | None], None]
 
 
@@ -88,7 +90,7 @@ class Profiling:
         numbers = np.union1d(tables["requests"]["request"], tables["rows"]["request"]).tolist()
         asked = {str(number): specs[number] for number in numbers if number in specs}
         span = {"begin": self._begin, "end": end, "began": self._began}
-        looks = [] if self._out is None else self._looks.save(self._out)
+        looks = [] if self._out is None or kind is not None else self._looks.save(self._out)
         about = {**span, **self._about(), "specs": asked, "forgotten": forgotten, "looks": looks}
         self._recording = Recording(**tables, about=about)
         if kind is None and self._out is not None and self._write is not None:
@@ -154,8 +156,8 @@ def write(
 
     recording.save(out)
     trace.save(recording, out / "trace.json.gz", kernels)
-    try:
-        foretold = scenarios(Replay(recording))
-    except RollflowError:  # there is nothing to be replayed, as in a recording of no request
-        foretold = []
+    foretold: list[dict[str, Any]] = []
+    if len(recording.rows) <= FORETOLD:
+        with suppress(RollflowError):  # there is nothing to be replayed, as in a recording of no request
+            foretold = scenarios(Replay(recording))
     report.save(recording, out / "report.html", out, foretold, usd_per_hour)

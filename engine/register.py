@@ -75,12 +75,14 @@ class Register:
         self, plan: Plan, geometry: Geometry, tell: Callable[[News], None], resize: Callable[[int], Plan] | None
     ) -> Ticket:
         """A ticket for a request; of any thread."""
-        return Ticket(next(self._numbers), plan, geometry, tell, self._clock(), resize, self._ledger.clock())
+        ticket = Ticket(next(self._numbers), plan, geometry, tell, self._clock(), resize, self._ledger.clock())
+        ticket.spec = spec(plan, geometry)  # here, on the caller's thread: it looks at what he made
+        return ticket
 
     def take_on(self, ticket: Ticket) -> None:
         """A request is here: what it needs is prepared, and then it waits in line."""
         self.tickets[ticket.id] = ticket
-        self._ledger.came(ticket.id, spec(ticket.plan, ticket.geometry), ticket.came)
+        self._ledger.came(ticket.id, ticket.spec, ticket.came)
         if self.dead is not None or self.closing:
             self.refuse(ticket, EngineClosed("the engine was closed") if self.dead is None else no_more(self.dead))
             return

@@ -7,12 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 from rollflow import methods, rewards
-from rollflow.errors import RollflowError
+from rollflow.errors import RollflowError, shown
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 
 # Fields of a request that its plan depends on, and that are plain values, or are told by their text.
 PLANNED = ("steps", "interpolant", "grid", "shift", "times", "diffusion", "solver", "finish", "finalists", "stop_at")
+DEPTH = 4  # of containers in containers
 
 
 def spec(plan: Plan, geometry: Geometry) -> dict[str, Any]:
@@ -36,12 +37,12 @@ def spec(plan: Plan, geometry: Geometry) -> dict[str, Any]:
     found |= {name: getattr(request, name) for name in PLANNED}
     opaque = [name for name, value in found.items() if not _plain(value)]
     opaque += ["method"] if callable(request.method) else []
-    return {**found, **{name: repr(found[name])[:200] for name in opaque if name != "method"}, "opaque": opaque}
+    return {**found, **{name: shown(found[name]) for name in opaque if name != "method"}, "opaque": opaque}
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Any, depth: int = DEPTH) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(name, str) and _plain(one) for name, one in value.items())
+        return depth > 0 and all(isinstance(name, str) and _plain(one, depth - 1) for name, one in value.items())
     if isinstance(value, list | tuple):
-        return all(_plain(one) for one in value)
+        return depth > 0 and all(_plain(one, depth - 1) for one in value)
     return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

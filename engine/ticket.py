@@ -66,6 +66,7 @@ class Ticket:
         tell: is told the news.
         submitted: when it came.
         came: the same by the ledger's clock.
+        spec: what was asked as plain values, see `rollflow.specs`.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
         conditioning: what the model made of its prompt, once it may be let in.
         start: what it starts from of an image, or None.
@@ -83,7 +84,7 @@ class Ticket:
 
     __slots__ = (
         "came", "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan",
-        "queued", "resize", "search", "shown", "start", "started", "submitted", "tell", "timers",
+        "queued", "resize", "search", "shown", "spec", "start", "started", "submitted", "tell", "timers",
     )  # fmt: skip
 
     def __init__(
@@ -97,7 +98,7 @@ class Ticket:
         came: float = 0.0,
     ):
         self.id, self.plan, self.geometry, self.tell, self.submitted = number, plan, geometry, tell, now
-        self.resize, self.came = resize, came
+        self.resize, self.came, self.spec = resize, came, dict[str, Any]()
         self.conditioning: Any = None
         self.start: Any = None
         self.search: Search | None = None

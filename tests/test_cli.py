@@ -209,9 +209,14 @@ GROUPS = {
     "models": [],
     "rewards": [],
     "fetch": [],
+    "profile": [options.ModelOptions, options.SearchOptions, options.MethodOptions],
+    "profile-diff": [],
+    "what-if": [],
     "study": [],
     "bench": [],
 }
+
+POSITIONAL = {"profile-diff": ("before", "after", "a", "b"), "what-if": ("recording",)}
 
 
 def test_every_command_has_a_help():
@@ -232,7 +237,8 @@ def test_help_is_complete(command, capsys, monkeypatch):
     groups = [cli.commands()[command], *GROUPS[command]]
     for option in (f for group in groups for f in fields(group)):
         nested = option.name in ("search", "runtime", "place", "part", "own", "arguments")
-        if not nested and (option.name not in ("prompts", "names", "name") or command == "study"):
+        positional = option.name in POSITIONAL.get(command, ("prompts", "names", "name"))
+        if not nested and (not positional or command == "study"):
             name = option.name.replace("_", "-")
             assert f"--{name} " in text or f"--{name}, --no-{name} " in text
     named = [*models.BUILT_IN, *options.DTYPES] if GROUPS[command] else []

@@ -196,7 +196,7 @@ def refused(folder, message):
 def test_a_folder_without_a_recording(content, tmp_path):
     if content is not None:
         (tmp_path / ABOUT).write_text(content, encoding="latin-1")
-    refused(tmp_path / "nowhere" if content is None else tmp_path, "holds no recording .*: give a folder")
+    refused(tmp_path / "nowhere" if content is None else tmp_path, "holds no recording.*: give a folder")
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", '{"format": 2}', '{"format": "1"}'])

@@ -112,7 +112,7 @@ def _sentence(found: Diff) -> str:
     wall = found.of("overall")["wall"]
     return (
         f"{words or 'no stage is slower or faster in batches of the same size, beyond the noise'}; wall {wall.a:.3f} s "
-        f"to {wall.b:.3f} s ({_verdict(wall)})"
+        f"to {wall.b:.3f} s ({_verdict(wall)})" + ("" if found.repeated else "; the noise between runs is not known")
     )
 
 

@@ -72,6 +72,8 @@ class Profile:
             roofline(self.runtime, self.search, self.out)
             return
         asked = self._asked()
+        if self.usd_per_hour is not None and not self.usd_per_hour > 0:
+            raise RequestError(f"--usd-per-hour {self.usd_per_hour:g}: it must be above 0; leave it out for no dollars")
         if self.repetitions < 1:
             raise RequestError(f"--repetitions {self.repetitions}: everything runs at least once")
         from rollflow.cli.judging import check_weights
@@ -80,6 +82,7 @@ class Profile:
         check_installed()
         check_weights([request for _, request in asked])
         with writable(self.out, ["report.html", "recording.json"]), self.runtime.load() as engine:
+            _check(engine, [request for _, request in asked])
             _warm_up(engine, [request for _, request in asked])
             for repetition in range(1, self.repetitions + 1):
                 folder = self.out if self.repetitions == 1 else self.out / str(repetition)
@@ -145,10 +148,16 @@ def _request(content: Any, search: SearchOptions) -> tuple[float, Request]:
     known = [one.name for one in fields(search) if one.name not in ("own", "image", "mask")]
     if unknown := [name for name in given if name not in known]:
         raise RequestError(f"unknown field {shown(unknown[0])}: there are prompt, at, options, {', '.join(known)}")
+    from rollflow import checks
+
     if not isinstance(options, Mapping):
         raise RequestError(f"options={shown(options)}: they must be an object of the method's options")
+    if wrong := [name for name in ("reward", "held_out") if not isinstance(given.get(name, ""), str)]:
+        raise RequestError(f"{wrong[0]}={shown(given[wrong[0]])}: it must be the name or the expression of a reward")
     request = replace(search, **given).request(prompt)
-    return float(when), replace(request, options={**request.options, **options})
+    request = replace(request, options={**request.options, **options})
+    checks.request(request)  # numbers; what depends on the model is checked when it is there
+    return float(when), request
 
 
 def _submitted(engine: Engine, asked: list[tuple[float, Request]]) -> list[Job]:
@@ -161,6 +170,15 @@ def _submitted(engine: Engine, asked: list[tuple[float, Request]]) -> list[Job]:
             time.sleep(left)
         jobs.append(engine.submit(request))
     return jobs
+
+
+def _check(engine: Engine, requests: list[Request]) -> None:
+    """Raises `RequestError` for a request that cannot be honoured, before anything runs."""
+    for number, request in enumerate(requests, 1):
+        try:
+            engine._door.check(request, {})
+        except RollflowError as error:
+            raise RequestError(f"request {number} of {len(requests)}, {shown(request.prompt)}: {error}") from error
 
 
 def _warm_up(engine: Engine, requests: list[Request]) -> None:
@@ -187,6 +205,7 @@ def _print(recording: Recording, folder: Path) -> None:
     limits = LIMITS.get(limit["what"], f"{limit['what']} limits: it takes {{share}}")
     print(f"{limits.format(share=format(limit['share'], '.0%'))} of the lanes' time")
     rate = f"{total['committed_per_second']:.0f} NFE/s, {total['images_per_second']:.2f} images/s"
-    print(f"  {total['committed_nfe']} NFE of {total['requests']} requests in {recording.seconds:.1f} s: {rate}")
+    many = "request" if total["requests"] == 1 else "requests"
+    print(f"  {total['committed_nfe']} NFE of {total['requests']} {many} in {recording.seconds:.1f} s: {rate}")
     for name in ("report.html", "trace.json.gz", "ledger.parquet"):
         print(f"  {folder / name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from rollflow.cli.folders import check_file
 from rollflow.cli.options import by_default
 from rollflow.errors import RequestError, shown
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rollflow.whatif.changes import Change
     from rollflow.whatif.replay import Replay
 
+MANY = 200  # requests that come at a rate, where nothing is said of their number
+FAR = 0.25  # a correction that says that the replay is not like the recording
 Factor = Annotated[str, tyro.conf.arg(metavar="0.5x")]
 Number = Annotated[int | None, by_default("as recorded")]
 Rate = Annotated[float | None, by_default("as recorded")]
@@ -39,7 +42,7 @@ class WhatIf:
     nfe: Number = None
     """Budget of every request."""
     prompts: Number = None
-    """How many requests; those recorded come in turns."""
+    """How many requests; those recorded come in turns. With a rate 200, where nothing is said."""
     rate: Rate = None
     """Requests a second, arriving by chance."""
     p95: Annotated[float | None, by_default("none")] = None
@@ -73,12 +76,20 @@ class WhatIf:
         from rollflow.whatif.replay import Replay
 
         change = self._change()
+        if self.json is not None:
+            check_file(self.json, "--json")
+        if self.p95 is not None and (self.gpus != 1 or self.prompts is not None):
+            raise RequestError("--p95 finds how many GPUs, with as many requests as that takes: no --gpus, --prompts")
+        if self.rate is not None and self.prompts is None and self.p95 is None:
+            change = replace(change, prompts=MANY)
         replay = Replay(Recording.load(self.recording))
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
         for note in replay.notes:
             console.print(f"note: {note}", highlight=False)
         rows = (self._changed if self.p95 is None else self._fleets)(replay, change, console)
         off = abs(1 / replay.correction - 1)
+        if off > FAR:
+            console.print("note: that is far off: something is in this recording that a replay does not have")
         console.print(
             f"the replay of the recording itself is {off:.1%} {'above' if replay.correction < 1 else 'below'} the "
             f"{replay.recorded:.2f} s that it took; predictions are corrected by that",
@@ -99,9 +110,10 @@ class WhatIf:
         return Change(**numbers, **factors, seed=self.seed)
 
     def _changed(self, replay: Replay, change: Change, console: Console) -> list[dict[str, Any]]:
+        from rollflow.whatif.changes import Change
         from rollflow.whatif.scenarios import scenarios
 
-        asked = str(change) != "as recorded"
+        asked = str(change) != str(Change())
         rows = scenarios(replay, [change] if asked else None)
         if asked and len(rows) == 1:
             replay.run(change)  # says why it cannot be

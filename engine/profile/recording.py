@@ -101,8 +101,13 @@ class Recording:
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
+            if (folder / "1" / ABOUT).exists():
+                raise RequestError(
+                    f"{shown(str(folder))} holds repetitions: give one of them, such as {shown(str(folder / '1'))}"
+                ) from error
+            why = "" if isinstance(error, FileNotFoundError) else f" ({said(error)})"
             raise RequestError(
-                f"{shown(str(folder))} holds no recording ({said(error)}): give a folder that `rollflow profile` wrote"
+                f"{shown(str(folder))} holds no recording{why}: give a folder that `rollflow profile` wrote"
             ) from error
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise RequestError(f"{shown(str(folder / ABOUT))} is of another format than {FORMAT}: record it again")

@@ -77,7 +77,7 @@ class Predicted:
         seconds: from the first request's arrival to the last one's end.
         latencies: seconds of each request from its arrival to its end, in order of arrival.
         committed: evaluations that the searches were charged for; `executed`, what ran for them.
-        batches: how many there were, and `occupancy`, which share of their rows were no padding.
+        batches: how many there were, and `occupancy`, which share of their places rows took.
         busy: seconds by stage, of all lanes and threads.
     """
 
@@ -125,6 +125,7 @@ def changed(size: Size, change: Change) -> Size:
         warmed={bucket: seconds * ratio[bucket] for bucket, seconds in warmed.items()},
         forward=_times(size.forward, change.forward),
         guided=_times(size.guided, change.forward),
+        guided_decode=_times(size.guided_decode, change.decode),
         decode={name: _times(one, change.decode) for name, one in size.decode.items()},
         around=_times(size.around, change.host),
         images=size.images * change.host,

@@ -91,7 +91,7 @@ class Simulated:
     Attributes:
         nfe: what ran.
         batches: how many batches did.
-        places: rows that ran with their padding.
+        rows: that ran, and `places`, with their padding.
     """
 
     judge = None
@@ -115,7 +115,7 @@ class Simulated:
         self.lanes, self.parallel, self.preview = lanes, parallel, preview
         self._threads, self._gpu = float(threads), gpu
         self._known: dict[tuple[int, int], float] = {}  # rewards, by ticket and row
-        self.nfe = self.batches = self.places = 0
+        self.nfe = self.batches = self.places = self.rows = 0
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
         """The smallest batch size that holds `rows`."""
@@ -135,20 +135,34 @@ class Simulated:
         """Starts a batch."""
         geometry, size = rows[0].brief.geometry, self._sizes[rows[0].brief.geometry]
         bucket, guided = self.bucket(len(rows), geometry), rows[0].kind == "guided"
-        self.batches, self.places = self.batches + 1, self.places + bucket
+        self.batches, self.places, self.rows = self.batches + 1, self.places + bucket, self.rows + len(rows)
         self.nfe += bucket * rows[0].nfe
         scored = [row for row in rows if row.scored]
         seconds, around = (size.guided(bucket), 0.0) if guided else (size.forward(bucket), size.around(bucket))
         images = self.bucket(len(scored), geometry) if scored and not guided else 0
         decode = size.decode[LIGHT if self.preview else FULL](images) if images else 0.0
 
+        if guided:
+            terms = [self._terms(row.brief) for row in rows]
+            decode, left = size.guided_decode(bucket), [*rows]
+
+            def answered(own: Sequence[Row]) -> None:  # the rewards are called on the lane
+                left[:] = [row for row in left if all(row is not one for one in own)]
+                if not left:
+                    report(Free())
+                    self._decide(report, rows)
+
+            self._on_lane(around, seconds, decode, lambda: self._judge(rows, terms, 1, answered))
+            return
+
         def landed() -> None:
+            report(Free())
             if len(scored) < len(rows):
                 self._decide(report, [row for row in rows if not row.scored])
             if scored:
                 self._judge(scored, [self._terms(row.brief) for row in scored], 1, partial(self._decide, report))
 
-        self._on_lane(around, seconds, decode, report, landed)
+        self._on_lane(around, seconds, decode, landed)
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images, which held-out judges see after the rewards."""
@@ -164,10 +178,11 @@ class Simulated:
             self._judge(judged, terms, 1, partial(self._shown, report))
 
         def made() -> None:
+            report(Free())
             terms = [self._terms(show.brief) for show in shows]
             self._judge(shows, terms, count / len(shows), held_out)
 
-        self._on_lane(size.images, 0.0, decode, report, made)
+        self._on_lane(size.images, 0.0, decode, made)
 
     def submit_work(self, work: Callable[[], Any], then: Callable, report: Report, kind: str = "other") -> None:
         """Starts a chore."""
@@ -184,17 +199,13 @@ class Simulated:
     def _task(self, seconds: float, then: Callable[[], None], stage: str, **where: Any) -> Task:
         return Task(seconds, then, stage=stage, **{"demand": self._threads, **where})
 
-    def _on_lane(self, around: float, forward: float, decode: float, report: Report, then: Callable[[], None]) -> None:
-        """The loop chooses it, a lane computes and decodes it, and is free."""
+    def _on_lane(self, around: float, forward: float, decode: float, then: Callable[[], None]) -> None:
+        """The loop chooses it, a lane computes and decodes it."""
         post, measured = self.machine.post, self._measured
-
-        def free() -> None:
-            report(Free())
-            then()
 
         def decoded() -> None:
             where = {"line": SIDE, "processor": "gpu", "demand": 1.0} if self._gpu else {}
-            post(self._task(decode, free, "decode", **where))
+            post(self._task(decode, then, "decode", **where))
 
         def proposed() -> None:
             where = {"line": STREAM, "processor": "gpu", "demand": 1.0} if self._gpu else {}

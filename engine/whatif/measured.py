@@ -186,7 +186,7 @@ class Size:
         warmed: seconds of a batch (forward and decode) by bucket, as the engine had measured them.
         forward: of plain batches, by bucket.
         around: propose, finish and what else a lane does of them, by bucket.
-        guided: a whole batch of guided rows, by bucket.
+        guided, guided_decode: of guided rows, by bucket; what goes backward counts in proportion to both.
         decode: by decoder, the decoding of so many images, padding included.
         images: what making images of finished searches takes besides decoding.
     """
@@ -197,6 +197,7 @@ class Size:
     forward: Curve
     around: Curve
     guided: Curve
+    guided_decode: Curve
     decode: Mapping[str, Curve]
     images: float
 
@@ -293,14 +294,17 @@ def _size(
     of_images = buckets[np.minimum(np.searchsorted(buckets, full["bucket"]), len(buckets) - 1)]
     if kind == LIGHT or not decode[FULL].known:
         decode[FULL] = curve(of_images, alone.stage(full, "decode"), half)
-    whole = sum(alone.stage(guided, stage) for stage in ("propose", "forward", "finish", "backward", "decode"))
+    network, pixels, back = (alone.stage(guided, stage) for stage in ("forward", "decode", "backward"))
+    share = pixels / np.maximum(network + pixels, 1e-12)
+    rest_of = alone.stage(guided, "propose") + alone.stage(guided, "finish") + np.nan_to_num(guided["host"])
     return Size(
         geometry,
         slots,
         warmed,
         curve(plain["bucket"], alone.stage(plain, "forward"), half),
         curve(plain["bucket"], around, {}),
-        curve(guided["bucket"], whole + np.nan_to_num(guided["host"]), warmed),
+        curve(guided["bucket"], rest_of + network + (1 - share) * back, warmed),
+        curve(guided["bucket"], pixels + share * back, warmed),
         decode,
         max(0.0, _median(rest)),
     )

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from rollflow import methods
-from rollflow.errors import RequestError, shown
+from rollflow.errors import OutOfTime, RequestError, RollflowError, shown
 from rollflow.loop import Loop
 from rollflow.models import Geometry, Traits
 from rollflow.plan import Plan, plan
 from rollflow.profile.ledger import Ledger
 from rollflow.profile.recording import Recording
+from rollflow.profile.records import FATES
 from rollflow.request import Request
 from rollflow.schedule.cost import CostModel
 from rollflow.ticket import Finished, News, Refused
@@ -31,12 +32,13 @@ from rollflow.whatif.machine import Machine
 from rollflow.whatif.measured import Size, measure
 from rollflow.whatif.scores import Scores
 
+ROUNDS, CLOSE = 6, 1e-3  # in which the correction is found; how near is near enough
 
-class Judge:
+
+class NamedReward:
     """A reward that only has a name; the replay draws its scores."""
 
     differentiable = True
-    concurrent = False
 
     def __init__(self, name: str):
         self.name = name
@@ -68,28 +70,71 @@ class Replay:
     def __init__(self, recording: Recording):
         self.recording, self.measured = recording, measure(recording)
         self._scores, self.notes = Scores(recording), list[str]()
-        table = recording.requests[np.argsort(recording.requests["submitted"], kind="stable")]
-        done = table[(table["state"] >= 2) & ~np.isnan(table["started"])]
-        specs = recording.specs
-        left_out = len(table) - len(done)
-        if left_out:
-            self.notes.append(f"{left_out} requests that were not over, or never began, are left out")
-        self._specs = [specs[int(one["request"])] for one in done if int(one["request"]) in specs]
-        if not self._specs:
-            raise RequestError("no request of this recording was over: record one from its start to its end")
-        for name in {spec["method"] for spec in self._specs if "method" in spec["opaque"]}:
-            raise RequestError(
-                f"the method {name} is a function, which a recording does not hold: replay named methods"
-            )
-        if any(spec["opaque"] for spec in self._specs):
-            self.notes.append("requests with a path or a diffusion of their own are replayed on the usual ones")
-        first = float(done["submitted"].min())
-        self._offsets = [float(one["submitted"]) - first for one in done]
-        self.recorded = float(done["ended"].max()) - first
         self.correction = 1.0
-        self.base = self.run(Change())
-        self.correction = self.recorded / self.base.seconds if self.base.seconds else 1.0
-        self.base = self.base.scaled(self.correction)
+        table = recording.requests[np.argsort(recording.requests["submitted"], kind="stable")]
+        self._specs, kept = list[Mapping[str, Any]](), list[Any]()
+        reasons: list[str] = []
+        for one in table:
+            spec = self._spent(one, recording.specs.get(int(one["request"])))
+            try:
+                if spec is None:
+                    raise RequestError("it never began, or was not over")
+                self._job(0, spec, Change())
+            except RollflowError as error:
+                reasons.append(str(error))
+                continue
+            self._specs.append(spec)
+            kept.append(one)
+        if not kept:
+            why = reasons[0] if reasons else "there is none"
+            raise RequestError(f"no request of this recording can be replayed: {why}")
+        if reasons:
+            self.notes.append(f"{len(reasons)} requests are left out, the first because {reasons[0]}")
+        if known := len(recording.specs.keys() - {*table["request"].tolist()}):
+            self.notes.append(f"{known} requests came before the recording began: what they took is not replayed")
+        first = min(float(one["submitted"]) for one in kept)
+        self._offsets = [float(one["submitted"]) - first for one in kept]
+        self.recorded = max(float(one["ended"]) for one in kept) - first
+        for _ in range(ROUNDS):  # where requests come over time, how fast they run does not decide alone
+            self.base = self.run(Change())
+            off = self.recorded / self.base.seconds if self.base.seconds else 1.0
+            if abs(off - 1) < CLOSE:
+                break
+            self.correction *= off
+        else:
+            self.base = self.run(Change())
+
+    def _spent(self, entry: Any, spec: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """What a request asked for; of one that was ended by something else than its budget, what it spent."""
+        if spec is None or entry["state"] < FATES.index("done") or np.isnan(entry["started"]):
+            return None
+        note = "paths and diffusions that are objects are replayed as the usual ones"
+        if {"interpolant", "diffusion"} & {*spec["opaque"]} and note not in self.notes:
+            self.notes.append(note)
+        if entry["state"] == FATES.index("done") and entry["stopped"] in ("budget", "stop_at"):
+            return {**spec, "nfe": int(entry["nfe"])}
+        note = "requests that were cancelled, failed or ended by their time are replayed with what they had spent"
+        if note not in self.notes:
+            self.notes.append(note)
+        return (
+            {**spec, "nfe": int(entry["committed"]), "seconds": None, "stop_at": None} if entry["committed"] else None
+        )
+
+    def __len__(self) -> int:
+        """How many of the recorded requests are replayed."""
+        return len(self._specs)
+
+    @property
+    def alone(self) -> list[float]:
+        """Seconds of each request if nothing else ran; of those alike, those of one."""
+        known: dict[str, float] = {}
+        found = []
+        for spec in self._specs:
+            key = repr([spec[name] for name in ("method", "nfe", "options", "grid_times", "finish", "height", "width")])
+            if key not in known:
+                known[key] = self._play([(0.0, spec)], Change()).scaled(self.correction).seconds
+            found.append(known[key])
+        return found
 
     def run(self, change: Change) -> Predicted:
         """What the recorded requests would take with something changed.
@@ -97,7 +142,10 @@ class Replay:
         Raises:
             RequestError: a request cannot be made so, for example a budget that its method cannot spend.
         """
-        arrivals = self.arrivals(change)
+        arrivals = [(when / self.correction, spec) for when, spec in self.arrivals(change)]
+        return self._play(arrivals, change).scaled(self.correction)
+
+    def _play(self, arrivals: Sequence[tuple[float, Mapping[str, Any]]], change: Change) -> Predicted:
         sizes = {size.geometry: changed(size, change) for size in self.measured.sizes.values()}
         fleet = [_Engine(self, change, sizes) for _ in range(change.gpus)]
         jobs = [self._job(i, spec, change) for i, (_, spec) in enumerate(arrivals)]
@@ -120,7 +168,9 @@ class Replay:
                 raise RequestError("the replay came to a stop: some request can never run with what it was given")
             soonest.advance(now)
             soonest.settle()
-        return self._summed(fleet, arrivals).scaled(self.correction)
+            if soonest.error is not None:
+                raise RequestError(f"a request of the replay failed: {soonest.error}")
+        return self._summed(fleet, arrivals)
 
     def arrivals(self, change: Change) -> list[tuple[float, Mapping[str, Any]]]:
         """When requests come, and what each asks for."""
@@ -146,8 +196,15 @@ class Replay:
                 f"nothing of {spec['height']}x{spec['width']} ran in this recording: it cannot be replayed"
             )
         method = change.method or spec["method"]
+        if change.method is None and {"method", "options"} & {*spec["opaque"]}:
+            raise RequestError(f"its method {method} or an option of it is an object, which no recording holds")
         if method not in methods.names():
             raise RequestError(f"method {shown(method)}: choose one of {', '.join(methods.names())}")
+        guided = methods.guided(method, spec["options"] if method == spec["method"] else {})
+        if not (size.guided if guided else size.forward).known:
+            raise RequestError(
+                f"no {'guided' if guided else 'plain'} batch was recorded, such as the method {method} takes"
+            )
         about = self.recording.about
         traits = Traits(**about["traits"])
         own: dict[str, Any] = {"times": tuple(spec["grid_times"]), "options": spec["options"]}
@@ -156,9 +213,10 @@ class Replay:
         if change.method is not None and change.method != spec["method"]:
             own = {}  # what suits the method
         nfe = spec["nfe"] if change.nfe is None else change.nfe
+        seconds = None if spec["seconds"] is None else spec["seconds"] / self.correction
         request = Request(
-            spec["prompt"], Judge(spec["reward"]), method, nfe, seed=number, finish=spec["finish"],
-            finalists=spec["finalists"], stop_at=spec["stop_at"], priority=spec["priority"], seconds=spec["seconds"],
+            spec["prompt"], NamedReward(spec["reward"]), method, nfe, seed=number, finish=spec["finish"],
+            finalists=spec["finalists"], stop_at=spec["stop_at"], priority=spec["priority"], seconds=seconds,
             **own,
         )  # fmt: skip
         made = plan(request, traits, about["preview"])
@@ -171,7 +229,7 @@ class Replay:
         for engine in fleet:
             for stage, seconds in engine.machine.busy.items():
                 busy[stage] = busy.get(stage, 0.0) + seconds
-        rows = sum(engine.rows for engine in fleet)
+        rows = sum(engine.device.rows for engine in fleet)
         return Predicted(
             seconds=max(ends.values(), default=0.0) - arrivals[0][0],
             latencies=tuple(ends[i] - when for i, (when, _) in enumerate(arrivals)),
@@ -194,9 +252,7 @@ class _Engine:
         costs = {geometry: CostModel(size.warmed) for geometry, size in sizes.items()}
         self.machine = Machine({"cpu": float(about["cores"]), "gpu": 1.0})
         self._asked: dict[int, Asked] = {}
-        threads = int(
-            about["threads"]
-        )  # of each lane, however many there are: what others would bring was not measured
+        threads = int(about["threads"])  # of each lane, however many there are
         self.device = Simulated(
             self.machine, measured, sizes, costs, replay._scores, self._asked, lanes, about["parallel"],
             about["preview"], threads, gpu,
@@ -209,7 +265,8 @@ class _Engine:
             clock=lambda: self._now,
         )  # fmt: skip
         self.ends: dict[int, float] = {}
-        self.open = self.unspent = self.committed = self.rows = 0
+        self.open = self.unspent = self.committed = 0
+        self.error: BaseException | None = None
 
     def advance(self, now: float) -> None:
         """Time passes, until `now`, which is not after `next`."""
@@ -238,4 +295,5 @@ class _Engine:
             self.unspent -= made.nfe
             if isinstance(news, Finished):
                 self.committed += news.history.committed
-                self.rows += len(news.history)
+            elif not isinstance(news.error, OutOfTime):
+                self.error = news.error

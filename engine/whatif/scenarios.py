@@ -25,7 +25,7 @@ def scenarios(replay: Replay, changes: Sequence[Change] | None = None) -> list[d
     if changes is None:
         budgets = [int(nfe) for nfe in replay.recording.requests["nfe"]]
         half = (Change(nfe=max(1, max(budgets) // 2)),) if budgets else ()
-        changes = (*USUAL, Change(prompts=2 * len(replay.recording.requests)), *half)
+        changes = (*USUAL, Change(prompts=2 * len(replay)), *half)
     rows = [_row(replay, "as recorded", replay.base)]
     for change in changes:
         try:
