@@ -396,3 +396,25 @@ def test_two_threads_that_submit_two_hundred_requests_each_and_cancel_a_third():
                     assert fingerprint(job.result()) == alone[job.request.seed]
         assert sum(job.status == "done" for jobs in found.values() for job in jobs) >= 266
         assert_sound(made, threads_before)
+
+
+def test_what_cannot_be_printed_harms_nobody():
+    class Unprintable:
+        def __call__(self, t):
+            return 3 * t * t
+
+        def __repr__(self):
+            raise ValueError("no")
+
+    endless = []
+    endless.append(endless)
+
+    def own(nfe, steps, extra=None):
+        children = yield [Draw(None, nfe)]
+        return children[0][0]
+
+    with engine() as made:
+        made.generate(rbf(12, diffusion=Unprintable()))
+        made.generate(bon(method=own, options={"extra": endless}))
+        assert_sound(made)
+        assert all("opaque" in spec for spec in made.ledger.specs.values())
