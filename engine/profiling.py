@@ -23,9 +23,6 @@ from rollflow.preparing import Preparations
 from rollflow.profile import machine
 from rollflow.profile.ledger import Ledger
 from rollflow.profile.recording import Recording
-from rollflow.profile.trace.kernels import Kernels
-from rollflow.whatif.replay import Replay
-from rollflow.whatif.scenarios import scenarios
 
 FORETOLD = 20_000  # rows of a recording that is replayed for its report; of larger ones `rollflow what-if` does it
 Write = Callable[[Recording, Path, Mapping[str, Any] | None], None]
@@ -55,7 +52,11 @@ class Profiling:
     ):
         self._ledger, self._about, self._out, self._write = ledger, about, out, write
         self._recording: Recording | None = None
-        self._looks, self._kernels = Looks(ledger.clock), Kernels() if kernels else None
+        self._looks, self._kernels = Looks(ledger.clock), None
+        if kernels:
+            from rollflow.profile.trace.kernels import Kernels
+
+            self._kernels = Kernels()
         self._since: dict[str, int] = {}
         self._begin = self._began = 0.0
 
@@ -153,6 +154,8 @@ def write(
         usd_per_hour: what the device costs, for the report.
     """
     from rollflow.profile import report, trace
+    from rollflow.whatif.replay import Replay
+    from rollflow.whatif.scenarios import scenarios
 
     recording.save(out)
     trace.save(recording, out / "trace.json.gz", kernels)

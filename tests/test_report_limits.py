@@ -7,8 +7,8 @@ import pytest
 from report_cases import SCENARIOS
 from synthetic import batch, limited, staged
 
-from rollflow.profile import report
-from rollflow.profile.report import charts, spans
+from rollflow.profile import report, spans
+from rollflow.profile.report import charts
 from rollflow.profile.report.figures import figures
 from rollflow.profile.report.lane_time import lane_time
 from rollflow.profile.report.units import UNITS, text

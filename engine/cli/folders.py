@@ -42,9 +42,3 @@ def _check_writable(out: Path, files: Sequence[str]) -> None:
         ) from error
     if folders:
         raise RequestError(f"{shown(str(out / folders[0]))} is a folder: take it away, or choose another --out")
-
-
-def check_file(path: Path, option: str) -> None:
-    """Raises `RequestError` before any work for a file that could not be written."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise RequestError(f"{option} {shown(str(path))}: it must be a file in a folder that is there")

@@ -14,7 +14,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rollflow.cli.folders import check_file
 from rollflow.cli.options import by_default
 from rollflow.errors import RequestError, shown
 
@@ -72,12 +71,12 @@ class WhatIf:
         """Runs the command."""
         if self.recording is None:
             raise RequestError("give the folder of a recording: rollflow what-if DIR --decode 0.5x")
+        from rollflow.bench.outputs import check_file
         from rollflow.profile.recording import Recording
         from rollflow.whatif.replay import Replay
 
         change = self._change()
-        if self.json is not None:
-            check_file(self.json, "--json")
+        check_file(self.json)
         if self.p95 is not None and (self.gpus != 1 or self.prompts is not None):
             raise RequestError("--p95 finds how many GPUs, with as many requests as that takes: no --gpus, --prompts")
         if self.rate is not None and self.prompts is None and self.p95 is None:

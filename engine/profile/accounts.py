@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rollflow.profile import spans
 from rollflow.profile.records import CALL, CHORES, DEVICE_STAGES, KINDS, LANE_STAGES, STAGES, STATES, WORK
 
 SPENT = ("committed", "guided", "finish", "speculative", "padding")  # what an NFE was for
@@ -239,15 +240,12 @@ def overlap(own: np.ndarray, others: np.ndarray) -> float | None:
     Args:
         own, others: starts and ends, [n, 2]. Times in which several of `own` run count once for each.
     """
-    merged: list[list[float]] = []
-    for start, end in sorted(map(tuple, others[~np.isnan(others).any(1)].tolist())):
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], end)
-        else:
-            merged.append([start, end])
     own = own[~np.isnan(own).any(1)]
     total = float((own[:, 1] - own[:, 0]).sum())
-    shared = sum(np.clip(np.minimum(own[:, 1], b) - np.maximum(own[:, 0], a), 0, None).sum() for a, b in merged)
+    shared = sum(
+        np.clip(np.minimum(own[:, 1], end) - np.maximum(own[:, 0], start), 0, None).sum()
+        for start, end in spans.union(others)
+    )
     return float(shared) / total if total > 0 else None
 
 

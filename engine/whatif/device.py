@@ -84,7 +84,7 @@ class Simulated:
         machine: where they take it.
         measured: what everything costs, alone.
         scores: the rewards.
-        asked: what requests ask for, by the request's prompt in the replay.
+        asked: what requests ask for, by their seeds, which are their numbers in the replay.
         lanes, parallel, preview, threads: as of an engine.
         gpu: whether batches run on a GPU, one after another, with decodes beside.
 
@@ -137,23 +137,11 @@ class Simulated:
         bucket, guided = self.bucket(len(rows), geometry), rows[0].kind == "guided"
         self.batches, self.places, self.rows = self.batches + 1, self.places + bucket, self.rows + len(rows)
         self.nfe += bucket * rows[0].nfe
-        scored = [row for row in rows if row.scored]
-        seconds, around = (size.guided(bucket), 0.0) if guided else (size.forward(bucket), size.around(bucket))
-        images = self.bucket(len(scored), geometry) if scored and not guided else 0
-        decode = size.decode[LIGHT if self.preview else FULL](images) if images else 0.0
-
         if guided:
-            terms = [self._terms(row.brief) for row in rows]
-            decode, left = size.guided_decode(bucket), [*rows]
-
-            def answered(own: Sequence[Row]) -> None:  # the rewards are called on the lane
-                left[:] = [row for row in left if all(row is not one for one in own)]
-                if not left:
-                    report(Free())
-                    self._decide(report, rows)
-
-            self._on_lane(around, seconds, decode, lambda: self._judge(rows, terms, 1, answered))
+            self._submit_guided(size, bucket, rows, report)
             return
+        scored = [row for row in rows if row.scored]
+        decode = size.decode[LIGHT if self.preview else FULL](self.bucket(len(scored), geometry)) if scored else 0.0
 
         def landed() -> None:
             report(Free())
@@ -162,7 +150,21 @@ class Simulated:
             if scored:
                 self._judge(scored, [self._terms(row.brief) for row in scored], 1, partial(self._decide, report))
 
-        self._on_lane(around, seconds, decode, landed)
+        self._on_lane(size.around(bucket), size.forward(bucket), decode, landed)
+
+    def _submit_guided(self, size: Size, bucket: int, rows: Sequence[Row], report: Report) -> None:
+        """Starts a batch whose rewards are called on the lane."""
+        terms, waiting = [self._terms(row.brief) for row in rows], len(rows)
+
+        def answered(own: Sequence[Row]) -> None:
+            nonlocal waiting
+            waiting -= len(own)
+            if not waiting:
+                report(Free())
+                self._decide(report, rows)
+
+        judge = partial(self._judge, rows, terms, 1, answered)
+        self._on_lane(0.0, size.guided(bucket), size.guided_decode(bucket), judge)
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images, which held-out judges see after the rewards."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from rollflow.profile import spans
 from rollflow.profile.accounts import done, intervals, is_chore, seconds_of
 from rollflow.profile.recording import Recording
 from rollflow.profile.records import CHORES, DEVICE_STAGES, LANE_STAGES, WORK
-from rollflow.profile.report import spans
 
 # Why a lane is idle: rewards of rows are awaited; the loop takes answers back, chooses rows or hands them over; all
 # rows that could run are on another lane; no request is here.

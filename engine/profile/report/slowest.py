@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from rollflow.profile import spans
 from rollflow.profile.accounts import done, is_chore, seconds_of
 from rollflow.profile.recording import Recording
 from rollflow.profile.records import CHORES, LANE_STAGES, WORK
-from rollflow.profile.report import spans
 from rollflow.profile.report.buckets import SIZE
 
 LEAST = 4  # batches of a kind, below which nothing is usual
