@@ -222,7 +222,8 @@ class Preparations:
             self._choose_lanes(*chosen)
         if self.memory is not None or self._graphs:
             runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
-        room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), self._in_graphs)
+        # Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them.
+        room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), lambda: runner.graph_memory)
         known = (model, geometry, conditioning)
         seconds = yield from calibrate.measured(
             *known, runner.usual, runner.threads.threads, runner.preview, self._keep, room
@@ -230,17 +231,13 @@ class Preparations:
         if self._graphs:
             yield partial(runner.record, geometry, [*seconds], conditioning)
             replay = partial(runner.replay, geometry, conditioning)
-            seconds = yield from calibrate.replayed([*seconds], *known, runner.preview, replay, room)
+            seconds = yield from calibrate.replayed([*seconds], model, geometry, replay, room)
         tried = max(room.peaks, default=0) <= max(seconds)  # nothing larger
         bound: Bound = "memory" if room.full is not None and tried else "time"
         bound = "sizes" if max(seconds) == runner.usual[-1] else bound
         if self._keep and bound == "memory":
             _warn_of_memory(geometry, [size for size in runner.usual if size > max(seconds)])
         self._set(geometry, seconds, bound)  # last: what failed is tried again, not skipped
-
-    def _in_graphs(self) -> int:
-        """Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them."""
-        return sum(sum(graphs.memory.values()) for graphs in [*self.runner.graphs.values()])
 
     def _best_lanes(self, geometry: Geometry, conditioning: Any) -> tuple[int, int]:
         """How many lanes of how many threads are fastest; on a lane, before any batch runs.

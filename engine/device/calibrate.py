@@ -84,13 +84,12 @@ def measured(
 
 
 def replayed(
-    buckets: Iterable[int], model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool,
-    replay: Callable[[int], Any], room: Room,
-) -> Timing:  # fmt: skip
-    """The seconds of buckets, ascending, where the forward is a replay of the bucket's CUDA graph."""
+    buckets: Iterable[int], model: FlowModel, geometry: Geometry, replay: Callable[[int], Any], room: Room
+) -> Timing:
+    """The seconds of buckets, ascending, that `replay` evaluates and decodes by their CUDA graphs."""
     seconds: dict[int, float] = {}
     for bucket in buckets:
-        work = partial(_seconds, model, geometry, conditioning, bucket, preview, 4, partial(replay, bucket))
+        work = partial(_shortest, model, 4, partial(replay, bucket))
         took = yield partial(room.run, bucket, work)
         if took is None:
             _check_any(seconds, bucket, geometry)
@@ -162,22 +161,27 @@ def _key(model: FlowModel) -> tuple:
 @torch.no_grad()
 def _seconds(
     model: FlowModel, geometry: Geometry, conditioning: Any, bucket: int, preview: bool,
-    repetitions: int = 1, forward: Callable[[], Any] | None = None,
+    repetitions: int = 1,
 ) -> float:  # fmt: skip
     """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
     x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
     latents = torch.zeros(bucket, *model.layout.shape(geometry), device=model.device, dtype=model.dtype)
     tau, guidance = torch.ones(bucket, device=model.device), torch.zeros(bucket, device=model.device)
     decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
+
+    def run() -> None:
+        model.velocity(x, tau, [conditioning] * bucket, guidance, geometry)
+        decode(latents)
+
+    return _shortest(model, repetitions, run)
+
+
+def _shortest(model: FlowModel, repetitions: int, run: Callable[[], Any]) -> float:
     times: list[float] = []
     for _ in range(repetitions):
         _wait(model)
         start = time.perf_counter()
-        if forward is None:
-            model.velocity(x, tau, [conditioning] * bucket, guidance, geometry)
-        else:
-            forward()
-        decode(latents)
+        run()
         _wait(model)
         times.append(time.perf_counter() - start)
     return min(times)

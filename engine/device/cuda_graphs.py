@@ -1,4 +1,4 @@
-"""One CUDA graph a bucket: propose, the transformer's forward and finish of a batch, in one launch.
+"""One CUDA graph a bucket: propose, the transformer's forward and finish of a batch, in one launch; or a decoder's.
 
 An eager step launches each of its kernels from Python, hundreds for a small transformer and thousands for a large one;
 where the kernels are short, the device waits for the launches. A graph holds them all. It also holds the addresses of
@@ -13,7 +13,6 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from rollflow.errors import ModelError
@@ -42,7 +41,7 @@ Capture = Callable[[Callable[[], Tensor], Any], Captured]
 
 
 class Graphs:
-    """A batch's step, captured once a bucket.
+    """A function of batches, such as a step, captured once a bucket.
 
     The graphs share one pool of memory, and each has one set of buffers: `record` and `run` belong to one thread, and
     `run` to one stream, on which copies and replays are in order.
@@ -53,14 +52,22 @@ class Graphs:
             is. It must not synchronise with the host nor branch on values, and writes only the slots that `integers`
             name.
         capture: captures a function.
+        names: of the first inputs, for messages.
+        rows: which dimension of the first input counts the rows.
 
     Attributes:
         memory: bytes of device memory by bucket: static inputs, and what the capture added. The captures share memory,
             so all but the first add little.
     """
 
-    def __init__(self, step: Callable[..., Tensor], capture: Capture | None = None):
-        self.step, self._capture = step, capture or cuda_capture
+    def __init__(
+        self,
+        step: Callable[..., Tensor],
+        capture: Capture | None = None,
+        names: tuple[str, ...] = ("integers", "floats"),
+        rows: int = 1,
+    ):
+        self.step, self._capture, self._names, self._rows = step, capture or cuda_capture, names, rows
         self.memory: dict[int, int] = {}
         self._graphs: dict[int, tuple[tuple[Tensor, ...], Captured]] = {}  # by bucket: static inputs, capture
         self._pool: Any = None
@@ -95,19 +102,20 @@ class Graphs:
             self._graphs[bucket] = inputs, captured
             self.memory[bucket] = captured.memory + sum(value.nbytes for value in inputs)
 
+    def __contains__(self, bucket: object) -> bool:
+        return bucket in self._graphs
+
     @torch.no_grad()
-    def run(
-        self, integers: Int64[Tensor, "4 bucket"], floats: Float32[Tensor, " value"], *conditioning: Tensor
-    ) -> Tensor:
+    def run(self, *given: Tensor) -> Tensor:
         """`step` of these inputs, by a replay on the current stream; the result is the caller's to keep.
 
         Inputs that no graph was captured for run eagerly, with a warning at the first.
         """
-        given, bucket = (integers, floats, *conditioning), integers.shape[1]
+        bucket = given[0].shape[self._rows]
         if bucket not in self._graphs:
             return self._fall_back(f"bucket: {sorted(self._graphs)} were captured, {bucket} was given", given)
         static, captured = self._graphs[bucket]
-        if (difference := _difference(static, given)) is not None:
+        if (difference := _difference(static, given, self._names)) is not None:
             return self._fall_back(f"{difference} (bucket {bucket})", given)
         for buffer, value in zip(static, given, strict=True):
             buffer.copy_(value, non_blocking=True)
@@ -167,13 +175,13 @@ def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
-def _difference(captured: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> str | None:
+def _difference(captured: tuple[Tensor, ...], given: tuple[Tensor, ...], names: tuple[str, ...]) -> str | None:
     """Which field of the signature differs, if one does; strides are no part of it, as inputs are copied."""
     if len(captured) != len(given):
         return f"number of input tensors: {len(captured)} were captured, {len(given)} were given"
     for place, (ours, theirs) in enumerate(zip(captured, given, strict=True)):
         for field in ("shape", "dtype", "device"):
             if (was := getattr(ours, field)) != (now := getattr(theirs, field)):
-                name = ("integers", "floats")[place] if place < 2 else f"conditioning {place - 2}"
+                name = names[place] if place < len(names) else f"conditioning {place - len(names)}"
                 return f"{field} of {name}: {was} was captured, {now} was given"
     return None

@@ -17,6 +17,7 @@ from rollflow.device import batch, guided, moves
 from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
+from rollflow.device.decoder import Decoder
 from rollflow.device.finals import Finals, rounded
 from rollflow.device.finish import Finish
 from rollflow.device.judge import GivenUp, Judge, back_off
@@ -65,6 +66,7 @@ class Runner:
         self.graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
         self._finish: dict[Geometry, Finish] = {}
+        self._decoders: dict[Geometry, Decoder] = {}
         on_gpu = model.device.type == "cuda"
         self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
         self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
@@ -82,6 +84,10 @@ class Runner:
         """Makes the storage of a geometry, once."""
         if geometry not in self._storage:
             self._finish[geometry] = Finish(self.model, geometry)
+            model: Any = self.model
+            pixels = geometry.height * geometry.width * (geometry.frames or 1)
+            light = model.preview if model.capabilities.preview else None
+            self._decoders[geometry] = Decoder(model.decode, light, pixels)
             self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
 
     @property
@@ -97,7 +103,14 @@ class Runner:
         """Drops all storage and graphs."""
         self._storage.clear()
         self._finish.clear()
+        self._decoders.clear()
         self.graphs.clear()
+
+    @property
+    def graph_memory(self) -> int:
+        """Bytes of device memory that CUDA graphs hold."""
+        steps = sum(sum(graphs.memory.values()) for graphs in [*self.graphs.values()])
+        return steps + sum(decoder.memory for decoder in [*self._decoders.values()])
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
@@ -131,7 +144,7 @@ class Runner:
     def record(
         self, geometry: Geometry, buckets: Iterable[int], conditioning: Any, capture: Capture | None = None
     ) -> None:
-        """Captures the step of every bucket of an image size as a CUDA graph; on a lane, before its first batch.
+        """Captures the steps and decodings of an image size as CUDA graphs, one a bucket; on a lane, before its first.
 
         Args:
             geometry: of the batches, whose storage was allocated.
@@ -148,12 +161,24 @@ class Runner:
             return self._finish[geometry](u, storage, integers[1], tables.posterior)
 
         graphs = Graphs(step, capture)
-        graphs.record(buckets, partial(self._padding, conditioning))
+        sizes = [*buckets]
+        graphs.record(sizes, partial(self._padding, conditioning))
         self.graphs[geometry] = graphs
 
+        def latents(bucket: int) -> Tensor:
+            return graphs.run(*self._padding(conditioning, bucket))
+
+        for light in (False, True) if self.preview else (False,):
+            self._decoders[geometry].record(light, sizes, latents, capture)
+
     def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
-        """Runs the bucket's graph on a batch of padding, to time it."""
-        return self.graphs[geometry].run(*self._padding(conditioning, bucket))
+        """Evaluates and decodes a batch of padding by the bucket's graphs, to time it; on a lane, between batches."""
+        latents = self.graphs[geometry].run(*self._padding(conditioning, bucket))
+        with torch.no_grad(), self._beside(latents):
+            images = self._decoders[geometry](latents, self.preview)
+        if self._side is not None:
+            torch.cuda.current_stream(self.model.device).wait_stream(self._side)
+        return images
 
     def _padding(self, conditioning: Any, bucket: int) -> tuple[Tensor, ...]:
         collated = self.model.collate([conditioning] * bucket)  # type: ignore[attr-defined]
@@ -295,8 +320,7 @@ class Runner:
         light = self.preview if preview is None else preview
         self.ledger.decodes("preview" if light else "full", count)
         with self.ledger.span("decode", self.model.device):
-            decode = self.model.preview if light else self.model.decode  # type: ignore[attr-defined]
-            return decode(latents)[:count]
+            return self._decoders[geometry](latents, light)[:count]
 
     # Images of searches that are over.
 

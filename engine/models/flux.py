@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rollflow.errors import ModelError, RequestError, line, shown
-from rollflow.models import Capabilities, FlowModel, Geometry, acceleration
+from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, norms
 from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.layout import Layout
 from rollflow.models.loaded import loaded
@@ -272,7 +272,7 @@ class FluxModel(FlowModel):
         chunk = max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
         recorded = None if torch.is_grad_enabled() else self._decoders.get((decoder, tuple(latents.shape[1:])))
         decode = recorded or partial(_decoded, decoder)
-        with self._borrowed.lent():
+        with self._borrowed.lent(), norms.fused(self.device):
             images = torch.cat([decode(part) for part in latents.split(chunk)])
         if images.shape[1] > 3:
             images = torch.nn.functional.pixel_shuffle(images, math.isqrt(images.shape[1] // 3))
