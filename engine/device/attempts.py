@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Attempts:
     """Runs batches, whole if that goes, and in parts if it does not.
 
     A batch that does not fit into the device's memory is halved, and one row, if it was padded, is padded less. For any
-    other error each request runs by itself. An error of the device itself fails all.
+    other error each request runs by itself. An error of the device itself fails all. Whatever goes wrong, all work is
+    answered, and the lane is freed.
 
     Args:
         size: gives the size of the batch that work makes, padding included.
@@ -39,40 +41,55 @@ class Attempts:
             work: rows, or searches that are over.
             report: takes the events.
         """
-        left, free = [work], partial(report, Free())
-        while left:
-            part, error = left.pop(), None
-            size = self._size(part)  # before it runs: what others find not to fit meanwhile makes later batches smaller
-            try:
-                after = run(part, report)
-            except BaseException as caught:
-                error = caught
-            if error is None:
-                if after is not None and self._last(after, part, _nothing if left else free, report) and not left:
+        left, free = [work], _Once(partial(report, Free()))
+        try:
+            while left:
+                if self._run_last(run, left, report, free):
                     return
-            elif is_fatal(error):
-                for one in (part, *left):
-                    report(Failed(one, _dead(error)))
-                break
-            elif isinstance(error, torch.OutOfMemoryError) and size > 1:
-                error = None  # and with it the frames that hold the batch's tensors
-                geometry, half = part[0].brief.geometry, len(part) // 2
-                self._shrink(geometry, size)
-                report(Shrunk(geometry, size))
-                left += [part[half:], part[:half]] if half else [part]
-            elif len(parts := _by_request(part)) > 1:
-                self._warn_of(error, len(part))
-                left += parts[::-1]
-            else:
-                report(Failed(part, model_error(error)))
+        except BaseException as error:  # of what surrounds the work, and not of a model: nothing was made to expect it
+            while left:
+                report(Failed(left.pop(), _fault(error)))
         free()
 
-    def _last(self, after: After, part: Sequence[Any], free: Callable[[], None], report: Report) -> bool:
-        """Does what is to be done last; False if the device fails at it, which by then is too late to mend."""
+    def _run_last(
+        self,
+        run: Callable[[Any, Report], After | None],
+        left: list[Sequence[Any]],
+        report: Report,
+        free: Callable[[], None],
+    ) -> bool:
+        """Runs the last part of what is left, which it replaces by what is left of it; True if `free` was handed on."""
+        part, error = left[-1], None
+        size = self._size(part)  # before it runs: what others find not to fit meanwhile makes later batches smaller
+        try:
+            after = run(part, report)
+        except BaseException as caught:
+            error = caught
+        if error is None:
+            left.pop()
+            return after is not None and self._finish(after, part, _nothing if left else free, report) and not left
+        if is_fatal(error):
+            while left:
+                report(Failed(left.pop(), _dead(error)))
+        elif isinstance(error, torch.OutOfMemoryError) and size > 1:
+            error = None  # and with it the frames that hold the batch's tensors
+            geometry, half = part[0].brief.geometry, len(part) // 2
+            self._shrink(geometry, size)
+            report(Shrunk(geometry, size))
+            left[-1:] = [part[half:], part[:half]] if half else [part]
+        elif len(parts := _by_request(part)) > 1:
+            self._warn_of(error, len(part))
+            left[-1:] = parts[::-1]
+        else:
+            report(Failed(left.pop(), model_error(error)))
+        return False
+
+    def _finish(self, after: After, part: Sequence[Any], free: Callable[[], None], report: Report) -> bool:
+        """Does what is to be done last; False if that fails, which by then is too late to try again."""
         try:
             after(free)
         except BaseException as error:
-            report(Failed(part, _dead(error)))
+            report(Failed(part, _dead(error) if is_fatal(error) else _fault(error)))
             return False
         return True
 
@@ -86,6 +103,17 @@ class Attempts:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+
+class _Once:
+    """Calls a function the first time that it is called, on any thread."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function, self._lock = function, Lock()
+
+    def __call__(self) -> None:
+        if self._lock.acquire(blocking=False):  # for good
+            self._function()
 
 
 def image_count(work: Sequence[Any]) -> int:
@@ -113,6 +141,14 @@ def _dead(error: BaseException) -> EngineDead:
     dead = EngineDead(f"the device failed for good ({said(error)}): make a new engine")
     dead.__cause__ = error
     return dead
+
+
+def _fault(error: BaseException) -> RollflowError:
+    fault = RollflowError(
+        f"the engine met a fault of its own in a batch of this request ({said(error)}): report it, and submit it again"
+    )
+    fault.__cause__ = error
+    return fault
 
 
 def model_error(error: BaseException) -> BaseException:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rollflow import rewards
+from rollflow.copies import Download
 from rollflow.device.judge import Judge
 from rollflow.device.terms import Judgement
 from rollflow.rewards import Combined, Reward
@@ -25,7 +26,6 @@ class Finals:
         images: of all their candidates, in order.
         wait: waits for the images.
         judge: calls the rewards.
-        device: where rewards see images.
         report: where the outcomes go.
     """
 
@@ -35,13 +35,12 @@ class Finals:
         images: Tensor,
         wait: Callable[[], None],
         judge: Judge,
-        device: torch.device,
         report: Report,
     ):
         self._shows, self._images, self._wait = shows, images, wait
-        self._judge, self._device, self._report = judge, device, report
+        self._judge, self._report = judge, report
         self._making = Lock()
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, Download] | None = None
         self._first: dict[int, int] = {}  # each search's first image
         for show in shows:
             self._first[show.brief.ticket] = sum(len(other.candidates) for other in shows[: len(self._first)])
@@ -53,22 +52,25 @@ class Finals:
         for call in Judgement(self._shows, judges, places, self._shown, self._chosen).calls():
             self._judge.post(call, self._report)
 
-    def _pixels(self) -> tuple[Tensor, Tensor]:
-        """The images and the same in 8 bits, on the CPU."""
+    def _pixels(self) -> tuple[Tensor, Download]:
+        """The images in 8 bits where they were decoded, and these and the images themselves on their way to the CPU.
+
+        Rewards need not wait for that way: they judge, on the device, the very bits that are returned.
+        """
         with self._making:
             if self._made is None:
                 self._wait()
-                pixels = self._images.cpu()
-                self._made = pixels, rounded(pixels)
+                eight_bit = rounded(self._images)
+                self._made = eight_bit, Download(self._images, eight_bit)
             return self._made
 
     def _shown(self) -> Tensor:
         """What rewards see: the 8-bit images that are returned."""
-        return self._pixels()[1].to(self._device).float() / 255
+        return self._pixels()[0].float() / 255
 
     def _chosen(self, shows: Sequence[Show], scores: list[list[Score]]) -> Event | None:
         """The best candidate of each search; a held-out judge sees it afterwards."""
-        pixels, eight_bit = self._pixels()
+        pixels, eight_bit = self._pixels()[1].wait()
         over: list[tuple[Show, Outcome]] = []
         open_: list[tuple[Show, Outcome, int, Reward]] = []
         for show, own in zip(shows, scores, strict=True):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rollflow import rewards
+from rollflow.copies import Download
 from rollflow.device import moves
 from rollflow.device.batch import Tables
 from rollflow.device.judge import Judge, Timed, by_term, identity
 from rollflow.device.storage import Storage
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, RollflowError
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.layout import Layout
 from rollflow.profile.ledger import Ledger
@@ -132,29 +133,30 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         latents = moves.kept(latents, [row.brief for row in rows])
         entering = latents.to(model.dtype) if isinstance(model.layout, Layout) else latents
         images = runner.decode(entering, len(rows), geometry, preview=False)
-        scores, total = _judged(runner, rows, images, answers)
+        each, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):
             (gradient,) = torch.autograd.grad(total, x)
     storage.u[live] = u.detach()[: len(rows)]
-    invalid: list[tuple[int, int]] = []
+    valid: list[Tensor] = []
     for i, row in enumerate(rows):
         assert row.guide is not None
-        move, valid = moves.guided(row.guide, row.reach, gradient[i].detach())
+        move, finite = moves.guided(row.guide, row.reach, gradient[i].detach())
         storage.move[row.slot] = move / row.step.q
-        if not valid:
-            invalid.append((row.brief.ticket, row.number))
-    return Landed(rows, scores, invalid)
+        valid.append(finite)
+    numbers, finite = Download(torch.stack(each).detach(), torch.stack(valid)).wait()  # one wait for the device
+    invalid = [(row.brief.ticket, row.number) for row, good in zip(rows, finite.tolist(), strict=True) if not good]
+    return Landed(rows, _by_row(rows, numbers.tolist()), invalid)
 
 
-def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers) -> tuple[list[Score], Tensor]:
-    """Each row's score, and the sum of all rewards, which has a gradient."""
+def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers) -> tuple[list[Tensor], Tensor]:
+    """The scores of each row's terms, and the sum of all rewards, which has a gradient."""
     found: dict[tuple[Hashable, int], Tensor] = {}
     for key, (term, group) in by_term([row.brief.reward for row in rows]).items():
         with runner.ledger.span("reward", runner.model.device):
             call, prompts = OnLane(term, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
             try:
                 values = runner.judge.here(call, images[group], prompts, answers).to(images.device).double()
-            except Exception:
+            except RollflowError:  # which is all that calls of rewards raise, but for one that was given up
                 answers.failing = call.terms
                 raise
         found.update(((key, i), value) for i, value in zip(group, values, strict=True))
@@ -169,9 +171,13 @@ def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers
                 "model must be differentiable for a guided method"
             )
         total, each = total + value, each + own
-    numbers = iter(torch.stack(each).tolist())  # one wait for the device
-    scores: list[Score] = []
+    return each, total
+
+
+def _by_row(rows: Sequence[Row], numbers: Sequence[float]) -> list[Score]:
+    """The score of each row, of those of all terms."""
+    left, scores = iter(numbers), list[Score]()
     for row in rows:
-        own_scores = tuple(next(numbers) for _ in rewards.terms_of(row.brief.reward))
-        scores.append(own_scores if isinstance(row.brief.reward, Combined) else own_scores[0])
-    return scores, total
+        own = tuple(next(left) for _ in rewards.terms_of(row.brief.reward))
+        scores.append(own if isinstance(row.brief.reward, Combined) else own[0])
+    return scores

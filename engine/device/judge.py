@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import rewards
+from rollflow.copies import Download, upload
 from rollflow.device.costs import RewardCost, Spent
 from rollflow.device.judges import Turn
 from rollflow.device.workers import Lanes
@@ -232,10 +233,11 @@ class Judge:
             wanted = [place for places in call.places for place in places]
             images = call.make()
             if wanted != [*range(len(images))]:
-                images = images[torch.tensor(wanted, device=images.device)]
+                images = images[upload(torch.tensor(wanted), images.device)]
             with self.timed(call, len(images)):
-                found = self.score(call, images, [brief.prompt for brief in call.briefs]).tolist()
-        scores = iter(found)
+                scored = self.score(call, images, [brief.prompt for brief in call.briefs])
+                (found,) = Download(scored).wait()  # the one wait for the device
+        scores = iter(found.tolist())
         return [[next(scores) for _ in places] for places in call.places]
 
     @contextmanager

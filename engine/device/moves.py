@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rollflow import kernels
+from rollflow.copies import upload
 from rollflow.device.storage import Storage
 from rollflow.draw import Guide
 from rollflow.models import Geometry
@@ -55,7 +56,7 @@ def started(model: Any, image: Tensor, mask: Tensor | None, geometry: Geometry) 
         if mask is None:
             return Start(state)
         layout, latents = model.layout, model.layout.decodable(state[None], geometry)[0]
-        keep = 1 - (mask >= 0.5).float().to(state.device)
+        keep = upload(1 - (mask >= 0.5).float(), state.device)
         keep = torch.nn.functional.interpolate(keep[None, None], size=latents.shape[-2:])[0, 0]
         wide = keep.expand(latents.shape).contiguous()
         return Start(state, layout.stated(wide, geometry), latents, wide)
@@ -73,11 +74,8 @@ def _stepped(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
 def _known(row: Row, start: Start, storage: Storage) -> Float[Tensor, "token channel"]:
     """The image at the row's time, with noise that is the same for all of the request: given noise, if there is any."""
     brief, step, x = row.brief, row.step, storage.x
-    if brief.latents is not None:
-        noise = brief.latents[0].to(x.device)
-    else:
-        seed, key = (torch.tensor([value], device=x.device) for value in (brief.seed, KNOWN))
-        noise = kernels.noise(seed, key, *x.shape[1:])[0]
+    given = brief.latents
+    noise = _drawn(brief.seed, KNOWN, storage) if given is None else upload(given[0], x.device)
     return step.scale * ((1 - step.tau) * start.state + step.tau * noise)
 
 
@@ -85,14 +83,18 @@ def _started(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
     """A sample of the prior: given noise or that of its key, and of a start from an image also that; `k` is sigma."""
     brief, step = row.brief, row.step
     given = None if row.given is None or brief.latents is None else brief.latents[row.given]
-    noise = _noise(row, storage) if given is None else given.to(storage.x.device)
+    noise = _noise(row, storage) if given is None else upload(given, storage.x.device)
     return step.k * noise if brief.start is None else (step.scale - step.k) * brief.start.state + step.k * noise
 
 
 def _noise(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
+    return _drawn(row.brief.seed, row.key, storage)
+
+
+def _drawn(seed: int, key: int, storage: Storage) -> Float[Tensor, "token channel"]:
     x = storage.x
-    seed, key = (torch.tensor([value], device=x.device) for value in (row.brief.seed, row.key))
-    return kernels.noise(seed, key, *x.shape[1:])[0]
+    numbers = (torch.full((1,), value, device=x.device) for value in (seed, key))  # filled there: nothing is copied
+    return kernels.noise(*numbers, *x.shape[1:])[0]
 
 
 def _moved(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
@@ -113,7 +115,7 @@ def _rotated(row: Row, storage: Storage, layout: LatentMap) -> Float[Tensor, "to
         return layout.coarse(one, geometry) if coarse else one
 
     if others:
-        source = x + storage.x[list(others)].sum(0)
+        source = x + torch.stack([storage.x[other] for other in others]).sum(0)  # a list would be copied there
         lengths = [one.norm() for one in (band(x), band(source))]  # of what turns, and has the norm of noise
         source = source * (lengths[0] / lengths[1])
     rotated = step.a * source + step.k * _noise(row, storage)
@@ -122,8 +124,10 @@ def _rotated(row: Row, storage: Storage, layout: LatentMap) -> Float[Tensor, "to
 
 def guided(
     guide: Guide, reach: float, gradient: Float[Tensor, "token channel"]
-) -> tuple[Float[Tensor, "token channel"], bool]:
+) -> tuple[Float[Tensor, "token channel"], Bool[Tensor, ""]]:
     """How far the reward's gradient moves the posterior mean, see `rollflow.draw.Guide`; whether it was a number.
+
+    Both stay where the gradient is: nothing waits for the device.
 
     Args:
         guide: what was asked.
@@ -131,11 +135,13 @@ def guided(
         gradient: of the reward with respect to the state.
     """
     if reach == 0.0:
-        return torch.zeros_like(gradient), True
+        return torch.zeros_like(gradient), torch.ones((), dtype=torch.bool, device=gradient.device)
     move = guide.scale * reach * gradient
     size = move.square().mean().sqrt()
-    if not size.isfinite() or size == 0:
-        return torch.zeros_like(gradient), bool(size.isfinite())
+    valid = size.isfinite()
+    still = ~valid | (size == 0)
     if guide.normalised:
-        move, size = move * (guide.scale / size), size.new_tensor(guide.scale)
-    return (move if guide.clip is None else move * (guide.clip / size).clamp(max=1)), True
+        move, size = move * (guide.scale / size), torch.full_like(size, guide.scale)
+    if guide.clip is not None:
+        move = move * (guide.clip / size).clamp(max=1)
+    return move.masked_fill(still, 0.0), valid

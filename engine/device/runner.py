@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels, rewards
+from rollflow.copies import Download, upload
 from rollflow.device import batch, guided, moves
 from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
@@ -22,6 +22,7 @@ from rollflow.device.finals import Finals, rounded
 from rollflow.device.finish import Finish
 from rollflow.device.judge import GivenUp, Judge, back_off
 from rollflow.device.storage import Storage
+from rollflow.device.streams import Streams
 from rollflow.device.terms import Judgement
 from rollflow.device.workers import Lanes
 from rollflow.models import FlowModel, Geometry
@@ -58,6 +59,7 @@ class Runner:
             batch only keeps the device busy while the first is decided on).
         buckets: by geometry, where they are not the ones given.
         graphs: CUDA graphs by geometry.
+        streams: the order of what a GPU does.
     """
 
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
@@ -65,11 +67,10 @@ class Runner:
         self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
         self.graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
+        self._zeroed: dict[Geometry, Any] = {}  # where the stream that filled it with zeros was done
         self._finish: dict[Geometry, Finish] = {}
         self._decoders: dict[Geometry, Decoder] = {}
-        on_gpu = model.device.type == "cuda"
-        self._side: Any = torch.cuda.Stream(model.device) if on_gpu else None  # decodes
-        self._judging: Any = torch.cuda.Stream(model.device) if on_gpu else None
+        self.streams = Streams(model.device)
         self._failed: dict[Geometry, int] = {}  # the smallest batch that did not fit into the memory
         self._attempts = Attempts(self._size, self._shrink)
         self.use(lanes)
@@ -78,7 +79,7 @@ class Runner:
         """Works on these threads from now on; no batch may be on its way."""
         self.threads, self.lanes, self.parallel = lanes, lanes.count, lanes.parallel
         single = self.usual[-1] if len(self.usual) == 1 else None
-        self.judge = Judge(lanes, self.ledger, single, self.model.device, self._judging)
+        self.judge = Judge(lanes, self.ledger, single, self.model.device, self.streams.judging)
 
     def allocate(self, geometry: Geometry, slots: int) -> None:
         """Makes the storage of a geometry, once."""
@@ -88,7 +89,8 @@ class Runner:
             pixels = geometry.height * geometry.width * (geometry.frames or 1)
             light = model.preview if model.capabilities.preview else None
             self._decoders[geometry] = Decoder(model.decode, light, pixels)
-            self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
+            storage = Storage(slots, geometry.token, geometry.channel, self.model.device)
+            self._zeroed[geometry], self._storage[geometry] = self.streams.mark(), storage
 
     @property
     def geometries(self) -> list[Geometry]:
@@ -96,12 +98,14 @@ class Runner:
         return [*self._storage]
 
     def storage(self, geometry: Geometry) -> Storage:
-        """Where the particles of a geometry are."""
+        """Where the particles of a geometry are; the current stream waits for the zeros that it was filled with."""
+        self.streams.after(self._zeroed[geometry])
         return self._storage[geometry]
 
     def free(self) -> None:
         """Drops all storage and graphs."""
         self._storage.clear()
+        self._zeroed.clear()
         self._finish.clear()
         self._decoders.clear()
         self.graphs.clear()
@@ -174,11 +178,8 @@ class Runner:
     def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
         """Evaluates and decodes a batch of padding by the bucket's graphs, to time it; on a lane, between batches."""
         latents = self.graphs[geometry].run(*self._padding(conditioning, bucket))
-        with torch.no_grad(), self._beside(latents):
-            images = self._decoders[geometry](latents, self.preview)
-        if self._side is not None:
-            torch.cuda.current_stream(self.model.device).wait_stream(self._side)
-        return images
+        with torch.no_grad(), self.streams.beside(latents):
+            return self._decoders[geometry](latents, self.preview)
 
     def _padding(self, conditioning: Any, bucket: int) -> tuple[Tensor, ...]:
         collated = self.model.collate([conditioning] * bucket)  # type: ignore[attr-defined]
@@ -208,17 +209,19 @@ class Runner:
 
     def _told(self, number: int | None, report: Report, event: Event) -> None:
         """Reports what came of a batch, whose lane is free in the ledger from the moment that the loop is told so."""
-        if isinstance(event, Free):
-            self.ledger.freed(number)
-        report(event)
+        try:
+            if isinstance(event, Free):
+                self.ledger.freed(number)
+        finally:  # whatever the ledger does, the loop must hear of it
+            report(event)
 
     def peek(self, candidate: Candidate, brief: Brief) -> Tensor:
         """A particle as an 8-bit image [3, height, width], or clip; on a lane."""
         with torch.no_grad():
             images = self._images([(brief, candidate)])
-            if self._side is not None:
-                self._side.synchronize()
-            return rounded(images.cpu())[0]
+            with self.streams.beside():
+                seen = Download(rounded(images))
+            return seen.wait()[0][0]
 
     # A batch of rows.
 
@@ -240,8 +243,8 @@ class Runner:
             latents = moves.kept(self._evaluate(rows), [row.brief for row in rows])
             if judged:
                 if len(judged) < len(rows):
-                    latents = latents[self._device(torch.tensor(judged))]
-                with self._beside(latents):
+                    latents = latents[self._upload(torch.tensor(judged))]
+                with self.streams.beside(latents):
                     images = self.decode(latents, len(judged), geometry)
         unjudged = [row for row in rows if not row.scored]  # until here, an error is one of all rows
         if unjudged:
@@ -256,7 +259,7 @@ class Runner:
             report(guided.run(self, rows, report))
         except GivenUp:
             report.over = True
-        except Exception as error:
+        except Exception as error:  # of any type: a reward says itself which of them to try again
             if len({row.brief.ticket for row in rows}) > 1:
                 raise  # each request then runs, and waits for its reward, by itself
             terms = report.failing or rewards.terms(rows[0].brief.reward)
@@ -272,14 +275,12 @@ class Runner:
 
     def _hand_over(self, images: Tensor, free: Callable[[], None]) -> Callable[[], None]:
         """Frees the lane when the images are there; returns what waits for that on other threads."""
-        if self._side is None:
+        wait = self.streams.to_judges(images)
+        if wait is None:
             free()
             return _nothing
-        done = torch.cuda.Event()
-        done.record(self._side)
-        images.record_stream(self._judging)
-        self.threads.watch(_when, done, free)
-        return done.synchronize
+        self.threads.watch(_when, wait, free)
+        return wait
 
     def _evaluate(self, rows: Sequence[Row]) -> Float[Tensor, "bucket ..."]:
         """Advances and evaluates the rows; returns their posterior means, padded to the bucket."""
@@ -300,7 +301,7 @@ class Runner:
         """The batch's tables and conditionings."""
         geometry = rows[0].brief.geometry
         return batch.tables(
-            rows, self.bucket(len(rows), geometry), self.storage(geometry), self.model.layout, self._device
+            rows, self.bucket(len(rows), geometry), self.storage(geometry), self.model.layout, self._upload
         )
 
     def propose(self, tables: Tables, storage: Storage) -> Float[Tensor, "bucket token channel"]:
@@ -339,7 +340,7 @@ class Runner:
 
         def judge(free: Callable[[], None]) -> None:
             wait = self._hand_over(images, free)
-            Finals(shows, images, wait, self.judge, self.model.device, report).post()
+            Finals(shows, images, wait, self.judge, report).post()
 
         return judge
 
@@ -350,35 +351,26 @@ class Runner:
         for start in range(0, len(candidates), size):
             part = candidates[start : start + size]
             padding = self.bucket(len(part), geometry) - len(part)
-            slot = self._device(torch.tensor([c.slot for _, c in part] + [NONE] * padding))
-            posterior = self._device(torch.tensor([[c.p, c.q] for _, c in part] + [[0.0, 0.0]] * padding))
+            slot = self._upload(torch.tensor([c.slot for _, c in part] + [NONE] * padding))
+            posterior = self._upload(torch.tensor([[c.p, c.q] for _, c in part] + [[0.0, 0.0]] * padding))
             latents = self._finish[geometry](storage.u[slot.clamp(min=0)], storage, slot, posterior)
             latents = moves.kept(latents, [brief for brief, _ in part])
-            with self._beside(latents):
+            with self.streams.beside(latents):
                 decoded.append(self.decode(latents, len(part), geometry, preview=False))
-        with self._beside():
+        with self.streams.beside():
             return torch.cat(decoded)
 
     def _do(self, number: int | None, kind: str, work: Callable[[], Any], then: Callable, report: Report) -> None:
-        with self.ledger.batch(number, "encode_prompt" if kind == "encode" else "tick"):
-            try:
+        try:
+            with self.ledger.batch(number, "encode_prompt" if kind == "encode" else "tick"):
                 done = Done(then, work())
-            except BaseException as error:
-                done = Done(then, error=error)
+        except BaseException as error:
+            done = Done(then, error=error)
         report(done)
         report(Free())
 
-    def _beside(self, *used: Tensor) -> AbstractContextManager[Any]:
-        """On a GPU, the stream of decoding, after what has been asked of the main one so far."""
-        if self._side is None:
-            return nullcontext()
-        for tensor in used:
-            self._side.wait_stream(torch.cuda.current_stream(self.model.device))
-            tensor.record_stream(self._side)
-        return torch.cuda.stream(self._side)
-
-    def _device(self, value: Tensor) -> Tensor:
-        return value if self._side is None else value.pin_memory().to(self.model.device, non_blocking=True)
+    def _upload(self, value: Tensor) -> Tensor:
+        return upload(value, self.model.device)
 
 
 def _for_batch(number: int | None, after: After, free: Callable[[], None]) -> None:
@@ -396,10 +388,12 @@ def _after(wait: Callable[[], None], images: Tensor) -> Tensor:
     return images
 
 
-def _when(done: Any, free: Callable[[], None]) -> None:
-    """Frees a lane when a CUDA event is over."""
-    done.synchronize()
-    free()
+def _when(wait: Callable[[], None], free: Callable[[], None]) -> None:
+    """Frees a lane when a wait for the device is over, even if the device failed: the next batch will say so."""
+    try:
+        wait()
+    finally:
+        free()
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rollflow.copies import upload
 from rollflow.errors import ModelError, RequestError, shown
 from rollflow.models import Capabilities, FlowModel, Geometry, adapt
 from rollflow.models.rule import Rule
@@ -161,7 +162,7 @@ class ClassifierFree(FlowModel):
         if not second:
             return self.model.velocity(x, tau, rows, embedded, geometry)
         rows += [conditioning[i].unconditional for i in second]
-        index = torch.tensor([*range(len(x)), *second], device=x.device)
+        index = upload(torch.tensor([*range(len(x)), *second]), x.device)
         both = self.model.velocity(x[index], tau[index], rows, embedded[index], geometry)
         velocity, chosen = both[: len(x)], index[len(x) :]
         c = velocity[chosen]

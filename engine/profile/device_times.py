@@ -80,4 +80,4 @@ class DeviceTimes:
 
 
 def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # a thread that waits leaves its core to others

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rollflow.copies import upload
 from rollflow.models import Geometry
 from rollflow.models.pipeline.arguments import LIST, Argument, leaf, row_of
 from rollflow.models.pipeline.drive import SCALES, Driver
@@ -148,7 +149,7 @@ class Replay:
         guided = [i for i, one in enumerate(conditioning) if one.unconditional is not None]
         if guided:
             prompts += [one.unconditional for one in conditioning if one.unconditional is not None]
-            index = torch.tensor([*range(len(x)), *guided], device=x.device)
+            index = upload(torch.tensor([*range(len(x)), *guided]), x.device)
             states, time, scales = states[index], time[index], scales[index]
         output = self._outputs(prompts, states, time, scales)
         velocity = output[: len(x)]
@@ -171,11 +172,11 @@ class Replay:
             return self.call(networks[0], prompts, x, time, scales)
         parts, places = [], []
         for group in groups.values():
-            index = torch.tensor(group, device=x.device)
+            index = upload(torch.tensor(group), x.device)
             own = [prompts[i] for i in group]
             parts.append(self.call(networks[group[0]], own, x[index], time[index], scales[index]))
             places += group
-        order = torch.tensor(places, device=x.device).argsort()
+        order = upload(torch.tensor(places).argsort(), x.device)
         return torch.cat(parts)[order]
 
     def call(self, network: int, prompts: Sequence[Prompt], x: Tensor, time: Tensor, scales: Tensor) -> Tensor:
