@@ -24,8 +24,8 @@ class Device(Protocol):
     preview: bool
     judge: Any  # see `rollflow.device.judge.Judge`
 
-    def bucket(self, rows: int, geometry: Geometry) -> int:
-        """The batch size of that many rows."""
+    def bucket(self, rows: int, geometry: Geometry, guided: bool = False) -> int:
+        """The batch size of that many rows, guided or plain ones."""
         ...
 
     def allocate(self, geometry: Geometry, slots: int) -> None:
@@ -128,7 +128,7 @@ class Dispatch:
         self.lanes += 1
         self._chores_first = True
         nfe = rows[0].nfe
-        for i in range(self.device.bucket(len(rows), rows[0].brief.geometry)):
+        for i in range(self.device.bucket(len(rows), rows[0].brief.geometry, rows[0].kind == "guided")):
             search = self._tickets[rows[i % len(rows)].brief.ticket].search
             assert search is not None
             search.history.executed += nfe

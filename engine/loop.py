@@ -68,7 +68,7 @@ class Loop:
         self.device, self.preparations, self.clock = device, preparations, clock
         self.inbox: SimpleQueue[Event | tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._timers, self._rate, self._ledger = Timers(), Rate(), ledger
-        self._short = set[Geometry]()  # of whose shortness of memory was warned
+        self._short = set[tuple[Geometry, bool]]()  # of whose shortness of memory was warned, of plain and guided rows
         self._ended, self._lock = False, threading.RLock()  # a collected engine may be closed anywhere
         self._admission = Admission(slots, device.allocate, max_queued)
         self._scheduler = scheduler = Scheduler(device.lanes, preparations.cost, clock)
@@ -288,9 +288,10 @@ class Loop:
             self._register.touched(ticket)
 
     def _on_shrunk(self, event: Shrunk) -> None:
-        if self.preparations.shrink(event.geometry, event.rows) and event.geometry not in self._short:
-            self._short.add(event.geometry)
-            warn_of_memory(event, self.preparations.cost(event.geometry).largest)
+        kind = event.geometry, event.guided
+        if self.preparations.shrink(event.geometry, event.rows, event.guided) and kind not in self._short:
+            self._short.add(kind)
+            warn_of_memory(event, self.preparations.cost(*kind).largest)
 
     def _lanes_changed(self) -> None:
         self._scheduler.lanes = self.device.lanes
@@ -321,11 +322,11 @@ class Loop:
 
 def warn_of_memory(event: Shrunk, largest: int) -> None:
     """A batch did not fit into the device's memory."""
-    size = f"{event.geometry.height}x{event.geometry.width}"
+    size, rows = f"{event.geometry.height}x{event.geometry.width}", "guided rows" if event.guided else "rows"
     with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
         warnings.warn(
-            f"a batch of {event.rows} rows of {size} did not fit into the device's memory and was split; from now on "
-            f"batches of this size have at most {largest} rows (fewer, should those not fit either), which may be "
+            f"a batch of {event.rows} {rows} of {size} did not fit into the device's memory and was split; from now on "
+            f"batches of this size have at most {largest} {rows} (fewer, should those not fit either), which may be "
             "slower. This warning comes once for each size",
             RuntimeWarning,
             stacklevel=2,

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from rollflow.device import calibrate, moves
 from rollflow.device.attempts import model_error
-from rollflow.device.memory import Memory, Room
+from rollflow.device.memory import Memory, Room, guidance
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.errors import EngineClosed
@@ -28,7 +28,15 @@ from rollflow.schedule.cost import CostModel
 
 ENCODED_PROMPTS = 256  # kept for later requests
 Wanted = tuple[Text, Geometry | None]  # a text, and where it matters the size that it is encoded for
-Need = Wanted | Geometry
+
+
+class Guided(NamedTuple):
+    """How many guided rows of an image size fit into the memory."""
+
+    geometry: Geometry
+
+
+Need = Wanted | Geometry | Guided
 Bound = Literal["time", "memory", "sizes"]  # of batch sizes
 # What to do on a lane, what with its result, and what the ledger calls it.
 Chore = tuple[Callable[[], Any], Callable[[Any, BaseException | None], None], str]
@@ -51,12 +59,15 @@ class Preparations:
         memory, slots: the same.
         conditioning: what the model made of texts.
         costs: what batches cost, by image size.
+        guided: the same of guided rows, where they have batch sizes of their own.
         bounds: why batches are no larger, by image size; see `rollflow.stats.Stats`.
         chores: work for a lane.
         changed: called when the lanes were chosen.
         pinned: whether no encoding may be forgotten, because the encoders are gone.
         closing: whether nothing more is to be prepared; of any thread.
     """
+
+    memory: Memory | None = None
 
     def __init__(
         self,
@@ -73,28 +84,35 @@ class Preparations:
         self._measure, self._keep, self._choose, self._graphs = measure, keep_buckets, choose_lanes, graphs
         self.conditioning: dict[Wanted, Any] = {}
         self.costs: dict[Geometry, CostModel] = {}
+        self.guided: dict[Geometry, CostModel] = {}
         self.chores: deque[Chore] = deque()
         self.changed: Callable[[], None] = lambda: None
         self.pinned = self.closing = False
         self._assumed = CostModel.assumed(runner.usual)
         self._waiting: dict[Need, list[Callable[[BaseException | None], None]]] = {}
 
-    def cost(self, geometry: Geometry) -> CostModel:
-        """What batches of a geometry cost, or what is assumed before a measurement."""
-        return self.costs.get(geometry, self._assumed)
+    def cost(self, geometry: Geometry, guided: bool = False) -> CostModel:
+        """What batches of a geometry cost, or what is assumed before a measurement.
 
-    def shrink(self, geometry: Geometry, rows: int) -> bool:
+        Guided ones are taken to cost in proportion to plain ones: which of their sizes are fastest is all that matters.
+        """
+        known = self.costs.get(geometry, self._assumed)
+        return self.guided.get(geometry, known) if guided else known
+
+    def shrink(self, geometry: Geometry, rows: int, guided: bool = False) -> bool:
         """Batches of this many rows, padding included, do not fit: takes their sizes away; says whether that is new."""
-        known = self.cost(geometry).seconds
+        known = self.cost(geometry, guided).seconds
         if rows > max(known):  # it was on its way when another did not fit
             return False
-        fitting = {bucket: seconds for bucket, seconds in known.items() if bucket < rows}
+        fitting = _up_to(rows - 1, known)
         if not fitting:  # one batch size alone: from now on the rows of half of it
-            half = max(1, rows // 2)
-            fitting = {half: known[min(known)] * half / min(known)}
+            fitting = _scaled(max(1, rows // 2), known)
         if max(fitting) >= max(known):
             return False
-        self._set(geometry, fitting, "memory")
+        if guided:
+            self._set_guided(geometry, fitting)
+        else:
+            self._set(geometry, fitting, "memory")
         return True
 
     def wanted(self, text: Text, geometry: Geometry | None) -> Wanted:
@@ -141,6 +159,23 @@ class Preparations:
             wanted = wanted or self._any(geometry)
         if wanted is not None and wanted not in self.conditioning:
             missing.insert(0, wanted)  # the encoding first: measurements need one
+        self._need(missing, then, wanted)
+
+    def want_guided(self, text: Text | None, geometry: Geometry, then: Callable[[BaseException | None], None]) -> None:
+        """`want`, and where the device says what memory it has, how many guided rows of the geometry fit into it."""
+
+        def wanted(error: BaseException | None) -> None:
+            if error is not None or self.memory is None or geometry in self.guided:
+                then(error)
+            else:
+                self._need([Guided(geometry)], then, None if text is None else self.wanted(text, geometry))
+
+        self.want(text, geometry, wanted)
+
+    def _need(
+        self, missing: Sequence[Need], then: Callable[[BaseException | None], None], wanted: Wanted | None
+    ) -> None:
+        """Calls `then` when all that is missing was prepared, with the encoding that is wanted where one is needed."""
         if not missing:
             then(None)
             return
@@ -158,6 +193,8 @@ class Preparations:
             if len(waiting) == 1:
                 if isinstance(need, Geometry):
                     steps = self._measuring(need, wanted or self._any(need))
+                elif isinstance(need, Guided):
+                    steps = self._counting(need.geometry, wanted or self._any(need.geometry))
                 else:
                     steps = self._encoding(need)
                 self._advance(need, steps, None, None)
@@ -190,7 +227,7 @@ class Preparations:
         except BaseException as raised:
             self._tell(need, model_error(raised))
         else:
-            kind = "measure" if isinstance(need, Geometry) else "encode"
+            kind = "measure" if isinstance(need, Geometry | Guided) else "encode"
             self.chores.append((work, partial(self._advance, need, steps), kind))
 
     def _tell(self, need: Need, error: BaseException | None) -> None:
@@ -209,12 +246,7 @@ class Preparations:
 
     def _measuring(self, geometry: Geometry, wanted: Wanted) -> Steps:
         runner, model = self.runner, self.runner.model
-        if wanted not in self.conditioning:
-            yield _nothing  # its encoding was asked for before this
-        if wanted not in self.conditioning:  # and forgotten again
-            (conditioning,) = yield partial(self._encode, wanted)
-        else:
-            conditioning = self.conditioning[wanted]
+        conditioning = yield from self._conditioning(wanted)
         if model.device.type == "cpu" and model.capabilities.recordable:
             yield partial(model.record, geometry, conditioning)  # type: ignore[attr-defined]
         if self._choose:
@@ -238,6 +270,27 @@ class Preparations:
         if self._keep and bound == "memory":
             _warn_of_memory(geometry, [size for size in runner.usual if size > max(seconds)])
         self._set(geometry, seconds, bound)  # last: what failed is tried again, not skipped
+
+    def _counting(self, geometry: Geometry, wanted: Wanted) -> Steps:
+        """Finds the batch sizes of guided rows."""
+        runner, memory = self.runner, self.memory
+        assert memory is not None, "asked for only where it is known"
+        conditioning = yield from self._conditioning(wanted)
+        runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
+        saved, working = yield partial(calibrate.guided, runner.model, geometry, conditioning, memory)
+        known = self.cost(geometry).seconds
+        found = guidance(saved, working, [*known], Room(memory, runner.lanes, lambda: runner.graph_memory))
+        if found.recomputed:
+            runner.recomputed.add(geometry)
+        self._set_guided(geometry, _up_to(max(found.sizes), known) or _scaled(found.sizes[0], known))
+
+    def _conditioning(self, wanted: Wanted) -> Generator[Callable[[], Any], Any, Any]:
+        if wanted not in self.conditioning:
+            yield _nothing  # its encoding was asked for before this
+        if wanted in self.conditioning:
+            return self.conditioning[wanted]
+        (conditioning,) = yield partial(self._encode, wanted)  # it was forgotten again
+        return conditioning
 
     def _best_lanes(self, geometry: Geometry, conditioning: Any) -> tuple[int, int]:
         """How many lanes of how many threads are fastest; on a lane, before any batch runs.
@@ -272,6 +325,20 @@ class Preparations:
     def _set(self, geometry: Geometry, seconds: dict[int, float], bound: Bound) -> None:
         self.costs[geometry], self.bounds[geometry] = CostModel(seconds), bound
         self.runner.buckets[geometry] = tuple(sorted(seconds))
+
+    def _set_guided(self, geometry: Geometry, seconds: dict[int, float]) -> None:
+        self.guided[geometry], self.runner.guided[geometry] = CostModel(seconds), tuple(sorted(seconds))
+
+
+def _up_to(rows: int, seconds: Mapping[int, float]) -> dict[int, float]:
+    """The costs of batches of at most so many rows."""
+    return {bucket: spent for bucket, spent in seconds.items() if bucket <= rows}
+
+
+def _scaled(rows: int, seconds: Mapping[int, float]) -> dict[int, float]:
+    """The cost of a batch smaller than all that were measured."""
+    least = min(seconds)
+    return {rows: seconds[least] * rows / least}
 
 
 def _closed() -> EngineClosed:

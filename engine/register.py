@@ -92,7 +92,10 @@ class Register:
         self._prepare(ticket)
 
     def _prepare(self, ticket: Ticket) -> None:
-        self._preparations.want(text_of(ticket.plan), ticket.geometry, lambda error: self._prepared(ticket, error))
+        request, preparations = ticket.plan.request, self._preparations
+        guided = methods.guided(request.method, request.options)
+        want = preparations.want_guided if guided else preparations.want
+        want(text_of(ticket.plan), ticket.geometry, lambda error: self._prepared(ticket, error))
 
     def _prepared(self, ticket: Ticket, error: BaseException | None) -> None:
         if error is not None:

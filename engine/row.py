@@ -189,10 +189,11 @@ class Failed(NamedTuple):
 
 
 class Shrunk(NamedTuple):
-    """A batch of this many rows did not fit into the device's memory; smaller ones do."""
+    """A batch of this many rows, guided or plain ones, did not fit into the device's memory; smaller ones do."""
 
     geometry: Geometry
     rows: int
+    guided: bool = False
 
 
 class Began(NamedTuple):

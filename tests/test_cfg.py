@@ -312,3 +312,13 @@ def test_a_flux_pipeline_with_true_guidance():
             diffusion=0, guidance=2.0, reward=brightness, **asked,
         )  # fmt: skip
     assert (images[0] - result.pixels).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"interval": (0.1, 0.6)}, {"interval": (0.1, 0.6), "skip": True}])
+def test_batches_are_timed_with_all_rows_of_the_network(options):
+    """Also where guidance takes place at some times alone, and the second rows are left out at others."""
+    model = Mixture()
+    model.capabilities = Capabilities(signature=f"test_cfg: {options}")
+    with engine(ClassifierFree(model, **options), buckets=(1, 2, 4)) as made:
+        made.warm_up()
+        assert [*dict.fromkeys(model.calls)] == [2, 4, 8]

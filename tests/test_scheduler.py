@@ -39,7 +39,7 @@ class Prepared(Preparations):
 
     def __init__(self, cost):
         self.conditioning, self.costs, self.chores = defaultdict(lambda: None), {}, deque()
-        self.cost = lambda geometry: cost
+        self.cost = lambda geometry, guided=False: cost
 
     def want(self, text, geometry, then):
         then(None)
@@ -65,7 +65,7 @@ class Scripted:
         linear = {bucket: float(bucket) for bucket in range(1, max(buckets) + 1)}  # to run ahead never pays
         self.cost = CostModel(flat if eager else linear)
 
-    def bucket(self, rows, geometry):
+    def bucket(self, rows, geometry, guided=False):
         return self.cost.bucket(rows)
 
     def allocate(self, geometry, slots):

@@ -142,7 +142,7 @@ class Prepared(Preparations):
 
     def __init__(self, cost):
         self.conditioning, self.costs, self.chores = defaultdict(lambda: None), {SIZE: cost}, deque()
-        self.cost = lambda geometry: cost
+        self.cost = lambda geometry, guided=False: cost
 
     def known(self, text, geometry):
         return self.conditioning[text]
@@ -165,7 +165,7 @@ class Hand:
         self.held, self.shows, self.served = [], [], []
         self.hold_images = False
 
-    def bucket(self, rows, geometry):
+    def bucket(self, rows, geometry, guided=False):
         return self.cost.bucket(rows)
 
     def allocate(self, geometry, slots):

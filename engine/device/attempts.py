@@ -13,7 +13,7 @@ import torch
 
 from rollflow.errors import EngineDead, ModelError, RollflowError, said
 from rollflow.models import Geometry
-from rollflow.row import Failed, Free, Report, Show, Shrunk
+from rollflow.row import Failed, Free, Report, Row, Show, Shrunk
 
 After = Callable[[Callable[[], None]], None]  # what is to be done last; it is given what frees the lane
 
@@ -21,17 +21,20 @@ After = Callable[[Callable[[], None]], None]  # what is to be done last; it is g
 class Attempts:
     """Runs batches, whole if that goes, and in parts if it does not.
 
-    A batch that does not fit into the device's memory is halved, and one row, if it was padded, is padded less. For any
-    other error each request runs by itself. An error of the device itself fails all. Whatever goes wrong, all work is
-    answered, and the lane is freed.
+    A batch that does not fit into the device's memory is halved, and one row, if it was padded, is padded less; where a
+    guided row kept all that its gradient needs, it runs again and keeps less. For any other error each request runs by
+    itself. An error of the device itself fails all. Whatever goes wrong, all work is answered, and the lane is freed.
 
     Args:
         size: gives the size of the batch that work makes, padding included.
-        shrink: is told the image size and the batch size that did not fit.
+        spares: says whether a batch of one would take less memory the next time.
+        shrink: is told the image size, the batch size that did not fit, and whether its rows are guided.
     """
 
-    def __init__(self, size: Callable[[Any], int], shrink: Callable[[Geometry, int], None]):
-        self._size, self._shrink, self._warned = size, shrink, False
+    def __init__(
+        self, size: Callable[[Any], int], spares: Callable[[Any], bool], shrink: Callable[[Geometry, int, bool], None]
+    ):
+        self._size, self._spares, self._shrink, self._warned = size, spares, shrink, False
 
     def run(self, run: Callable[[Any, Report], After | None], work: Sequence[Any], report: Report) -> None:
         """Runs `work`, on a lane; reports a free lane once, and every row or search once.
@@ -60,7 +63,8 @@ class Attempts:
     ) -> bool:
         """Runs the last part of what is left, which it replaces by what is left of it; True if `free` was handed on."""
         part, error = left[-1], None
-        size = self._size(part)  # before it runs: what others find not to fit meanwhile makes later batches smaller
+        # Before it runs: what others find not to fit meanwhile makes later batches smaller.
+        size, spares = self._size(part), self._spares(part)
         try:
             after = run(part, report)
         except BaseException as caught:
@@ -71,11 +75,12 @@ class Attempts:
         if is_fatal(error):
             while left:
                 report(Failed(left.pop(), _dead(error)))
-        elif isinstance(error, torch.OutOfMemoryError) and size > 1:
+        elif out_of_memory(error) and (size > 1 or spares):
             error = None  # and with it the frames that hold the batch's tensors
-            geometry, half = part[0].brief.geometry, len(part) // 2
-            self._shrink(geometry, size)
-            report(Shrunk(geometry, size))
+            geometry, half, guided = part[0].brief.geometry, len(part) // 2, is_guided(part)
+            self._shrink(geometry, size, guided)
+            if size > 1:
+                report(Shrunk(geometry, size, guided))
             left[-1:] = [part[half:], part[:half]] if half else [part]
         elif len(parts := _by_request(part)) > 1:
             self._warn_of(error, len(part))
@@ -116,6 +121,11 @@ class _Once:
             self._function()
 
 
+def is_guided(work: Sequence[Any]) -> bool:
+    """Whether a batch is one of guided rows."""
+    return isinstance(work[0], Row) and work[0].kind == "guided"
+
+
 def image_count(work: Sequence[Any]) -> int:
     """How many images are made of rows, or of searches that are over."""
     return sum(len(one.candidates) if isinstance(one, Show) else 1 for one in work)
@@ -127,6 +137,11 @@ def _by_request(work: Sequence[Any]) -> list[list[Any]]:
     for one in work:
         parts.setdefault(one.brief.ticket, []).append(one)
     return [*parts.values()]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may do; the rewards of guided rows are part of theirs."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
 
 
 def is_fatal(error: BaseException) -> bool:

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from rollflow.device.memory import Room
+from rollflow.device.memory import Memory, Room
 from rollflow.device.workers import Lanes
 from rollflow.errors import ModelError
-from rollflow.models import FlowModel, Geometry
+from rollflow.models import FlowModel, Geometry, recompute
+from rollflow.models.layout import Layout
+from rollflow.models.recompute import Saved
 
 GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or three in a row end the search
 SHORT = 0.1  # seconds of a batch up to which sizes are timed and kept in any case: a timing may mislead
@@ -98,6 +101,25 @@ def replayed(
     return seconds
 
 
+def guided(model: FlowModel, geometry: Geometry, conditioning: Any, memory: Memory) -> tuple[Saved, int]:
+    """What the forward and decode of one guided row keep for its gradient, and the bytes that they take besides.
+
+    It runs them, and keeps nothing: it takes no more memory than a plain row.
+    """
+    memory.start()
+    saved = recompute.saved(partial(_image, model, geometry, conditioning))
+    return saved, memory.peak()
+
+
+def _image(model: FlowModel, geometry: Geometry, conditioning: Any) -> Tensor:
+    """An image of one row, differentiable with respect to its state; see `rollflow.device.guided.run`."""
+    one = torch.ones(1, device=model.device)
+    x = torch.zeros(1, geometry.token, geometry.channel, device=model.device, requires_grad=True)
+    u = model.velocity(x.to(model.dtype), one * model.capabilities.timed, [conditioning], one, geometry).float()
+    latents = model.layout.decodable(x + u, geometry)
+    return model.decode(latents.to(model.dtype) if isinstance(model.layout, Layout) else latents)
+
+
 def _check_any(seconds: dict[int, float], bucket: int, geometry: Geometry) -> None:
     if not seconds:
         rest = "make the engine with smaller buckets" if bucket > 1 else "ask for a smaller size, or free some of it"
@@ -166,7 +188,8 @@ def _seconds(
     """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
     x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
     latents = torch.zeros(bucket, *model.layout.shape(geometry), device=model.device, dtype=model.dtype)
-    tau, guidance = torch.ones(bucket, device=model.device), torch.zeros(bucket, device=model.device)
+    tau = torch.full((bucket,), model.capabilities.timed, device=model.device)
+    guidance = torch.zeros(bucket, device=model.device)
     decode = model.preview if preview else model.decode  # type: ignore[attr-defined]
 
     def run() -> None:

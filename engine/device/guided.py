@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from rollflow.device.storage import Storage
 from rollflow.errors import RequestError, RollflowError
 from rollflow.models import FlowModel, Geometry
 from rollflow.models.layout import Layout
+from rollflow.models.recompute import recomputing
 from rollflow.profile.ledger import Ledger
 from rollflow.rewards import Combined, Reward, Terms
 from rollflow.row import Event, Failed, Free, Landed, Report, Rerun, Row, Score
@@ -30,6 +32,7 @@ class Steps(Protocol):
     model: FlowModel
     ledger: Ledger
     judge: Judge
+    recomputed: set[Geometry]
 
     def storage(self, geometry: Geometry) -> Storage:
         """Where its particles are."""
@@ -43,7 +46,7 @@ class Steps(Protocol):
         """Steps parents to children."""
         ...
 
-    def decode(self, latents: Tensor, count: int, geometry: Geometry, preview: bool) -> Tensor:
+    def decode(self, latents: Tensor, count: int, geometry: Geometry, preview: bool, guided: bool) -> Tensor:
         """Latents as images."""
         ...
 
@@ -111,6 +114,9 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
     The move of the posterior mean is that of `rollflow.draw.Guide`; `x0_hat = p x + q u` makes it one of `u`. The
     particle itself stays what was judged. The full decoder judges: its gradients are the faithful ones.
 
+    Where the memory is short, see `rollflow.device.memory.guidance`, blocks are computed again in the backward pass.
+    That takes about as long as one more forward, but it is no evaluation: nothing more is charged for it.
+
     Raises:
         GivenUp: a reward took longer than it may; nothing was written by then.
     """
@@ -121,7 +127,7 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         with runner.ledger.span("propose"):
             runner.propose(tables, storage)
     live, bucket = tables.integers[1][: len(rows)], tables.rows
-    with torch.enable_grad():
+    with torch.enable_grad(), recomputing() if geometry in runner.recomputed else nullcontext():
         x = torch.zeros(bucket, geometry.token, geometry.channel, device=storage.x.device)
         x[: len(rows)] = storage.x[live]
         x.requires_grad_(True)
@@ -132,7 +138,7 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         latents = model.layout.decodable(p * x + q * u, geometry)
         latents = moves.kept(latents, [row.brief for row in rows])
         entering = latents.to(model.dtype) if isinstance(model.layout, Layout) else latents
-        images = runner.decode(entering, len(rows), geometry, preview=False)
+        images = runner.decode(entering, len(rows), geometry, preview=False, guided=True)
         each, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):
             (gradient,) = torch.autograd.grad(total, x)

@@ -1,11 +1,19 @@
-"""How many rows of a batch fit into a device's memory: foretold from what smaller batches took, before one is tried."""
+"""How many rows of a batch fit into a device's memory, before one is tried.
+
+Of plain rows that is foretold from what smaller batches took, of guided ones from what one row keeps for its gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+
+from rollflow.models import Geometry
+from rollflow.models.recompute import Saved
 
 SHARE = 0.9  # of the free memory that is counted on: allocators lose some to gaps, and kernels have workspaces
 
@@ -103,6 +111,11 @@ class Room:
             self._fill(rows)
         return fits
 
+    def most(self, each: float) -> int:
+        """How many rows of so many bytes fit, by the same share."""
+        assert self._memory is not None, "asked only of a device that says what it has"
+        return max(0, int(SHARE * (self._memory.free() - self._held()) // (self._batches * max(each, 1))))
+
     def run(self, rows: int, work: Callable[[], float]) -> float | None:
         """What `work` gives, a batch of this many rows on a lane; None if it did not fit."""
         found = None
@@ -123,3 +136,47 @@ class Room:
 
     def _fill(self, rows: int) -> None:
         self.full = rows if self.full is None else min(rows, self.full)
+
+
+class Guidance(NamedTuple):
+    """How guided rows of an image size run.
+
+    Attributes:
+        sizes: of their batches, ascending.
+        recomputed: whether blocks are computed again in the backward pass, which adds about a forward to it.
+    """
+
+    sizes: tuple[int, ...]
+    recomputed: bool
+
+
+def guidance(saved: Saved, working: int, sizes: Sequence[int], room: Room) -> Guidance:
+    """The batch sizes of guided rows: those for which everything that one row saves fits as often.
+
+    Where not even the smallest does, blocks are computed again; where that does not suffice, a batch is as large as
+    does, and of at least one row. What rewards keep for their gradients is not known and has what `SHARE` leaves.
+
+    Args:
+        saved: what one row keeps.
+        working: bytes that a row's forward and decode take besides.
+        sizes: of plain batches, ascending.
+        room: what fits.
+    """
+    again = saved.kept + saved.region
+    most = 0
+    for each, recomputed in ((saved.whole, False), (again, True)):
+        most = max(most, room.most(each + working))
+        if fitting := tuple(size for size in sizes if size <= most):
+            return Guidance(fitting, recomputed)
+    return Guidance((max(1, most),), again < saved.whole)
+
+
+def warn_of_recomputing(geometry: Geometry) -> None:
+    """One guided row did not fit as it was foretold."""
+    with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+        warnings.warn(
+            f"a guided row of {geometry} did not fit into the device's memory: from now on, blocks of the networks are "
+            "computed again in the backward pass of guided rows of this size, about one more forward each",
+            RuntimeWarning,
+            stacklevel=2,
+        )

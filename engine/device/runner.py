@@ -14,13 +14,14 @@ from torch import Tensor
 from rollflow import kernels, rewards
 from rollflow.copies import Download, upload
 from rollflow.device import batch, guided, moves
-from rollflow.device.attempts import After, Attempts, image_count
+from rollflow.device.attempts import After, Attempts, image_count, is_guided, out_of_memory
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
 from rollflow.device.decoder import Decoder
 from rollflow.device.finals import Finals, rounded
 from rollflow.device.finish import Finish
 from rollflow.device.judge import GivenUp, Judge, back_off
+from rollflow.device.memory import warn_of_recomputing
 from rollflow.device.storage import Storage
 from rollflow.device.streams import Streams
 from rollflow.device.terms import Judgement
@@ -58,6 +59,8 @@ class Runner:
         parallel: whether lanes compute side by side (threads of a CPU) or one after another (one GPU, where a second
             batch only keeps the device busy while the first is decided on).
         buckets: by geometry, where they are not the ones given.
+        guided: those of guided rows, where they are not those of plain ones.
+        recomputed: image sizes whose guided rows keep little for the backward pass; see `rollflow.models.recompute`.
         graphs: CUDA graphs by geometry.
         streams: the order of what a GPU does.
     """
@@ -65,14 +68,16 @@ class Runner:
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
         self.model, self.ledger, self.preview = model, ledger, preview
         self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
+        self.guided, self.recomputed = dict[Geometry, tuple[int, ...]](), set[Geometry]()
         self.graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
         self._zeroed: dict[Geometry, Any] = {}  # where the stream that filled it with zeros was done
         self._finish: dict[Geometry, Finish] = {}
         self._decoders: dict[Geometry, Decoder] = {}
         self.streams = Streams(model.device)
-        self._failed: dict[Geometry, int] = {}  # the smallest batch that did not fit into the memory
-        self._attempts = Attempts(self._size, self._shrink)
+        # The smallest batch that did not fit into the memory, of plain and of guided rows.
+        self._failed: dict[tuple[Geometry, bool], int] = {}
+        self._attempts = Attempts(self._size, self._spares, self._shrink)
         self.use(lanes)
 
     def use(self, lanes: Lanes) -> None:
@@ -116,17 +121,22 @@ class Runner:
         steps = sum(sum(graphs.memory.values()) for graphs in [*self.graphs.values()])
         return steps + sum(decoder.memory for decoder in [*self._decoders.values()])
 
-    def bucket(self, rows: int, geometry: Geometry) -> int:
+    def bucket(self, rows: int, geometry: Geometry, guided: bool = False) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
-        buckets = self._sizes(geometry)
-        if rows > buckets[-1]:  # they were on their way when another batch did not fit into the memory
-            buckets = self.usual
-        return buckets[bisect_left(buckets, rows)]
+        sizes = self._sizes(geometry, guided)
+        if rows > sizes[-1]:  # they were on their way when another batch did not fit into the memory
+            own = self._own(geometry, guided)
+            sizes = own if rows <= own[-1] else self.usual
+        return sizes[bisect_left(sizes, rows)]
 
-    def _sizes(self, geometry: Geometry) -> tuple[int, ...]:
-        """The batch sizes that are used, but for those that did not fit into the memory."""
+    def _own(self, geometry: Geometry, guided: bool) -> tuple[int, ...]:
         sizes = self.buckets.get(geometry, self.usual)
-        if (failed := self._failed.get(geometry)) is not None:  # known here before the loop has heard of it
+        return self.guided.get(geometry, sizes) if guided else sizes
+
+    def _sizes(self, geometry: Geometry, guided: bool = False) -> tuple[int, ...]:
+        """The batch sizes that are used, but for those that did not fit into the memory."""
+        sizes = self._own(geometry, guided)
+        if (failed := self._failed.get((geometry, guided))) is not None:  # known here before the loop has heard of it
             sizes = tuple(size for size in sizes if size < failed) or (max(1, failed // 2),)
         return sizes
 
@@ -135,13 +145,22 @@ class Runner:
         geometry, rows = work[0].brief.geometry, len(work)
         if isinstance(work[0], Show):  # whose images are made in batches of at most the largest size
             rows = min(image_count(work), self._sizes(geometry)[-1])
-        return self.bucket(rows, geometry)
+        return self.bucket(rows, geometry, is_guided(work))
 
-    def _shrink(self, geometry: Geometry, size: int) -> None:
-        """A batch of this size does not fit into the memory: it is not used again."""
+    def _spares(self, work: Sequence[Row] | Sequence[Show]) -> bool:
+        """Whether a batch takes less memory the next time, as it is one of guided rows that kept all they saved."""
+        return is_guided(work) and work[0].brief.geometry not in self.recomputed
+
+    def _shrink(self, geometry: Geometry, size: int, guided: bool) -> None:
+        """A batch of this size does not fit into the memory: it is not used again, or one guided row keeps less."""
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._failed[geometry] = min(size, self._failed.get(geometry, size))
+        if size == 1:
+            self.recomputed.add(geometry)
+            warn_of_recomputing(geometry)
+            return
+        key = geometry, guided
+        self._failed[key] = min(size, self._failed.get(key, size))
 
     # CUDA graphs.
 
@@ -190,7 +209,7 @@ class Runner:
     def submit(self, rows: Sequence[Row], report: Report, attempt: int = 0) -> None:
         """Starts a batch of one kind and returns; reports, from any thread, a free lane once, and every row once."""
         brief = rows[0].brief
-        number = self.ledger.rows(rows, self.bucket(len(rows), brief.geometry), brief.network_rows)
+        number = self.ledger.rows(rows, self._size(rows), brief.network_rows)
         report = partial(self._told, number, report)
         if rows[0].kind == "guided":
             report = guided.Answers(rows, report, attempt)
@@ -260,7 +279,7 @@ class Runner:
         except GivenUp:
             report.over = True
         except Exception as error:  # of any type: a reward says itself which of them to try again
-            if len({row.brief.ticket for row in rows}) > 1:
+            if out_of_memory(error) or len({row.brief.ticket for row in rows}) > 1:
                 raise  # each request then runs, and waits for its reward, by itself
             terms = report.failing or rewards.terms(rows[0].brief.reward)
             if attempt >= terms.retries or not isinstance(error.__cause__ or error, terms.retry_on):
@@ -300,9 +319,7 @@ class Runner:
     def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:
         """The batch's tables and conditionings."""
         geometry = rows[0].brief.geometry
-        return batch.tables(
-            rows, self.bucket(len(rows), geometry), self.storage(geometry), self.model.layout, self._upload
-        )
+        return batch.tables(rows, self._size(rows), self.storage(geometry), self.model.layout, self._upload)
 
     def propose(self, tables: Tables, storage: Storage) -> Float[Tensor, "bucket token channel"]:
         """Steps every row's parent to its child, and returns the model's input."""
@@ -311,10 +328,10 @@ class Runner:
         return kernels.propose(storage.x, storage.u, parent, child, steps, seed, key, self.model.dtype)
 
     def decode(
-        self, latents: Tensor, count: int, geometry: Geometry, preview: bool | None = None
+        self, latents: Tensor, count: int, geometry: Geometry, preview: bool | None = None, guided: bool = False
     ) -> Float[Tensor, "row *frame 3 height width"]:
         """The first `count` latents as images, padded to a bucket so that a row's pixels depend on the bucket alone."""
-        bucket = self.bucket(count, geometry)
+        bucket = self.bucket(count, geometry, guided)
         latents = latents[:bucket]
         if len(latents) < bucket:
             latents = torch.cat([latents, latents.new_zeros(bucket - len(latents), *latents.shape[1:])])

@@ -122,6 +122,7 @@ class Capabilities:
             end of its closing; see `rollflow.models.borrowed`.
         schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
         guidance: the guidance scale of requests that name none.
+        timed: a linear time at which an evaluation takes all of its network rows; batches are timed there.
         signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
             for a model that cannot be told from others.
     """
@@ -139,6 +140,7 @@ class Capabilities:
     returns: bool = False
     schedule: bool = False
     guidance: float = 3.5
+    timed: float = 1.0
     signature: str | None = None
 
 
@@ -146,8 +148,9 @@ class Capabilities:
 class FlowModel(Protocol):
     """A flow-matching model on the linear path, as the engine drives it.
 
-    For guided methods `velocity` and `decode` must let gradients through; for others they run without. A model that
-    inherits from this class has no capabilities unless it declares some.
+    For guided methods `velocity` and `decode` must let gradients through; for others they run without. What they call
+    by `rollflow.models.recompute.region` keeps less for the gradients where memory is short. A model that inherits from
+    this class has no capabilities unless it declares some.
 
     Attributes:
         device: where it computes.

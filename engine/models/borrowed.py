@@ -1,4 +1,7 @@
-"""A pipeline's networks, borrowed: in eval mode, without gradients of weights; and given back as they were."""
+"""A pipeline's networks, borrowed: in eval mode, without gradients of weights; and given back as they were.
+
+Those of diffusers mark their blocks for `rollflow.models.recompute` meanwhile, by their own gradient checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from rollflow.models import recompute
 
 Hooks = Callable[[], Sequence[RemovableHandle]]
 
@@ -32,6 +37,7 @@ class _Lent:
     trained: list[weakref.ref[nn.Module]] = field(default_factory=list)
     differentiable: list[nn.Parameter] = field(default_factory=list)
     strides: list[tuple[Tensor, tuple[int, ...]]] = field(default_factory=list)
+    marked: list[tuple[weakref.ref[nn.Module], dict[str, Any]]] = field(default_factory=list)
 
     def take(self, network: nn.Module, channels_last: bool) -> None:
         """Changes what is not yet as a model needs it."""
@@ -42,6 +48,12 @@ class _Lent:
             if parameter.requires_grad:
                 self.differentiable.append(parameter)
                 parameter.requires_grad_(False)
+        if getattr(network, "_supports_gradient_checkpointing", False):  # diffusers' declaration
+            for module in network.modules():
+                if getattr(module, "gradient_checkpointing", None) is False:  # True: somebody's own
+                    own_marks = {name: value for name, value in vars(module).items() if name in _MARKS}
+                    self.marked.append((weakref.ref(module), own_marks))
+                    vars(module).update(zip(_MARKS, (recompute.WANTED, recompute.region), strict=True))
         if channels_last:
             known = {id(tensor) for tensor, _ in self.strides}
             before = [(tensor, tensor.stride()) for tensor in _tensors(network) if tensor.ndim == 4]
@@ -58,6 +70,11 @@ class _Lent:
                 module.training = True
         for parameter in self.differentiable:
             parameter.requires_grad_(True)
+        for reference, own_marks in self.marked:
+            if (module := reference()) is not None:
+                for name in _MARKS:
+                    vars(module).pop(name, None)
+                vars(module).update(own_marks)
         for tensor, own in self.strides:
             if tensor.ndim == len(own) and tensor.stride() != own:
                 data = tensor.data
@@ -145,6 +162,7 @@ class Borrowed:
                     del _LENT[network]
 
 
+_MARKS = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers' networks call their blocks by
 _LENT: weakref.WeakKeyDictionary[nn.Module, _Lent] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()  # of a thread that may collect a model while it holds it
 

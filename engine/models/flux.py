@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rollflow.errors import ModelError, RequestError, line, shown
-from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, norms
+from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, norms, recompute
 from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.layout import Layout
 from rollflow.models.loaded import loaded
@@ -269,7 +269,7 @@ class FluxModel(FlowModel):
         """In chunks; what comes in cells of n x n pixels (3 n^2 channels) is spread out."""
         latents = latents.to(decoder.dtype, memory_format=torch.channels_last)
         pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
-        chunk = max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
+        chunk = 1 if recompute.active() else max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
         recorded = None if torch.is_grad_enabled() else self._decoders.get((decoder, tuple(latents.shape[1:])))
         decode = recorded or partial(_decoded, decoder)
         with self._borrowed.lent(), norms.fused(self.device):

@@ -69,11 +69,11 @@ class Scheduler:
 
     Args:
         lanes: how many batches may be on the device at a time.
-        cost: what batches of a geometry cost.
+        cost: what batches of a geometry cost, of plain rows (False) or guided ones (True).
         clock: seconds.
     """
 
-    def __init__(self, lanes: int, cost: Callable[[Geometry], CostModel], clock: Callable[[], float]):
+    def __init__(self, lanes: int, cost: Callable[[Geometry, bool], CostModel], clock: Callable[[], float]):
         self.lanes, self._cost, self._clock = lanes, cost, clock
         self._queues: dict[Batch, list[tuple[float, int, Client]]] = {}
         self._order: deque[Batch] = deque()  # kinds take turns
@@ -144,7 +144,7 @@ class Scheduler:
 
     def _choose_of(self, kind: Batch, lanes: int) -> list[Row]:
         """Rows that are needed, in turns, and where that pays, rows that run ahead of the answer."""
-        queue, cost = self._queues[kind], self._cost(kind[0])
+        queue, cost = self._queues[kind], self._cost(kind[0], kind[2])
         most, waiting = self.lanes * cost.largest, 0
         for _, _, search in queue:
             waiting += search.waiting(kind[2])

@@ -35,7 +35,7 @@ class Prepared(Preparations):
         self.bounds, self.closing = {}, False
         self._takes_time, self._asked = encode, dict[str, list[Callable[[BaseException | None], None]]]()
 
-    def cost(self, geometry: Geometry) -> CostModel:
+    def cost(self, geometry: Geometry, guided: bool = False) -> CostModel:
         """What batches of a geometry cost."""
         return self.costs[geometry]
 
@@ -117,7 +117,7 @@ class Simulated:
         self._known: dict[tuple[int, int], float] = {}  # rewards, by ticket and row
         self.nfe = self.batches = self.places = self.rows = 0
 
-    def bucket(self, rows: int, geometry: Geometry) -> int:
+    def bucket(self, rows: int, geometry: Geometry, guided: bool = False) -> int:
         """The smallest batch size that holds `rows`."""
         cost = self._costs[geometry]
         return cost.bucket(rows) if rows <= cost.largest else rows

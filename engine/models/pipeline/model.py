@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError, RequestError, shown
-from rollflow.models import Capabilities, FlowModel, Geometry
+from rollflow.models import Capabilities, FlowModel, Geometry, recompute
 from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.loaded import loaded
 from rollflow.models.pipeline import memory
@@ -266,7 +266,7 @@ class PipelineModel(FlowModel):
         """See `FlowModel.decode`: images, or clips [row, frame, 3, height, width]."""
         decoding = next(one for one in [*self.layout.of.values()] if one.shape == tuple(latents.shape[1:]))
         pixels = math.prod(latents.shape[2:]) * 64
-        chunk = 1 if self._clip else max(1, DECODE_PIXELS[self.device.type == "cuda"] // pixels)
+        chunk = 1 if self._clip or recompute.active() else max(1, DECODE_PIXELS[self.device.type == "cuda"] // pixels)
         latents = laid_out(latents)
         recorded = None if torch.is_grad_enabled() else self._decoders.get(decoding.shape)
         decode = recorded or partial(decoded, self.pipeline.vae, decoding, clip=self._clip)
