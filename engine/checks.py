@@ -16,7 +16,7 @@ from rollflow import sde
 from rollflow.errors import RequestError, line, said, shown
 from rollflow.models.text import Size
 from rollflow.request import Request, pixels_of
-from rollflow.values import number, plain, whole
+from rollflow.values import flag, number, plain, whole
 
 MOST_NFE = 2**20  # what a noise key numbers
 MOST_STEPS = 10_000  # of a grid and of a finish: their coefficients are computed before anything runs
@@ -68,6 +68,7 @@ def request(asked: Request) -> Request:
         priority=whole("priority", asked.priority, -(2**63), 2**63),
         shift=number("shift", asked.shift),
         solver=_solver(asked.solver),
+        judge_all=flag("judge_all", asked.judge_all),
         options=options(asked.options, own=isinstance(asked.method, str)),
         **given,
     )

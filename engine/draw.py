@@ -75,6 +75,9 @@ class Draw:
         count: draw at most this many children, in order ...
         until: ... stopping after the first whose reward is strictly above this.
         scored: whether the children are decoded and judged; without it their reward is `None` (and `until` is moot).
+        decides: whether anything that the method does depends on their rewards. Where nothing does (an only candidate
+            is the best of one), the engine has them judged only if it compares them itself, or if the request asks for
+            every reward; see `rollflow.Request.judge_all`. Otherwise their reward is `None`.
         move: "sde", a step of the request's solver and diffusion to a later point of the grid (`parent` None: the
             prior); "ode", the same without noise; "renoise", back to an earlier point by the Markov kernel of the
             interpolant, `x_t = (alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) z`;
@@ -96,6 +99,7 @@ class Draw:
     count: int = 1
     until: float = math.inf
     scored: bool = True
+    decides: bool = True
     move: Move = "sde"
     level: int | None = None
     angle: float = 0.0
@@ -116,6 +120,8 @@ class Draw:
             raise RequestError(f"a draw that keeps {self.keep!r} children: it must be a whole number of at least 1")
         if self.keep is not None and not self.scored:
             raise RequestError("a draw with `keep` must be scored: it keeps the children with the best rewards")
+        if not self.decides and (self.until != math.inf or (self.keep or self.count) < self.count):
+            raise RequestError("a draw with `until`, or that keeps some of its children, decides by their rewards")
         if self.guide is not None and not self.scored:
             raise RequestError("a guided draw must be scored: its gradient is that of the reward")
         if not isinstance(self.move, str) or self.move not in MOVES:

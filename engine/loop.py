@@ -234,6 +234,7 @@ class Loop:
         invalid = frozenset(event.invalid)
         self._dispatch.away -= len(event.rows)
         self._scheduler.landed(event.rows)
+        self._ledger.spared([row for row, score in zip(event.rows, event.scores, strict=True) if score is None])
         for row, score in zip(event.rows, event.scores, strict=True):
             ticket = self._register.tickets.get(row.brief.ticket)
             if ticket is None:  # it was forsaken

@@ -288,6 +288,7 @@ class Register:
         if ticket.error is not None:
             self.leave(ticket)
             return
+        search.shown(outcome)
         seconds = now - ticket.started
         self._pace.learn(
             methods.title(ticket.plan.request.method), ticket.geometry, search.history.committed, seconds,

@@ -54,6 +54,9 @@ class Request:
             one.
         stop_at: a reward that is good enough: the first particle that reaches it, where rewards can be trusted, ends
             the search, and the rest of the budget is not spent. A finish may still better it.
+        judge_all: judge every particle that the method asks to be judged. By default those are left out on whose reward
+            nothing depends, neither a decision nor the end of the search: their records have none (that of an only
+            finalist has its image's), updates do not count it, and the image is the same.
         seconds: how long the search may take from when it is let in, above 0. When they are over it ends, within the
             batches that run already, with the best so far, finished; with nothing so far, with the first that comes.
         deadline: the same as a time of `time.monotonic()` (of the engine's `clock`), which waiting in the queue counts
@@ -105,6 +108,7 @@ class Request:
     finish: int = 0
     finalists: int | None = None
     stop_at: float | None = None
+    judge_all: bool = False
     seconds: float | None = None
     deadline: float | None = None
     latents: torch.Tensor | None = None

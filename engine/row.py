@@ -78,6 +78,15 @@ class Mixture(NamedTuple):
     coarse: bool
 
 
+class Limit:
+    """How many children of a draw can still be needed, as far as its search knows by now; read on any thread."""
+
+    __slots__ = ("children",)
+
+    def __init__(self, children: int):
+        self.children = children
+
+
 class Row(NamedTuple):
     """One row of a batch: advance `parent` by `step` (or sample the prior) and evaluate the child.
 
@@ -99,6 +108,8 @@ class Row(NamedTuple):
         reach: of a guided row, `sigma^2 / alpha` at its time; 0 where there is nothing but noise.
         level: its point of the time grid; steps of a finish count on from the last.
         origin: the number of the row that made its parent, `NONE` for a sample of the prior.
+        child: which child of its draw it is.
+        limit: of its draw; None of a step of the finish.
     """
 
     brief: Brief
@@ -118,6 +129,13 @@ class Row(NamedTuple):
     reach: float = 0.0
     level: int = 0
     origin: int = NONE
+    child: int = 0
+    limit: Limit | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is still to be judged: not if, by now, its search is over or an earlier child beat the bar."""
+        return self.scored and (self.limit is None or self.child < self.limit.children)
 
 
 class Candidate(NamedTuple):
@@ -165,7 +183,7 @@ class Landed(NamedTuple):
 
     Attributes:
         rows: which.
-        scores: the reward of each, or of a combined reward one number a term; None for a row that is not scored.
+        scores: the reward of each, or of a combined reward one number a term; None for a row that was not judged.
         invalid: the numbers of guided rows whose gradient was no finite number, by ticket.
     """
 

@@ -29,8 +29,11 @@ class Fake:
     root: int = -1
 
 
-def drive(search, reward_of, log=None):
-    """Plays the engine's part: sequential draws with `until`; returns the chosen particle and all that were drawn."""
+def drive(search, reward_of, log=None, spare=False):
+    """Plays the engine's part: sequential draws with `until`; returns the chosen particle and all that were drawn.
+
+    With `spare`, what decides nothing is not judged, but for guided draws.
+    """
     everything, reply = [], None
     try:
         while True:
@@ -42,10 +45,11 @@ def drive(search, reward_of, log=None):
             for draw in draws:
                 children = []
                 for _ in range(draw.count):
-                    reward = reward_of(draw.arrives, len(everything)) if draw.scored else None
+                    judged = draw.scored and (draw.decides or draw.guide is not None or not spare)
+                    reward = reward_of(draw.arrives, len(everything)) if judged else None
                     children.append(Fake(reward, draw.arrives, draw.parent, draw.nfe))
                     everything.append(children[-1])
-                    if draw.scored and children[-1].reward > draw.until:
+                    if judged and children[-1].reward > draw.until:
                         break
                 reply.append(children)
             if log is not None:
@@ -122,7 +126,8 @@ def test_rbf_follows_the_rollover_rule(nfe, steps, initial):
     current = max(log[0][1][0], key=lambda p: p.reward)
     bar, quota = current.reward, each
     for (draw,), (children,) in log[1:-1]:
-        assert draw.parent is current and draw.until == bar and draw.count == quota
+        assert draw.parent is current and draw.count == quota
+        assert draw.until == (bar if each > 1 else math.inf) and draw.decides == (each > 1)
         if children[-1].reward > bar:
             current, bar, quota = children[-1], children[-1].reward, quota - len(children) + each
         else:
@@ -515,3 +520,54 @@ def test_best_of_n_runs_in_parties(monkeypatch):
         assert first == counts
         assert sum(particle.nfe for particle in everything) == budget
         assert chosen is max((p for p in everything if p.step == 2), key=lambda p: p.reward)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 12), st.integers(0, 2**20), st.sampled_from(VARIANTS))
+def test_rewards_that_decide_nothing_may_be_missing(nfe, steps, seed, variant):
+    name, options = variant
+    budget = max(nfe, smallest(name, steps, **options))
+
+    def judge(step, n):
+        return round(2 * hashed(step, n + seed)) if n % 7 else math.nan  # ties, and what is no number
+
+    def run(without):
+        log = []
+        chosen, everything = drive(methods.make(name, budget, steps, **options), judge, log, without)
+        rank = {id(particle): i for i, particle in enumerate(everything)}
+        asked = [
+            (rank.get(id(d.parent)), d.count, d.move, d.arrives, [rank[id(one)] for one in d.mix], d.keep)
+            for draws, _ in log
+            for d in draws
+        ]
+        return rank[id(chosen)], asked
+
+    assert run(without=True) == run(without=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "nfe", "options", "expected"),
+    [
+        ("rbf", 20, {}, 8),  # one child a level: none of them is compared
+        ("rbf", 100, {}, 0),
+        ("svdd", 10, {}, 10),
+        ("evosearch", 100, {}, 18),  # mutants
+        ("threshold", 40, {"bar": -1.0, "initial": 1, "children": 1}, 36),
+        ("psp", 10, {"factor": 8.0}, 1),
+        ("code", 10, {}, 5),
+        ("beam", 10, {}, 10),
+        ("beam", 100, {}, 0),
+    ],
+)
+def test_what_decides_nothing_is_said(name, nfe, options, expected):
+    log = []
+    drive(methods.make(name, nfe, 10, **options), hashed, log)
+    drawn = [(d, own) for draws, reply in log for d, own in zip(draws, reply, strict=True)]
+    assert sum(len(own) for d, own in drawn if d.scored and not d.decides) == expected
+
+
+def test_a_draw_that_chooses_by_rewards_decides_by_them():
+    for fields in ({"until": 1.0}, {"count": 3, "keep": 2}):
+        with pytest.raises(RequestError, match="decides by their rewards"):
+            Draw(None, decides=False, **fields)
+    assert Draw(None, 3, keep=3, decides=False).scored

@@ -4,7 +4,9 @@ import math
 import random
 import threading
 from collections import Counter, defaultdict, deque
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,11 +18,12 @@ from rollflow.draw import Draw
 from rollflow.engine import Engine
 from rollflow.errors import FunctionError, ModelError
 from rollflow.loop import Loop
-from rollflow.models import FlowModel, Geometry
+from rollflow.models import FlowModel, Geometry, Traits
 from rollflow.models.layout import Layout
 from rollflow.plan import plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
+from rollflow.profile.records import KINDS, STATES
 from rollflow.request import Request
 from rollflow.row import Done, Failed, Free, Landed, Outcome, Shown
 from rollflow.schedule.cost import CostModel
@@ -61,6 +64,8 @@ class Scripted:
         self.lanes, self.parallel, self.script, self.eager = lanes, parallel, script, eager
         self.random = random.Random(seed)
         self.held, self.batches, self.ledger = [], [], Ledger()
+        self.judged = Counter()  # rows that were, and that were to be
+        self.whose, self.chosen = {}, {}  # what is in each slot; the candidates of each request, by its seed
         flat = dict.fromkeys(buckets, 1.0)  # a batch costs the same whatever its size: run ahead all the way
         linear = {bucket: float(bucket) for bucket in range(1, max(buckets) + 1)}  # to run ahead never pays
         self.cost = CostModel(flat if eager else linear)
@@ -78,6 +83,9 @@ class Scripted:
         assert len({(row.brief.geometry, row.kind == "guided") for row in rows}) == 1
         self.batches.append([(row.brief.seed, row.kind, row.ahead) for row in rows])
         self.ledger.rows(rows, self.bucket(len(rows), SIZE))
+        for row in rows:
+            origin = self.whose.get((row.brief.seed, row.parent)) if row.kind == "finish" else None
+            self.whose[row.brief.seed, row.slot] = (row.key, row.step.time, origin)
         report(Free())  # as if rewards took for ever: the lane is free at once
         self.held.append(rows)
         self.report = report
@@ -86,13 +94,16 @@ class Scripted:
 
     def release(self):
         rows = self.held.pop(self.random.randrange(len(self.held)))
-        scores = [self.script(row) if row.scored else None for row in rows]
+        scores = [self.script(row) if row.wanted else None for row in rows]
+        self.judged.update(scored=sum(row.scored for row in rows), judged=sum(row.wanted for row in rows))
         for row, score in zip(rows, scores, strict=True):
             failed = isinstance(score, Exception)
             self.report(Failed([row], score) if failed else Landed([row], [score]))
 
     def submit_images(self, shows, report):
         report(Free())
+        for show in shows:
+            self.chosen[show.brief.seed] = [self.whose[show.brief.seed, c.slot] for c in show.candidates]
         pixels = torch.zeros(3, 8, 8)
         outcomes = [Outcome(pixels, pixels.to(torch.uint8), float(s.candidates[0].level), None) for s in shows]
         report(Shown(shows, outcomes))
@@ -102,12 +113,12 @@ class Scripted:
         report(Free())
 
 
-def drive(requests, device, slots=4096):
+def drive(requests, device, slots=4096, traits=None):
     """Runs requests to the end; returns each one's history and the point of the grid of its choice."""
     ledger, found = device.ledger, {}
     loop = Loop(device, Prepared(device.cost), ledger, lambda geometry: slots)
     for i, request in enumerate(requests):
-        loop.submit(plan(request), SIZE, lambda news, i=i: found.__setitem__(i, news))
+        loop.submit(plan(request, traits), SIZE, lambda news, i=i: found.__setitem__(i, news))
     while not all(isinstance(found.get(i), Finished) for i in range(len(requests))):
         assert not any(isinstance(news, Refused) for news in found.values()), found
         if loop.inbox.empty() and device.held:
@@ -151,6 +162,92 @@ def test_decisions_are_the_same_however_far_rows_run_ahead(seed, success, lanes,
     ahead, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed))
     together, _ = drive(requests, Scripted(reward, lanes=lanes, seed=seed + 1, parallel=False))
     assert repr(sequential) == repr(ahead) == repr(together)  # repr, so that NaN equals NaN
+
+
+def smooth(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+smooth.differentiable = True
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 2**20),
+    success=st.floats(0, 1),
+    nfe=st.integers(24, 36),
+    steps=st.integers(2, 6),
+    method=st.sampled_from(methods.names()),
+    stop_at=st.sampled_from([None, 3.0, 9.0]),
+    seconds=st.sampled_from([None, 1e6]),
+    finish=st.sampled_from([0, 2]),
+    finalists=st.integers(1, 3),
+    trusted=st.floats(0.3, 1.0),
+)
+def test_decisions_are_the_same_whether_all_is_judged(
+    seed, success, nfe, steps, method, stop_at, seconds, finish, finalists, trusted
+):
+    given = {"steps": steps, "stop_at": stop_at, "seconds": seconds, "finish": finish, "finalists": finalists}
+    script, traits = script_of(seed, success), Traits(trusted_from=trusted)
+
+    def run(judge_all, **how):
+        device = Scripted(script, seed=seed, **how)
+        requests = [Request("a", smooth, method, nfe, judge_all=judge_all, **given)]
+        found, ledger = drive(requests, device, traits=traits)
+        assert device.judged["judged"] == np.count_nonzero(ledger.table("rows")["scored"])  # it counts what was done
+        assert ledger.table("batches")["judged"].sum() == device.judged["judged"]
+        return found, device
+
+    whole, one = run(True, lanes=1, buckets=(1,), eager=False)
+    sparing, two = run(False)
+    plain, three = run(False, lanes=1, buckets=(1,), eager=False)
+    assert one.chosen == two.chosen == three.chosen and repr(sparing) == repr(plain)
+    assert three.judged["judged"] == three.judged["scored"] <= one.judged["judged"]
+    for (records, _), (fewer, _) in zip(whole, sparing, strict=True):
+        assert len(records) == len(fewer)
+        for a, b in zip(records, fewer, strict=True):
+            dropped = b.reward is None or (b.kind == "finish" and a.reward is not None)  # or its image's
+            assert repr(replace(b, reward=a.reward) if dropped else b) == repr(a)
+
+
+@pytest.mark.parametrize(
+    ("given", "spared"),
+    [
+        ({"finalists": 1}, True),
+        ({"finish": 2}, True),  # one finalist, too
+        ({"finalists": 1, "reward": "z(soft_count) + count"}, True),  # all of the first turn is judged
+        ({"finalists": 1, "stop_at": 1e9}, False),
+        ({"finalists": 1, "seconds": 1e6}, False),
+        ({"finalists": 1, "judge_all": True}, False),
+        ({"finish": 2, "judge_all": True}, False),
+        ({}, False),  # the best two are compared
+    ],
+)
+def test_what_decides_nothing_is_judged_where_the_engine_compares_it(given, spared):
+    """EvoSearch looks at no mutant's reward, nor anybody at that of an only finalist."""
+
+    def script(row):
+        return (0.5, 0.25) if given.get("reward") else script_of(1, 0.5)(row)
+
+    asked = {"reward": smooth, "method": "evosearch", "nfe": 60, **given}
+    ((records, _),), _ = drive([Request("a", **asked)], device := Scripted(script))
+    ((every, _),), _ = drive([Request("a", **{**asked, "judge_all": True})], whole := Scripted(script))
+    judged, all_judged = ([record.index for record in of if record.reward is not None] for of in (records, every))
+    assert (device.judged["judged"] < whole.judged["judged"]) is spared and (len(judged) < len(all_judged)) is spared
+    if given.get("finish"):
+        assert records[-1].kind == "finish" and records[-1].reward is not None  # its image was judged
+
+
+def test_rows_that_are_beaten_before_they_are_decoded_are_not_judged():
+    """Of rows that ran ahead of an answer, those that come after it are decoded only if it leaves them needed."""
+    requests = [Request("a", brightness, "threshold", 60, 6, seed=seed) for seed in range(4)]
+    found, ledger = drive(requests, device := Scripted(script_of(5, 0.3)))
+    expected, _ = drive(requests, Scripted(script_of(5, 0.3), lanes=1, buckets=(1,), eager=False))
+    assert found == expected
+    assert device.judged["judged"] < device.judged["scored"]
+    rows = ledger.table("rows")
+    beaten = rows[(rows["number"] >= 0) & ~rows["scored"] & (rows["kind"] == KINDS.index("committed"))]
+    assert len(beaten) and (beaten["state"] == STATES.index("dropped")).all() and np.isnan(beaten["reward"]).all()
 
 
 def test_an_error_of_a_row_that_is_not_needed_harms_nobody():

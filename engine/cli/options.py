@@ -115,6 +115,8 @@ class SearchOptions:
     """Particles that compete in the end, each finished: the method's choice and the best others that it judged."""
     stop_at: StopAt = None
     """A reward that is good enough: the first particle that reaches it ends the search."""
+    judge_all: bool = False
+    """Judge particles on whose rewards nothing depends, too."""
     guidance: Guidance = None
     """Guidance scale: of classifier-free guidance, or the embedded one of guidance-distilled models (FLUX.1-dev)."""
     negative: Negative = None

@@ -256,16 +256,17 @@ class Runner:
             self._run_guided(rows, report, attempt)
             return None
         geometry = rows[0].brief.geometry
-        judged = [i for i, row in enumerate(rows) if row.scored]
         images = None
         with torch.no_grad():  # not inference mode: what a reward loads at its first call may later need gradients
             latents = moves.kept(self._evaluate(rows), [row.brief for row in rows])
+            judged = [i for i, row in enumerate(rows) if row.wanted]  # by now: answers may have come meanwhile
             if judged:
                 if len(judged) < len(rows):
                     latents = latents[self._upload(torch.tensor(judged))]
                 with self.streams.beside(latents):
                     images = self.decode(latents, len(judged), geometry)
-        unjudged = [row for row in rows if not row.scored]  # until here, an error is one of all rows
+        kept = {*judged}
+        unjudged = [row for i, row in enumerate(rows) if i not in kept]  # until here, an error is one of all rows
         if unjudged:
             report(Landed(unjudged, [None] * len(unjudged)))
         return None if images is None else partial(self._judge_rows, [rows[i] for i in judged], images, report)

@@ -63,7 +63,8 @@ def _search(left: int, steps: int, survivors: int, ahead: list[int], each: int) 
         particles = flat((yield _candidates(parents, count, None if ahead[level] else kept)))
         fronts = particles
         for i in range(ahead[level]):
-            fronts = flat((yield [Draw(p, move="ode", scored=i == ahead[level] - 1) for p in fronts]))
+            last = i == ahead[level] - 1
+            fronts = flat((yield [Draw(p, move="ode", scored=last, decides=count > 1) for p in fronts]))
         order = sorted(range(count), key=lambda i: worth(fronts[i]), reverse=True)
         parents = [particles[i] for i in order[:kept]]
         del particles, fronts
@@ -75,4 +76,4 @@ def _search(left: int, steps: int, survivors: int, ahead: list[int], each: int) 
 def _candidates(parents: list[Evaluated | None], count: int, keep: int | None) -> list[Draw]:
     """`count` candidates, shared among the parents; they are judged at once if the best are to be kept."""
     shares = zip(parents, shared(count, len(parents)), strict=True)
-    return [Draw(parent, n, scored=keep is not None, keep=keep) for parent, n in shares]
+    return [Draw(parent, n, scored=keep is not None, decides=count > 1, keep=keep) for parent, n in shares]

@@ -42,11 +42,13 @@ def _search(budget: int, steps: int, block: int) -> Search:
         if level % block == 0:
             keep = 1 if last else paths if extra else None
             parent = survivor[0] if survivor else None
-            particles = flat((yield [Draw(parent, paths + extra, scored=last or extra > 0, keep=keep)]))
+            count = paths + extra
+            draw = Draw(parent, count, scored=last or extra > 0, decides=count > 1, keep=keep)
+            particles = flat((yield [draw]))
             if extra:
                 particles = sorted(particles, key=worth, reverse=True)[:paths]
         else:
-            particles = flat((yield [Draw(particle, scored=last) for particle in particles]))
+            particles = flat((yield [Draw(particle, scored=last, decides=paths > 1) for particle in particles]))
         if last:
             survivor, particles = [best(particles)], []
     return survivor[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -81,7 +82,8 @@ def _mutate(
     """The next generation, and each one's parent."""
     order = sorted(range(len(particles)), key=lambda i: worth(particles[i]), reverse=True)
     winners = [order[min(rng.integers(len(order), size=2))] for _ in order[elites:]]  # ranks: the smaller is better
-    draws = [Draw(particles[i], move="rotate", angle=angle) if above[i] is None else Draw(above[i]) for i in winners]
+    around = partial(Draw, move="rotate", angle=angle, decides=False)  # mutants are compared only where they arrive
+    draws = [around(particles[i]) if above[i] is None else Draw(above[i], decides=False) for i in winners]
     mutants = flat((yield draws)) if draws else []
     kept = order[:elites]
     return [*(particles[i] for i in kept), *mutants], [*(above[i] for i in kept), *(above[i] for i in winners)]

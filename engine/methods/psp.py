@@ -72,8 +72,8 @@ def _search(counts: list[int], first: int) -> Search:
     last = len(counts) - 1
     judged = [level == last or (level >= first and counts[level + 1] < counts[level]) for level in range(last + 1)]
     keep = (1 if last == 0 else counts[1]) if judged[0] else None
-    particles = flat((yield [Draw(None, counts[0], scored=judged[0], keep=keep)]))
+    particles = flat((yield [Draw(None, counts[0], scored=judged[0], decides=counts[0] > 1, keep=keep)]))
     for level in range(1, len(counts)):
         particles = sorted(particles, key=worth, reverse=True)[: counts[level]]
-        particles = flat((yield [Draw(particle, scored=judged[level]) for particle in particles]))
+        particles = flat((yield [Draw(p, scored=judged[level], decides=counts[level] > 1) for p in particles]))
     return best(particles)

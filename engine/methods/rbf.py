@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rollflow.draw import GUIDED_NFE, Draw, Guide
 from rollflow.methods.budget import Search, best, require, whole, worth
 from rollflow.methods.catalog import method
@@ -45,8 +47,10 @@ def _search(left: int, steps: int, initial: int, guide: Guide | None, cost: int)
     current = best(children)
     bar = worth(current)
     quota = each = max(1, left // (cost * steps))  # Q in the paper, in children
+    alone = each == 1  # with one child a level, one that beats the bar rolls nothing over
     for _ in range(1, steps - 1):
-        (children,) = yield [Draw(current, quota, until=bar, guide=guide, keep=1)]
+        until = math.inf if alone else bar
+        (children,) = yield [Draw(current, quota, until=until, guide=guide, keep=1, decides=not alone)]
         left -= cost * len(children)
         if worth(children[-1]) > bar:
             current = children[-1]
@@ -56,6 +60,6 @@ def _search(left: int, steps: int, initial: int, guide: Guide | None, cost: int)
             current = best(children)
             quota = each
     if steps > 1:
-        (children,) = yield [Draw(current, left, keep=1)]
+        (children,) = yield [Draw(current, left, keep=1, decides=left > 1)]
         current = best(children)
     return current

@@ -35,8 +35,8 @@ def svdd(nfe: int, steps: int, children: int | None = None, gradient: float = 0.
 def _search(left: int, steps: int, children: int, guide: Guide | None, cost: int) -> Search:
     survivor: Evaluated | None = None
     for _ in range(steps - 1):
-        (drawn,) = yield [Draw(survivor, children, guide=guide, keep=1)]
+        (drawn,) = yield [Draw(survivor, children, guide=guide, keep=1, decides=children > 1)]
         survivor = best(drawn)
         left -= cost * len(drawn)
-    (drawn,) = yield [Draw(survivor, left, keep=1)]
+    (drawn,) = yield [Draw(survivor, left, keep=1, decides=left > 1)]
     return best(drawn)

@@ -42,7 +42,7 @@ def _search(left: int, steps: int, bar: float | None, initial: int, children: in
     ends: list[Evaluated] = []  # the best so far
     while left >= initial + steps - 1 or not ends:
         count = left if steps == 1 else initial
-        (drawn,) = yield [Draw(None, count, keep=1)]
+        (drawn,) = yield [Draw(None, count, keep=1, decides=count > 1 or bar is None)]
         left -= len(drawn)
         current = best(drawn)
         bar = worth(current) if bar is None else bar
@@ -50,7 +50,9 @@ def _search(left: int, steps: int, bar: float | None, initial: int, children: in
             to_come = steps - 1 - level
             last = not to_come and left - children < initial + steps - 1  # no further search can be paid for
             count = left if last else min(children, left - to_come)
-            (drawn,) = yield [Draw(current, count, until=math.inf if last else bar, keep=1)]
+            decides = count > 1 or not to_come  # ends of several searches are compared
+            until = bar if decides and not last else math.inf
+            (drawn,) = yield [Draw(current, count, until=until, keep=1, decides=decides)]
             left -= len(drawn)
             current = best(drawn)
         ends = [best([*ends, current])]

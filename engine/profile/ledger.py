@@ -185,6 +185,17 @@ class Ledger(Tables):
                 if reward is not None:
                     self._rows.columns["reward"][place] = reward
 
+    def spared(self, rows: Sequence[Any]) -> None:
+        """Rows came back without a reward; those that were to be judged turned out not to be needed before that."""
+        places = [self._open.get((row.brief.ticket, row.number)) for row in rows if row.scored]
+        with self._lock:
+            for serial in places:
+                if serial is None or (place := self._rows.place(serial)) is None:
+                    continue
+                self._rows.columns["scored"][place] = False
+                if (batch := self._batches[int(self._rows.columns["batch"][place])]) is not None:
+                    batch["judged"] -= 1
+
     @contextmanager
     def deciding(self, work: Any) -> Iterator[None]:
         """The loop takes back what it sent to the device: a row, or a search whose image was made."""

@@ -64,3 +64,14 @@ class History:
         self.level = particle.step
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))
         self.best = max(self.best, particle.value)
+
+    def judge(self, index: int, reward: float, terms: Sequence[float] | None) -> None:
+        """A committed particle that was not judged has a reward after all: its image's."""
+        before = self._rows[index]
+        self._rows[index] = (*before[:3], reward, *before[4:])
+        if self.labels:
+            self._terms[index] = None if terms is None else (*terms,)
+        if math.isfinite(reward):
+            self.best = max(self.best, reward)
+        else:
+            self.invalid += 1

@@ -13,7 +13,7 @@ from rollflow.methods.paths import shared
 from rollflow.plan import Plan
 from rollflow.profile.ledger import Ledger
 from rollflow.rewards import Combined
-from rollflow.row import NONE, Brief, Kind, Mixture, Row, Score, Show
+from rollflow.row import NONE, Brief, Kind, Mixture, Outcome, Row, Score, Show
 from rollflow.sde import Step
 from rollflow.search.particle import Lease, Odds, Particle, Slot, rank
 from rollflow.search.pilot import Pilot
@@ -66,6 +66,10 @@ class Search:
         self._lease, self._ledger, self._odds = lease, ledger, odds
         self._budget, self._stop_at, self._trusted = plan.nfe, plan.request.stop_at, plan.trusted_from + 1e-9
         self._title, self._method = title(plan.request.method), plan.search()
+        request = plan.request  # whether rewards matter that the method does not decide by: all, or the trusted ones
+        self._every = request.judge_all
+        timed = request.seconds is not None or request.deadline is not None
+        self._compares = plan.finalists > 1 or self._stop_at is not None or timed
         self._turn: Turn | None = None
         self._finals: list[Final] | None = None
         self._best: list[Particle] = []  # those judged best where rewards can be trusted, one for each finalist
@@ -73,6 +77,7 @@ class Search:
         self._latest: Particle | None = None  # until there is one of those: the last particle, judged or not
         self._turns = self._rows = self._priors = 0
         self._pilot = None if self._combined is None else Pilot(self._combined)
+        self._spares = False  # whether rows of this turn whose rewards decide nothing are left unjudged
         self._proceed(None)
 
     # What the scheduler asks.
@@ -103,7 +108,7 @@ class Search:
         if self._finals is None and self._turn is not None:
             for i, asked in self._turn.open(guided):
                 failure = 1 - self._odds.success(self._title, asked.draw.arrives)
-                for ahead in range(asked.limit - asked.issued):
+                for ahead in range(asked.limit.children - asked.issued):
                     chance = failure ** (asked.unknown + ahead)
                     if chance < least:
                         break
@@ -236,6 +241,13 @@ class Search:
         scales = () if self._pilot is None else self._pilot.scales
         return Show(self.brief, tuple(particle.candidate for particle in finalists[: None if every else 1]), scales)
 
+    def shown(self, outcome: Outcome) -> None:
+        """Its image was judged: of an only finalist that is the reward, where it was finished without one."""
+        assert self._finals, "only a search that is over has an image"
+        final = self._finals[0]
+        if len(self._finals) == 1 and final.flights and final.particle.reward is None:
+            self.history.judge(final.particle.index, outcome.reward, outcome.terms)
+
     def discard(self) -> None:
         """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
         unused = [] if self._turn is None else [*self._turn.leftover()]
@@ -283,6 +295,7 @@ class Search:
         if len(self.kinds) == 1 and any(draw.guide is not None for draw in draws):
             self.kinds = (False, True)
         self._turns += 1
+        self._spares = not self._every and (self._pilot is None or self._pilot.known)
         if self._pilot is not None:
             self._pilot.begin(draws, self._title)
         self._turn = Turn([(d, *self._way(d)) for d in draws], self._turns, self._priors)
@@ -314,7 +327,7 @@ class Search:
             step,
             _KINDS[asked.guided],
             draw.nfe,
-            draw.scored,
+            self._judges(draw, step),
             ahead,
             prior if latents is not None and prior is not None and prior < len(latents) else None,
             mixture,
@@ -323,21 +336,30 @@ class Search:
             asked.reach,
             draw.arrives,
             NONE if parent is None else parent.number,
+            child,
+            asked.limit,
         )
         particle = Particle(draw.arrives, step, slot, asked.guided, self._rows)
         self.flying[self._rows] = Flight(row.kind, row.nfe, particle, parent, turn, i, child, prior, row.number)
         self._rows += 1
         return row
 
+    def _judges(self, draw: Draw, step: Step) -> bool:
+        """Whether a draw's children are judged: the method asks for it, and something depends on their rewards."""
+        if draw.decides or draw.guide is not None or not self._spares:
+            return draw.scored
+        return draw.scored and self._compares and step.tau <= self._trusted
+
     def _finishing(self, slot: Slot) -> Row:
-        """The next step of a finalist; only what a last step leads to is judged."""
+        """The next step of a finalist; only what a last step leads to is judged, if it competes with another."""
         assert self._finals is not None
         i, final = next((i, f) for i, f in enumerate(self._finals) if f.steps and not f.waiting)
         step, *left = final.steps
         final.steps, final.waiting, parent = tuple(left), True, final.particle
         level = max(parent.step + 1, len(self.plan.steps))
+        scored = not left and (self._every or len(self._finals) > 1)
         row = Row(
-            self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=not left, level=level,
+            self.brief, self._rows, 0, parent.slot.index, slot.index, step, "finish", scored=scored, level=level,
             origin=parent.number,
         )  # fmt: skip
         self.flying[self._rows] = Flight(

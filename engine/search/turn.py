@@ -13,7 +13,7 @@ from heapq import heappush, heapreplace
 from typing import NamedTuple
 
 from rollflow.draw import Draw
-from rollflow.row import Kind
+from rollflow.row import Kind, Limit
 from rollflow.sde import Step
 from rollflow.search.particle import Particle
 
@@ -51,7 +51,7 @@ class Asked:
     def __init__(self, draw: Draw, prior: int, step: Step, reach: float):
         self.draw, self.prior = draw, prior  # index of its first child among the request's samples of the prior
         self.step, self.reach = step, reach
-        self.issued, self.limit = 0, draw.count  # no child beyond the limit can be needed
+        self.issued, self.limit = 0, Limit(draw.count)  # no child beyond the limit can be needed
         self.judged: dict[int, Flight] = {}  # came back before an earlier child did
         self.known = deque[Flight]()  # came back without a gap, and are not recorded yet
         self.children: list[Particle] = []  # of those and of the recorded ones
@@ -132,7 +132,7 @@ class Turn:
         """Whether there are any such draws as `open` gives."""
         for i in self.sequential:
             asked = self.draws[i]
-            if asked.guided is guided and asked.issued < asked.limit and asked.unknown:
+            if asked.guided is guided and asked.issued < asked.limit.children and asked.unknown:
                 return True
         return False
 
@@ -140,7 +140,7 @@ class Turn:
         """The sequential draws that wait for an answer and of which further rows could run ahead of it."""
         for i in self.sequential:
             asked = self.draws[i]
-            if asked.guided is guided and asked.unknown and asked.issued < asked.limit:
+            if asked.guided is guided and asked.unknown and asked.issued < asked.limit.children:
                 yield i, asked
 
     def commit(self, flight: Flight) -> tuple[list[Flight], list[Flight]]:
@@ -152,7 +152,7 @@ class Turn:
         asked = self.draws[flight.draw]
         asked.judged[flight.child] = flight
         if asked.sequential and flight.particle.value > asked.draw.until:
-            asked.limit = min(asked.limit, flight.child + 1)
+            asked.limit.children = min(asked.limit.children, flight.child + 1)
         needed: list[Flight] = []
         while not asked.closed and (following := asked.judged.pop(len(asked.children), None)) is not None:
             asked.children.append(following.particle)
@@ -190,5 +190,9 @@ class Turn:
             yield from asked.known
 
     def close(self) -> None:
-        """Lets go of every particle. Rows of it that are still on their way refer to the turn, and they to it."""
+        """Lets go of every particle. Rows of it that are still on their way refer to the turn, and they to it; none of
+        them is needed.
+        """
+        for asked in self.draws:
+            asked.limit.children = 0
         self.draws.clear()

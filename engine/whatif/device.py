@@ -140,15 +140,20 @@ class Simulated:
         if guided:
             self._submit_guided(size, bucket, rows, report)
             return
-        scored = [row for row in rows if row.scored]
-        decode = size.decode[LIGHT if self.preview else FULL](self.bucket(len(scored), geometry)) if scored else 0.0
+        judged: list[Row] = []
+
+        def decode() -> float:
+            judged[:] = [row for row in rows if row.wanted]  # as late as `Runner` does
+            decoder = size.decode[LIGHT if self.preview else FULL]
+            return decoder(self.bucket(len(judged), geometry)) if judged else 0.0
 
         def landed() -> None:
             report(Free())
-            if len(scored) < len(rows):
-                self._decide(report, [row for row in rows if not row.scored])
-            if scored:
-                self._judge(scored, [self._terms(row.brief) for row in scored], 1, partial(self._decide, report))
+            own = {id(row) for row in judged}
+            if len(judged) < len(rows):
+                self._decide(report, [row for row in rows if id(row) not in own], judged=False)
+            if judged:
+                self._judge(judged, [self._terms(row.brief) for row in judged], 1, partial(self._decide, report))
 
         self._on_lane(size.around(bucket), size.forward(bucket), decode, landed)
 
@@ -164,7 +169,7 @@ class Simulated:
                 self._decide(report, rows)
 
         judge = partial(self._judge, rows, terms, 1, answered)
-        self._on_lane(0.0, size.guided(bucket), size.guided_decode(bucket), judge)
+        self._on_lane(0.0, size.guided(bucket), lambda: size.guided_decode(bucket), judge)
 
     def submit_images(self, shows: Sequence[Show], report: Report) -> None:
         """Starts making images, which held-out judges see after the rewards."""
@@ -184,7 +189,7 @@ class Simulated:
             terms = [self._terms(show.brief) for show in shows]
             self._judge(shows, terms, count / len(shows), held_out)
 
-        self._on_lane(size.images, 0.0, decode, made)
+        self._on_lane(size.images, 0.0, lambda: decode, made)
 
     def submit_work(self, work: Callable[[], Any], then: Callable, report: Report, kind: str = "other") -> None:
         """Starts a chore."""
@@ -201,17 +206,18 @@ class Simulated:
     def _task(self, seconds: float, then: Callable[[], None], stage: str, **where: Any) -> Task:
         return Task(seconds, then, stage=stage, **{"demand": self._threads, **where})
 
-    def _on_lane(self, around: float, forward: float, decode: float, then: Callable[[], None]) -> None:
-        """The loop chooses it, a lane computes and decodes it."""
+    def _on_lane(self, around: float, forward: float, decode: Callable[[], float], then: Callable[[], None]) -> None:
+        """The loop chooses it, a lane computes and decodes it, which takes as long as is known then."""
         post, measured = self.machine.post, self._measured
 
-        def decoded() -> None:
+        def decoded(seconds: float | None = None) -> None:
             where = {"line": SIDE, "processor": "gpu", "demand": 1.0} if self._gpu else {}
-            post(self._task(decode, then, "decode", **where))
+            post(self._task(decode() if seconds is None else seconds, then, "decode", **where))
 
         def proposed() -> None:
             where = {"line": STREAM, "processor": "gpu", "demand": 1.0} if self._gpu else {}
-            post(self._task(forward, decoded, "forward", **where))
+            launched = partial(decoded, decode()) if self._gpu else decoded  # there, both are launched at once
+            post(self._task(forward, launched, "forward", **where))
 
         def start() -> None:
             where = {"line": FEEDER, "demand": 1.0} if self._gpu else {}
@@ -252,9 +258,9 @@ class Simulated:
                 Task(seconds, partial(answered, group), ("reward", term), demand=demand, stage="reward", **where)
             )
 
-    def _decide(self, report: Report, rows: Sequence[Row]) -> None:
+    def _decide(self, report: Report, rows: Sequence[Row], judged: bool = True) -> None:
         def taken() -> None:
-            report(Landed(rows, [self._score(row) if row.scored else None for row in rows]))
+            report(Landed(rows, [self._score(row) if judged else None for row in rows]))
 
         self.machine.post(Task(self._measured.decide * len(rows), taken, LOOP, stage="decide"))
 

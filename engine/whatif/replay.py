@@ -217,6 +217,7 @@ class Replay:
         request = Request(
             spec["prompt"], NamedReward(spec["reward"]), method, nfe, seed=number, finish=spec["finish"],
             finalists=spec["finalists"], stop_at=spec["stop_at"], priority=spec["priority"], seconds=seconds,
+            judge_all=spec.get("judge_all", False),
             **own,
         )  # fmt: skip
         made = plan(request, traits, about["preview"])
