@@ -215,15 +215,17 @@ class Preparations:
             (conditioning,) = yield partial(self._encode, wanted)
         else:
             conditioning = self.conditioning[wanted]
+        plain = geometry.plain  # of which evaluations in full take as long
         if model.device.type == "cpu" and model.capabilities.recordable:
-            yield partial(model.record, geometry, conditioning)  # type: ignore[attr-defined]
+            for one in dict.fromkeys((plain, geometry)):
+                yield partial(model.record, one, conditioning)  # type: ignore[attr-defined]
         if self._choose:
-            chosen = yield partial(self._best_lanes, geometry, conditioning)
+            chosen = yield partial(self._best_lanes, plain, conditioning)
             self._choose_lanes(*chosen)
         if self.memory is not None or self._graphs:
             runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
         room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), self._in_graphs)
-        known = (model, geometry, conditioning)
+        known = (model, plain, conditioning)
         seconds = yield from calibrate.measured(
             *known, runner.usual, runner.threads.threads, runner.preview, self._keep, room
         )
@@ -240,7 +242,9 @@ class Preparations:
 
     def _in_graphs(self) -> int:
         """Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them."""
-        return sum(sum(graphs.memory.values()) for graphs in [*self.runner.graphs.values()])
+        runner = self.runner
+        graphs = [*runner.graphs.values(), *runner.cached_graphs.values()]
+        return sum(sum(one.memory.values()) for one in graphs)
 
     def _best_lanes(self, geometry: Geometry, conditioning: Any) -> tuple[int, int]:
         """How many lanes of how many threads are fastest; on a lane, before any batch runs.

@@ -99,6 +99,7 @@ class Row(NamedTuple):
         reach: of a guided row, `sigma^2 / alpha` at its time; 0 where there is nothing but noise.
         level: its point of the time grid; steps of a finish count on from the last.
         origin: the number of the row that made its parent, `NONE` for a sample of the prior.
+        cached: whether it is evaluated from what was kept of its parent; see `rollflow.models.Capabilities.caches`.
     """
 
     brief: Brief
@@ -118,6 +119,12 @@ class Row(NamedTuple):
     reach: float = 0.0
     level: int = 0
     origin: int = NONE
+    cached: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether it runs in batches of its own kind: of guided rows, or of rows that are evaluated from a cache."""
+        return self.cached or self.kind == "guided"
 
 
 class Candidate(NamedTuple):

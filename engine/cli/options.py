@@ -115,6 +115,9 @@ class SearchOptions:
     """Particles that compete in the end, each finished: the method's choice and the best others that it judged."""
     stop_at: StopAt = None
     """A reward that is good enough: the first particle that reaches it ends the search."""
+    cache: bool = False
+    """Evaluate candidates by the transformer's first block and what the others added to their parent; what the search
+    goes on from and returns is evaluated in full, too."""
     guidance: Guidance = None
     """Guidance scale: of classifier-free guidance, or the embedded one of guidance-distilled models (FLUX.1-dev)."""
     negative: Negative = None

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow import kernels, rewards
-from rollflow.device import batch, guided, moves
+from rollflow.device import batch, cached, guided, moves
 from rollflow.device.attempts import After, Attempts, image_count
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
@@ -56,13 +56,14 @@ class Runner:
         parallel: whether lanes compute side by side (threads of a CPU) or one after another (one GPU, where a second
             batch only keeps the device busy while the first is decided on).
         buckets: by geometry, where they are not the ones given.
-        graphs: CUDA graphs by geometry.
+        graphs, cached_graphs: CUDA graphs by geometry; those of rows that are evaluated from a cache.
     """
 
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
         self.model, self.ledger, self.preview = model, ledger, preview
         self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
         self.graphs: dict[Geometry, Graphs] = {}
+        self.cached_graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
         self._finish: dict[Geometry, Finish] = {}
         on_gpu = model.device.type == "cuda"
@@ -82,7 +83,8 @@ class Runner:
         """Makes the storage of a geometry, once."""
         if geometry not in self._storage:
             self._finish[geometry] = Finish(self.model, geometry)
-            self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
+            sizes, model = (slots, geometry.token, geometry.channel), self.model
+            self._storage[geometry] = Storage(*sizes, model.device, geometry.kept, model.dtype)
 
     @property
     def geometries(self) -> list[Geometry]:
@@ -98,6 +100,7 @@ class Runner:
         self._storage.clear()
         self._finish.clear()
         self.graphs.clear()
+        self.cached_graphs.clear()
 
     def bucket(self, rows: int, geometry: Geometry) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
@@ -141,15 +144,17 @@ class Runner:
         """
         storage = self.storage(geometry)
 
-        def step(integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
+        def step(from_cache: bool, integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
             tables = Tables(integers, floats)
             x = self.propose(tables, storage)
-            u = self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
+            u = self._forward(tables, x, collated, geometry, from_cache)
             return self._finish[geometry](u, storage, integers[1], tables.posterior)
 
-        graphs = Graphs(step, capture)
-        graphs.record(buckets, partial(self._padding, conditioning))
-        self.graphs[geometry] = graphs
+        sizes = [*buckets]
+        for from_cache, known in ((False, self.graphs), (True, self.cached_graphs))[: 1 + bool(geometry.kept)]:
+            graphs = Graphs(partial(step, from_cache), capture)
+            graphs.record(sizes, partial(self._padding, conditioning))
+            known[geometry] = graphs
 
     def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
         """Runs the bucket's graph on a batch of padding, to time it."""
@@ -261,15 +266,27 @@ class Runner:
         geometry = rows[0].brief.geometry
         storage = self.storage(geometry)
         tables, conditioning = self.tables(rows)
-        if (graphs := self.graphs.get(geometry)) is not None:
+        from_cache = rows[0].cached
+        if (graphs := (self.cached_graphs if from_cache else self.graphs).get(geometry)) is not None:
             with self.ledger.span("forward", self.model.device):  # and propose and finish, in the same launch
                 return graphs.run(*tables, *self.model.collate(conditioning))  # type: ignore[attr-defined]
         with self.ledger.span("propose"):
             x = self.propose(tables, storage)
         with self.ledger.span("forward", self.model.device):
-            u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
+            if geometry.kept:
+                collated = self.model.collate(conditioning)  # type: ignore[attr-defined]
+                u = self._forward(tables, x, collated, geometry, from_cache)
+            else:
+                u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
         with self.ledger.span("finish"):
             return self._finish[geometry](u, storage, tables.integers[1], tables.posterior)
+
+    def _forward(
+        self, tables: Tables, x: Tensor, collated: tuple[Tensor, ...], geometry: Geometry, from_cache: bool
+    ) -> Tensor:
+        if geometry.kept:
+            return cached.forward(self.model, self.storage(geometry), tables, x, collated, geometry, from_cache)
+        return self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
 
     def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:
         """The batch's tables and conditionings."""
