@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import tyro
 
 from rollflow.bench.adapters import Adapters
+from rollflow.bench.caching import Caching
 from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
 from rollflow.bench.kernel_bandwidth import Kernels
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "overhead": Overhead,
     "latency": Latency,
     "preview": Preview,
+    "caching": Caching,
     "kernels": Kernels,
     "gpu": Gpu,
     "compare": Compare,

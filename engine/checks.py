@@ -26,7 +26,7 @@ MOST_SECONDS = 1e9
 MOST_GUIDANCE = 1e6
 MOST_NOISE = 1e4  # of an element of given noise, whose variance should be 1
 # What `methods.make` and `holds` are given beside options.
-_RESERVED = ("name", "method", "nfe", "steps", "finish", "seed")
+_RESERVED = ("name", "method", "nfe", "steps", "finish", "seed", "again")
 
 
 def request(asked: Request) -> Request:
@@ -65,6 +65,7 @@ def request(asked: Request) -> Request:
         nfe=nfe,
         seed=seed,
         finish=whole("finish", asked.finish, 0, MOST_STEPS),
+        cache=flag("cache", asked.cache),
         priority=whole("priority", asked.priority, -(2**63), 2**63),
         shift=number("shift", asked.shift),
         solver=_solver(asked.solver),

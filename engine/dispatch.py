@@ -206,7 +206,7 @@ class Dispatch:
         ticket = self._tickets.get(one.brief.ticket)
         if ticket is None or ticket.error is not None or ticket.search is None:
             return True
-        return isinstance(one, Row) and one.kind != "finish" and ticket.search.ending
+        return isinstance(one, Row) and one.kind not in ("finish", "refresh") and ticket.search.ending
 
 
 def _too_late() -> Cancelled:

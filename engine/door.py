@@ -82,7 +82,7 @@ class Door:
         rewards.check(checked.reward, checked.request.prompt)
         if checked.held_out is not None:
             rewards.check(checked.held_out, checked.request.prompt)
-        geometry = self._geometry(checked)
+        geometry = self._cached(self._geometry(checked)) if request.cache else self._geometry(checked)
         known.append(geometry)
         self._check_guidance(checked.request, geometry)
         if checked.latents is not None:
@@ -126,6 +126,16 @@ class Door:
                 frames = len(image) if image.ndim == 4 and request.frames is None and able.frames else request.frames
                 request = replace(request, height=height, width=width, frames=frames)
         return request
+
+    def _cached(self, geometry: Geometry) -> Geometry:
+        """That of a request with a cache."""
+        model: Any = self._model
+        if not model.capabilities.caches:
+            raise RequestError(
+                f"cache=True: a {type(model).__name__} keeps nothing of an evaluation for others "
+                "(Capabilities.caches); leave it out"
+            )
+        return replace(geometry, kept=model.kept)
 
     def _check_guidance(self, request: Request, geometry: Geometry) -> None:
         """Refuses a scale that means nothing, and a negative prompt that nothing would lead away from.

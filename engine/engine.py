@@ -110,7 +110,7 @@ class Engine:
             keep_pages()
         self.ledger, self.traits, self.preview, self.clock = Ledger(), traits, preview, clock
         self.name = type(self.model).__name__ if name is None else str(name)
-        self._slots_of = partial(slots_of, slots)
+        self._slots_of = partial(slots_of, slots, itemsize=self.model.dtype.itemsize)
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
             runner,
@@ -475,5 +475,5 @@ def _by_size(found: Mapping[Geometry, T]) -> dict[tuple[int, ...], T]:
     """By (height, width), of clips (height, width, frames)."""
     return {
         (one.height, one.width) if one.frames is None else (one.height, one.width, one.frames): value
-        for one, value in [*found.items()]
+        for one, value in sorted(found.items(), key=lambda one: -one[0].kept)  # requests without a cache go before
     }

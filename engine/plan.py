@@ -56,10 +56,21 @@ class Plan:
         """What the finish of all finalists costs."""
         return self.request.finish * self.finalists
 
+    @property
+    def again_nfe(self) -> int:
+        """What is kept back for particles that were evaluated from a cache: what is drawn from, and all finalists."""
+        request = self.request
+        if not request.cache:
+            return 0
+        found = methods.parents(request.method, self.nfe, len(self.steps), self.finish_nfe, **request.options)
+        assert found is not None, "plan() has made sure"
+        return found + self.finalists
+
     def search(self) -> methods.Search:
         """The request's method, ready to begin."""
         request = self.request
-        return methods.make(request.method, self.nfe, len(self.steps), self.finish_nfe, request.seed, **request.options)
+        counts = self.nfe, len(self.steps), self.finish_nfe, request.seed, self.again_nfe
+        return methods.make(request.method, *counts, **request.options)
 
     def arrival(self, draw: Draw) -> Step:
         """The coefficients of one of the draw's children; see `rollflow.draw.Draw.move`."""
@@ -200,6 +211,28 @@ def _check_method(made: Plan) -> None:
         )
 
 
+def _check_cache(made: Plan) -> None:
+    """Whether the method can have a cache at all."""
+    method, options = made.request.method, made.request.options
+    title, able = methods.title(method), ", ".join(methods.caching())
+    try:
+        found = methods.parents(method, made.nfe, len(made.steps), made.finish_nfe, **options)
+    except RollflowError:
+        raise
+    except Exception as error:
+        raise FunctionError(f"what the method {title} declares that it draws from raised {said(error)}") from error
+    if found is None:
+        raise RequestError(
+            f"cache=True: the method {title} does not say how many particles it draws from, which are evaluated anew: "
+            f"use {able} or a method with `parents` (rollflow.methods.method), or leave cache out"
+        )
+    if methods.guided(method, options):
+        raise RequestError(
+            f"cache=True: the method {title} is guided with these options, and gradients take evaluations in full: "
+            "leave one of the two out"
+        )
+
+
 def _held_out(request: Request) -> rewards.Reward | None:
     if request.held_out is None:
         return None
@@ -211,7 +244,8 @@ def _held(made: Plan) -> int:
     request, method = made.request, made.request.method
     more = PILOT if isinstance(made.reward, rewards.Combined) and made.reward.normalised else 0
     try:
-        return more + methods.holds(method, made.nfe, len(made.steps), made.finish_nfe, **request.options)
+        kept = made.finish_nfe + made.again_nfe
+        return more + methods.holds(method, made.nfe, len(made.steps), kept, **request.options)
     except RollflowError:
         raise
     except Exception as error:
@@ -254,6 +288,8 @@ def plan(request: Request, traits: Traits | None = None, preview: bool = False, 
         first = sum(step.tau > traits.trusted_from + 1e-9 for step in steps[:-1])
         request = replace(request, options={option: first, **request.options})
     made = Plan(request, reward, path, diffusion, steps, finalists, request.latents, traits.trusted_from)
+    if request.cache:
+        _check_cache(made)
     _check_method(made)
     made = replace(made, held=_held(made), held_out=_held_out(request))
     title = methods.title(request.method)

@@ -247,16 +247,18 @@ class Preparations:
     def _measuring(self, geometry: Geometry, wanted: Wanted) -> Steps:
         runner, model = self.runner, self.runner.model
         conditioning = yield from self._conditioning(wanted)
+        plain = geometry.plain  # of which evaluations in full take as long
         if model.device.type == "cpu" and model.capabilities.recordable:
-            yield partial(model.record, geometry, conditioning)  # type: ignore[attr-defined]
+            for one in dict.fromkeys((plain, geometry)):
+                yield partial(model.record, one, conditioning)  # type: ignore[attr-defined]
         if self._choose:
-            chosen = yield partial(self._best_lanes, geometry, conditioning)
+            chosen = yield partial(self._best_lanes, plain, conditioning)
             self._choose_lanes(*chosen)
         if self.memory is not None or self._graphs:
             runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
         # Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them.
         room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), lambda: runner.graph_memory)
-        known = (model, geometry, conditioning)
+        known = (model, plain, conditioning)
         seconds = yield from calibrate.measured(
             *known, runner.usual, runner.threads.threads, runner.preview, self._keep, room
         )

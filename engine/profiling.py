@@ -116,6 +116,7 @@ def about(name: str, runner: Runner, preparations: Preparations, traits: Traits)
             "bound": preparations.bounds.get(geometry),
         }
         for geometry in runner.geometries
+        if not (geometry.kept and geometry.plain in runner.geometries)  # tables tell sizes by their pixels
     ]
     return {
         "model": name,

@@ -20,6 +20,7 @@ from rollflow.models.text import Text
 from rollflow.plan import Plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
+from rollflow.request import Request
 from rollflow.row import Brief, Outcome
 from rollflow.schedule.odds import Odds
 from rollflow.schedule.pace import Pace
@@ -136,7 +137,7 @@ class Register:
         ends = [now + request.seconds] if request.seconds is not None else []
         ends += [request.deadline] if request.deadline is not None else []
         method = methods.title(request.method)
-        nfe = self._pace.affordable(method, ticket.geometry, min(ends) - now, request.finish, self.running)
+        nfe = self._pace.affordable(method, ticket.geometry, min(ends) - now, _ending(request), self.running)
         if nfe is not None:
             try:
                 ticket.plan = resize(nfe)
@@ -202,7 +203,7 @@ class Register:
 
     def _end_at(self, ticket: Ticket, when: float, reason: str) -> None:
         """Ends a request so early that its finish and its image are there at `when`."""
-        reserve = self._pace.ending(ticket.geometry, ticket.plan.request.finish)
+        reserve = self._pace.ending(ticket.geometry, _ending(ticket.plan.request))
         ticket.timers.append(self._timers.at(when - reserve, self._expire, ticket, reason))
 
     def _expire(self, ticket: Ticket, reason: str) -> None:
@@ -348,6 +349,11 @@ class Register:
         """Waits no longer for what is on the device."""
         for ticket in [*self.tickets.values()]:
             self.leave(ticket)
+
+
+def _ending(request: Request) -> int:
+    """Evaluations one after another from the end of a search proper to its image."""
+    return request.finish + request.cache
 
 
 def text_of(plan: Plan) -> Text:

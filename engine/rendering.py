@@ -48,4 +48,5 @@ class Rendering:
             network_rows=history.executed * finished.network_rows,
             terms=history.named(outcome.terms),
             cost=self._ledger.cost(finished.ticket),
+            cached_nfe=history.cached,
         )

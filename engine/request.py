@@ -74,6 +74,12 @@ class Request:
         mask: of an image, where it is drawn anew: a PIL image (white) or a tensor [height, width] (at least 0.5). What
             lies outside stays as it was, at every point of the grid and in what the reward sees, as in pipelines of
             inpainting, whose mask is sampled at the latents' pixels, too.
+        cache: evaluate candidates from a cache: the first block of the transformer runs, and what the later ones add is
+            taken from their parent's evaluation. A candidate is one of several children that a step of the SDE or the
+            ODE leads to; what the search goes on from or returns is evaluated anew, in full. Each of both costs one
+            NFE: the budget pays for them, and what it keeps for them and they do not need stays unspent. Results
+            differ from those without. For models and methods that can do it, see `rollflow.models.Capabilities.caches`
+            and `rollflow.methods.method`; not for guided searches.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
             (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1
@@ -115,6 +121,7 @@ class Request:
     image: Image.Image | torch.Tensor | Sequence[Image.Image] | None = None
     strength: float | None = None
     mask: Image.Image | torch.Tensor | None = None
+    cache: bool = False
     priority: int = 0
     guidance: float | None = None
     negative: str | None = None
@@ -129,7 +136,7 @@ class Request:
             object.__setattr__(self, "image", torch.stack([pixels_of(frame, "image") for frame in self.image]))
 
 
-Kind = Literal["committed", "guided", "finish"]
+Kind = Literal["committed", "guided", "finish", "refresh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,8 @@ class Record:
     `level` is its point of the time grid (finish steps count on from the last), `time` the interpolant's time there,
     `parent` the index of its parent's record, `kind` why the row was run, `nfe` what it was charged. `reward` is None
     for a particle that was not judged; `terms` are the scores of a combined reward's terms, as they were given.
+    `cached` says that it was evaluated from its parent's evaluation, see `Request.cache`; the same particle evaluated
+    anew, in full, has a record of kind "refresh", whose parent is the record of before.
     """
 
     index: int
@@ -149,6 +158,7 @@ class Record:
     kind: Kind
     nfe: int = 1
     terms: Mapping[str, float] | None = None
+    cached: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,6 +174,8 @@ class Result:
         held_out: the score of the held-out judge, which no search sees; None if there is none.
         committed_nfe: function evaluations that the algorithm was charged for: as many as asked, unless something else
             than the budget ended the search, see `stopped`.
+        cached_nfe: those of them that were evaluated from a cache, see `Request.cache`: each is one NFE, and took a
+            part of its work.
         executed_nfe: what the device ran for this request, its share of padding included; a row counts as much as it is
             charged.
         stopped: what ended the search: "budget" (all of it is spent, or the method had enough), "stop_at" (a reward was
@@ -194,6 +206,7 @@ class Result:
     network_rows: int = 0
     terms: Mapping[str, float] | None = None
     cost: Cost | None = None
+    cached_nfe: int = 0
 
     def __repr__(self) -> str:
         frames = f", frames={len(self.pixels)}" if self.pixels.ndim == 4 else ""

@@ -110,6 +110,7 @@ class Row(NamedTuple):
         origin: the number of the row that made its parent, `NONE` for a sample of the prior.
         child: which child of its draw it is.
         limit: of its draw; None of a step of the finish.
+        cached: whether it is evaluated from what was kept of its parent; see `rollflow.models.Capabilities.caches`.
     """
 
     brief: Brief
@@ -136,6 +137,13 @@ class Row(NamedTuple):
     def wanted(self) -> bool:
         """Whether it is still to be judged: not if, by now, its search is over or an earlier child beat the bar."""
         return self.scored and (self.limit is None or self.child < self.limit.children)
+
+    cached: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether it runs in batches of its own kind: of guided rows, or of rows that are evaluated from a cache."""
+        return self.cached or self.kind == "guided"
 
 
 class Candidate(NamedTuple):

@@ -22,6 +22,7 @@ MOST_ROWS, MOST_SIZES = 4096, 256  # of a batch; of batch sizes
 MOST_THREADS = 256  # lanes, and cores of a lane
 POOL_SLOTS = 4096
 POOL_BYTES = 2**30
+KEPT_BYTES = 2**32  # of particles of requests with a cache, with what is kept of their evaluations
 
 
 def batch_sizes(buckets: Any, reproducible: bool, on_cpu: bool) -> tuple[int, ...]:
@@ -70,10 +71,16 @@ def checked_traits(traits: Traits | None) -> Traits:
     return replace(known.checked(asdict(traits)), steps=whole("traits.steps", traits.steps, 1, checks.MOST_STEPS))
 
 
-def slots_of(slots: int | None, geometry: Geometry) -> int:
-    """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory."""
+def slots_of(slots: int | None, geometry: Geometry, itemsize: int = 4) -> int:
+    """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory.
+
+    What is kept for a cache takes `itemsize` bytes a number, those of the model's dtype.
+    """
     each = geometry.token * geometry.channel * 8
-    return slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
+    most = POOL_BYTES // each
+    if geometry.kept:
+        most = min(most, KEPT_BYTES // (each + geometry.token * geometry.kept * itemsize))
+    return slots or max(64, min(POOL_SLOTS, most))
 
 
 def keep_pages() -> None:

@@ -14,7 +14,7 @@ from rollflow.plan import Plan
 # Fields of a request that its plan depends on, and that are plain values, or are told by their text.
 PLANNED = (
     "steps", "interpolant", "grid", "shift", "times", "diffusion", "solver", "finish", "finalists", "stop_at",
-    "judge_all",
+    "judge_all", "cache",
 )  # fmt: skip
 DEPTH = 4  # of containers in containers
 

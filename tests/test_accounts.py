@@ -52,7 +52,7 @@ def test_what_rows_were_for():
     names = (*accounts.SPENT, None)
     found = [names[place] for place in accounts.purpose(MIXED)]
     assert found == ["committed", "speculative", "finish", "padding", "guided", "speculative", None, None]
-    spent = {"committed": 1, "guided": 2, "finish": 1, "speculative": 3, "padding": 1}
+    spent = {"committed": 1, "guided": 2, "finish": 1, "refresh": 0, "speculative": 3, "padding": 1}
     assert accounts.nfe_by_kind(MIXED) == spent
     assert accounts.nfe_by_kind(MIXED[:0]) == dict.fromkeys(spent, 0)
 
@@ -63,8 +63,8 @@ def test_a_batch_is_shared_by_its_entries_and_its_images_by_those_who_have_some(
     found = costs(MIXED, batches, table("calls"))
     assert found.keys() == {7, 8}
     host = 1.0 - 0.54
-    assert found[7].nfe == {"committed": 1, "guided": 0, "finish": 0, "speculative": 1, "padding": 1}
-    assert found[8].nfe == {"committed": 0, "guided": 2, "finish": 1, "speculative": 2, "padding": 0}
+    assert found[7].nfe == {"committed": 1, "guided": 0, "finish": 0, "refresh": 0, "speculative": 1, "padding": 1}
+    assert found[8].nfe == {"committed": 0, "guided": 2, "finish": 1, "refresh": 0, "speculative": 2, "padding": 0}
     assert found[7].batches == {0: 0.75} and found[8].batches == {0: 0.25}, "batches 1 and 2 are not there"
     wanted = {"propose": 0.03, "forward": 0.3, "decode": 0.1, "reward": 0.3, "decide": 0.015, "host": 0.75 * host}
     assert found[7].seconds == pytest.approx({part: wanted.get(part, 0.0) for part in PARTS})

@@ -117,6 +117,9 @@ class SearchOptions:
     """A reward that is good enough: the first particle that reaches it ends the search."""
     judge_all: bool = False
     """Judge particles on whose rewards nothing depends, too."""
+    cache: bool = False
+    """Evaluate candidates by the transformer's first block and what the others added to their parent; what the search
+    goes on from and returns is evaluated in full, too."""
     guidance: Guidance = None
     """Guidance scale: of classifier-free guidance, or the embedded one of guidance-distilled models (FLUX.1-dev)."""
     negative: Negative = None

@@ -82,6 +82,7 @@ def record(result: Result, **files: Path | None) -> dict[str, Any]:
         "terms": _all_finite(result.terms),
         "held_out": _finite(result.held_out),
         "committed_nfe": result.committed_nfe,
+        "cached_nfe": result.cached_nfe,
         "executed_nfe": result.executed_nfe,
         "network_rows": result.network_rows,
         "frames": len(result.pixels) if result.pixels.ndim == 4 else None,

@@ -67,6 +67,8 @@ def tables(
         way: tuple[float, ...] = (step.a, step.b, step.k)
         if (state := moves.prepared(row, storage, layout)) is not None:  # the child is there already, its own parent
             storage.x[slot].copy_(state)
+            if row.cached:  # what was kept of the parent is looked for where the parent is
+                storage.kept[slot].copy_(storage.kept[parent])
             parent, way = slot, (1.0, 0.0, 0.0)
         numbers.append((parent, slot, brief.seed, row.key))
         steps.append((*way, 1 / step.scale, step.p, step.q, step.tau, brief.guidance))

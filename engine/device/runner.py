@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rollflow import kernels, rewards
 from rollflow.copies import Download, upload
-from rollflow.device import batch, guided, moves
+from rollflow.device import batch, cached, guided, moves
 from rollflow.device.attempts import After, Attempts, image_count, is_guided, out_of_memory
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Capture, Graphs
@@ -61,8 +61,8 @@ class Runner:
         buckets: by geometry, where they are not the ones given.
         guided: those of guided rows, where they are not those of plain ones.
         recomputed: image sizes whose guided rows keep little for the backward pass; see `rollflow.models.recompute`.
-        graphs: CUDA graphs by geometry.
         streams: the order of what a GPU does.
+        graphs, cached_graphs: CUDA graphs by geometry; those of rows that are evaluated from a cache.
     """
 
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
@@ -70,6 +70,7 @@ class Runner:
         self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
         self.guided, self.recomputed = dict[Geometry, tuple[int, ...]](), set[Geometry]()
         self.graphs: dict[Geometry, Graphs] = {}
+        self.cached_graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
         self._zeroed: dict[Geometry, Any] = {}  # where the stream that filled it with zeros was done
         self._finish: dict[Geometry, Finish] = {}
@@ -94,7 +95,8 @@ class Runner:
             pixels = geometry.height * geometry.width * (geometry.frames or 1)
             light = model.preview if model.capabilities.preview else None
             self._decoders[geometry] = Decoder(model.decode, light, pixels)
-            storage = Storage(slots, geometry.token, geometry.channel, self.model.device)
+            sizes = slots, geometry.token, geometry.channel
+            storage = Storage(*sizes, model.device, geometry.kept, model.dtype)
             self._zeroed[geometry], self._storage[geometry] = self.streams.mark(), storage
 
     @property
@@ -114,12 +116,14 @@ class Runner:
         self._finish.clear()
         self._decoders.clear()
         self.graphs.clear()
+        self.cached_graphs.clear()
 
     @property
     def graph_memory(self) -> int:
         """Bytes of device memory that CUDA graphs hold."""
-        steps = sum(sum(graphs.memory.values()) for graphs in [*self.graphs.values()])
-        return steps + sum(decoder.memory for decoder in [*self._decoders.values()])
+        steps = [*self.graphs.values(), *self.cached_graphs.values()]
+        decoders = [*self._decoders.values()]
+        return sum(sum(one.memory.values()) for one in steps) + sum(one.memory for one in decoders)
 
     def bucket(self, rows: int, geometry: Geometry, guided: bool = False) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
@@ -177,19 +181,20 @@ class Runner:
         """
         storage = self.storage(geometry)
 
-        def step(integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
+        def step(from_cache: bool, integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
             tables = Tables(integers, floats)
             x = self.propose(tables, storage)
-            u = self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
+            u = self._forward(tables, x, collated, geometry, from_cache)
             return self._finish[geometry](u, storage, integers[1], tables.posterior)
 
-        graphs = Graphs(step, capture)
         sizes = [*buckets]
-        graphs.record(sizes, partial(self._padding, conditioning))
-        self.graphs[geometry] = graphs
+        for from_cache, known in ((False, self.graphs), (True, self.cached_graphs))[: 1 + bool(geometry.kept)]:
+            graphs = Graphs(partial(step, from_cache), capture)
+            graphs.record(sizes, partial(self._padding, conditioning))
+            known[geometry] = graphs
 
         def latents(bucket: int) -> Tensor:
-            return graphs.run(*self._padding(conditioning, bucket))
+            return self.graphs[geometry].run(*self._padding(conditioning, bucket))
 
         for light in (False, True) if self.preview else (False,):
             self._decoders[geometry].record(light, sizes, latents, capture)
@@ -307,15 +312,27 @@ class Runner:
         geometry = rows[0].brief.geometry
         storage = self.storage(geometry)
         tables, conditioning = self.tables(rows)
-        if (graphs := self.graphs.get(geometry)) is not None:
+        from_cache = rows[0].cached
+        if (graphs := (self.cached_graphs if from_cache else self.graphs).get(geometry)) is not None:
             with self.ledger.span("forward", self.model.device):  # and propose and finish, in the same launch
                 return graphs.run(*tables, *self.model.collate(conditioning))  # type: ignore[attr-defined]
         with self.ledger.span("propose"):
             x = self.propose(tables, storage)
         with self.ledger.span("forward", self.model.device):
-            u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
+            if geometry.kept:
+                collated = self.model.collate(conditioning)  # type: ignore[attr-defined]
+                u = self._forward(tables, x, collated, geometry, from_cache)
+            else:
+                u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
         with self.ledger.span("finish"):
             return self._finish[geometry](u, storage, tables.integers[1], tables.posterior)
+
+    def _forward(
+        self, tables: Tables, x: Tensor, collated: tuple[Tensor, ...], geometry: Geometry, from_cache: bool
+    ) -> Tensor:
+        if geometry.kept:
+            return cached.forward(self.model, self.storage(geometry), tables, x, collated, geometry, from_cache)
+        return self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
 
     def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:
         """The batch's tables and conditionings."""

@@ -39,8 +39,8 @@ _NOISE: dict[str, Any] = {"interpolant": "vp", "diffusion": 3.0, "grid": "paper"
 _STRAIGHT: dict[str, Any] = {"interpolant": "linear", "diffusion": 0.0, "grid": "uniform"}  # the model's own ODE
 
 __all__ = [
-    "Option", "Search", "branches", "defaults", "guided", "holds", "make", "method", "names", "options", "options_of",
-    "title", "trusts", *sorted(_METHODS),
+    "Option", "Search", "branches", "caching", "defaults", "guided", "holds", "make", "method", "names", "options",
+    "options_of", "parents", "title", "trusts", *sorted(_METHODS),
 ]  # fmt: skip
 
 
@@ -100,6 +100,26 @@ def holds(method: str | Callable[..., Search], nfe: int, steps: int, finish: int
     return whole(f"what the method {title(method)} declares that it holds", most, 1)
 
 
+def caching() -> list[str]:
+    """The methods that can have a cache."""
+    return [name for name in names() if catalog.declaration(_METHODS[name]).parents is not None]
+
+
+def parents(method: str | Callable[..., Search], nfe: int, steps: int, finish: int = 0, **options: Any) -> int | None:
+    """The most particles that a method draws from after they competed; None where it does not say. See `method`.
+
+    Raises:
+        RequestError: what it declares is no whole number of at least 0.
+    """
+    known = _function(method)
+    assert known is not None
+    count = catalog.declaration(known).parents
+    if count is None:
+        return None
+    most = count(max(1, nfe - finish), steps, catalog.filled_in(known, options))
+    return whole(f"what the method {title(method)} declares that it draws from", most, 0)
+
+
 def defaults(method: str | Callable[..., Search]) -> dict[str, Any]:
     """How a request runs where it does not say: on the paper's VP-SDE for methods that branch, and for your own if they
     declare nothing; on the model's own ODE, for as many steps as suit the model, for those that do not branch.
@@ -107,7 +127,7 @@ def defaults(method: str | Callable[..., Search]) -> dict[str, Any]:
     return _STRAIGHT if catalog.declaration(_function(method)).branches is False else _NOISE
 
 
-def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **options: Any) -> Search:
+def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, again: int = 0, **options: Any) -> Search:
     """Builds a search whose draws and finish together spend exactly `nfe` function evaluations.
 
     Args:
@@ -117,6 +137,7 @@ def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **opti
         steps: how many points of the time grid are evaluated.
         finish: evaluations that the engine keeps for finishing the particles that compete in the end.
         seed: of a method's own random choices (resampling).
+        again: evaluations that the engine keeps for particles that are evaluated again, in full; see `parents`.
         options: the method's own, see `options_of`.
 
     Raises:
@@ -132,16 +153,19 @@ def make(name: Any, nfe: int, steps: int, finish: int = 0, seed: int = 0, **opti
         if option not in allowed:
             known = f"its options are {', '.join(allowed)}" if allowed else "it has none"
             raise RequestError(f"the method {title(name)} has no option {shown(option)}: {known}")
-    whole("nfe", nfe, 1), whole("finish", finish, 0)
+    whole("nfe", nfe, 1), whole("finish", finish, 0), whole("again", again, 0)
+    kept = finish + again
     given = {"seed": seed} if "seed" in catalog.parameters_of(build) else {}
     try:
-        search = build(max(1, nfe - finish), steps, **given, **options)
+        search = build(max(1, nfe - kept), steps, **given, **options)
         smallest, why = 1, "one evaluation"
     except BudgetError as error:
         smallest, why = error.smallest, error.why
     else:
-        if nfe > finish:
+        if nfe > kept:
             return search
-    smallest, why = smallest + finish, f"{why}, and a finish of {finish}" if finish else why
+    smallest += kept
+    why += f", and a finish of {finish}" if finish else ""
+    why += f", and {again} evaluated anew" if again else ""
     message = f"the method {title(name)} cannot work with nfe={nfe}: the smallest budget is {smallest} ({why})"
     raise BudgetError(message, smallest, why)

@@ -25,7 +25,7 @@ def held(nfe: int, steps: int, options: Any) -> int:
     return most
 
 
-@method(branches=True, holds=held)
+@method(branches=True, holds=held, parents=lambda nfe, steps, options: options.survivors * max(0, steps - 2))
 def beam(nfe: int, steps: int, survivors: int = 4, lookahead: int = 0) -> Search:
     """At every level the best `survivors` of all candidates live on, and share the next level's candidates evenly.
 

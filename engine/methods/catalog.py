@@ -58,6 +58,7 @@ class Declaration:
     guided: Callable[[Any], bool] = _by_its_gradient
     trusts: str | None = None
     holds: Callable[[int, int, Any], int] = _whole_budget
+    parents: Callable[[int, int, Any], int] | None = None
 
 
 def method(
@@ -66,6 +67,7 @@ def method(
     guided: Callable[[Any], bool] | None = None,
     trusts: str | None = None,
     holds: Callable[[int, int, Any], int] | None = None,
+    parents: Callable[[int, int, Any], int] | None = None,
 ) -> Callable[[Function], Function]:
     """Declares what a method is; a function of your own may carry it too.
 
@@ -84,6 +86,9 @@ def method(
             they come, but for those that a draw's `keep` lets go. Where one of several draws of a turn has `until`, or
             some are guided and others not, all their children count. A request waits until the engine has as many
             slots free; with too few it ends in an error. By default `nfe`, which is always enough.
+        parents: `parents(nfe, steps, options)` is the most particles, samples of the prior aside, that it draws from
+            after they were one of several children of a draw: with `Request.cache` so many evaluations are kept back,
+            one for each. Methods that do not say have no cache.
 
     Raises:
         RequestError: `trusts` names no option of the function.
@@ -92,7 +97,7 @@ def method(
     def declare(function: Function) -> Function:
         if trusts is not None and trusts not in option_names(function):
             raise RequestError(f"trusts={trusts!r}: {function!r} has no such option")
-        declared = Declaration(branches, guided or _by_its_gradient, trusts, holds or _whole_budget)
+        declared = Declaration(branches, guided or _by_its_gradient, trusts, holds or _whole_budget, parents)
         setattr(function, _ATTRIBUTE, declared)
         return function
 

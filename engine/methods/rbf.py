@@ -9,7 +9,12 @@ from rollflow.methods.budget import Search, best, require, whole, worth
 from rollflow.methods.catalog import method
 
 
-@method(branches=True, guided=lambda options: options.gradient > 0, holds=lambda nfe, steps, options: 2)
+@method(
+    branches=True,
+    guided=lambda options: options.gradient > 0,
+    holds=lambda nfe, steps, options: 2,
+    parents=lambda nfe, steps, options: max(0, steps - 2),
+)
 def rbf(nfe: int, steps: int, initial: int | None = None, gradient: float = 0.0, clip: float | None = None) -> Search:
     """Rollover budget forcing (Kim et al. 2025, arXiv 2503.19385, algorithm 1).
 

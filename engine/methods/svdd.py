@@ -7,7 +7,12 @@ from rollflow.methods.budget import Search, best, require, whole
 from rollflow.methods.catalog import method
 
 
-@method(branches=True, guided=lambda options: options.gradient > 0, holds=lambda nfe, steps, options: 2)
+@method(
+    branches=True,
+    guided=lambda options: options.gradient > 0,
+    holds=lambda nfe, steps, options: 2,
+    parents=lambda nfe, steps, options: max(0, steps - 2),
+)
 def svdd(nfe: int, steps: int, children: int | None = None, gradient: float = 0.0, clip: float | None = None) -> Search:
     """At each of the `steps` levels draws `children` candidates from the survivor and keeps the best (Li et al. 2024,
     arXiv 2408.08252, with temperature 0; Kim et al. 2025, arXiv 2503.19385, table 2).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +23,8 @@ class Geometry:
 
     `height` and `width` are in pixels, `latent_height` and `latent_width` in latent pixels; a state has `token` tokens
     of `channel` channels. `frames` are those of a clip, None of images. `shape` is that of a state as a pipeline
-    carries it, where that is not `[token, channel]`.
+    carries it, where that is not `[token, channel]`. `kept` is of requests with a cache: how many channels of a token
+    are kept of an evaluation for others, see `Capabilities.caches`. Their particles have a storage of their own.
     """
 
     height: int
@@ -34,6 +35,7 @@ class Geometry:
     channel: int
     frames: int | None = None
     shape: tuple[int, ...] | None = None
+    kept: int = 0
 
     def __post_init__(self) -> None:
         values = tuple(getattr(self, name) for name in self.__dataclass_fields__)
@@ -46,6 +48,11 @@ class Geometry:
     def state(self) -> tuple[int, ...]:
         """The shape of a state, as a pipeline carries it."""
         return (self.token, self.channel) if self.shape is None else self.shape
+
+    @property
+    def plain(self) -> Geometry:
+        """That of requests without a cache."""
+        return replace(self, kept=0) if self.kept else self
 
     def __str__(self) -> str:
         clip = "" if self.frames is None else f", {self.frames} frames"
@@ -120,6 +127,11 @@ class Capabilities:
             from one.
         returns: it has `borrow()`, which an engine calls when it begins, and `give_back()`, which it calls once, at the
             end of its closing; see `rollflow.models.borrowed`.
+        caches: it has `kept`, how many numbers a token are kept of an evaluation for others, and beside `collate` of
+            `graphable` two forms of `forward`: `forward_kept(x, tau, collated, guidance, geometry)` gives velocities
+            and what is kept of them, `[row, token, kept]` in the model's dtype; `forward_cached(x, tau, collated,
+            guidance, geometry, kept)` gives velocities by what was kept of others, for a part of the work. At the state
+            and the time that it was kept of, both agree.
         schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
         guidance: the guidance scale of requests that name none.
         timed: a linear time at which an evaluation takes all of its network rows; batches are timed there.
@@ -138,6 +150,7 @@ class Capabilities:
     companies: bool = False
     images: bool = False
     returns: bool = False
+    caches: bool = False
     schedule: bool = False
     guidance: float = 3.5
     timed: float = 1.0
@@ -205,6 +218,7 @@ _DECLARED = {
     "companies": ("for_request", "company", "network_rows"),
     "images": ("state",),
     "returns": ("borrow", "give_back"),
+    "caches": ("collate", "kept", "forward_kept", "forward_cached"),
     "schedule": ("times",),
 }  # members that a capability stands for
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rollflow.errors import ModelError, RequestError, line, shown
-from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, norms, recompute
+from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, caching, norms, recompute
 from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.layout import Layout
 from rollflow.models.loaded import loaded
@@ -94,13 +94,15 @@ class FluxModel(FlowModel):
         self.layout = Layout(_PATCH, (scaling,) * latent_channels, (shift,) * latent_channels)
         self.capabilities = Capabilities(
             preview=light is not None, graphable=self.loaded.graphable, recordable=True, releases_text=True,
-            images=True, returns=True, signature=self._signature(),
+            images=True, returns=True, caches=True, signature=self._signature(),
         )  # fmt: skip
+        self.kept = caching.width(self.transformer)
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         # Prompts are checked on threads of those who ask, while a lane encodes: a tokenizer's padding is its state.
         self._reader = copy.deepcopy(pipeline.tokenizer_2)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
         self._recorded: dict[Geometry, Callable[..., Tensor]] = {}
+        self._forms = caching.Forms(self.transformer)
         self._decoders: dict[tuple[torch.nn.Module, tuple[int, ...]], Callable[..., Tensor]] = {}
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
@@ -212,12 +214,44 @@ class FluxModel(FlowModel):
         finally:
             self._exact.tau = None
 
+    def forward_kept(
+        self,
+        x: Float[Tensor, "row token channel"],
+        tau: Float[Tensor, " row"],
+        collated: tuple[Tensor, ...],
+        guidance: Float[Tensor, " row"],
+        geometry: Geometry,
+    ) -> tuple[Float[Tensor, "row token channel"], Float[Tensor, "row token kept"]]:
+        """`forward`, and what is kept of it; see `rollflow.models.caching`."""
+        whole, inputs = self._forms.of(geometry)[0], (x, tau, *collated, guidance)
+        with self._borrowed.lent(), acceleration.attention(self.attention, self.device):
+            return whole(*inputs, self._positions(geometry, collated[1]))
+
+    def forward_cached(
+        self,
+        x: Float[Tensor, "row token channel"],
+        tau: Float[Tensor, " row"],
+        collated: tuple[Tensor, ...],
+        guidance: Float[Tensor, " row"],
+        geometry: Geometry,
+        kept: Float[Tensor, "row token kept"],
+    ) -> Float[Tensor, "row token channel"]:
+        """`forward` by the first block alone, and what was kept of other evaluations."""
+        cached, inputs = self._forms.of(geometry)[1], (x, tau, *collated, guidance)
+        with self._borrowed.lent(), acceleration.attention(self.attention, self.device):
+            return cached(*inputs, self._positions(geometry, collated[1]), kept)
+
+    def _positions(self, geometry: Geometry, sequence: Tensor) -> Tensor:
+        return torch.cat(self._ids.get(geometry) or self._position_ids(geometry, sequence.shape[1]))
+
     def record(self, geometry: Geometry, conditioning: Conditioning) -> None:
         """Records transformer and decoders for an image size, for a CPU; see `rollflow.models.recorded`.
 
+        With `geometry.kept` it is the forms of the transformer that keep, and none of the decoders.
+
         Compiled and quantized transformers stay as they are.
         """
-        if geometry in self._recorded:
+        if geometry in self._recorded or geometry in self._forms.recorded:
             return
         self._position_ids(geometry, len(conditioning.sequence))  # made outside of any recording
         generator = torch.Generator().manual_seed(0)
@@ -226,6 +260,11 @@ class FluxModel(FlowModel):
             x = torch.randn(rows, geometry.token, geometry.channel, generator=generator).to(self.dtype)
             collated = self.collate([conditioning] * rows)
             return x, torch.linspace(0.3, 1, rows), *collated, torch.full((rows,), 3.5)
+
+        if geometry.kept:
+            if self.loaded.plain:
+                self._forms.record(geometry, inputs, self._positions(geometry, conditioning.sequence[None]))
+            return
 
         def latents(rows: int) -> tuple[Tensor]:
             shape = (rows, self.layout.channels, geometry.latent_height, geometry.latent_width)

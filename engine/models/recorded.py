@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # that gives a tensor, or a tuple of them
 
 
 class _Recordable(nn.Module):
@@ -19,7 +20,7 @@ class _Recordable(nn.Module):
         super().__init__()
         self.network, self._function = network, function
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         return self._function(*inputs)
 
 
@@ -66,12 +67,18 @@ def traced(
 
 def _agree(recorded: Function, function: Function, examples: Sequence[tuple[Tensor, ...]]) -> bool:
     try:
-        return all(torch.equal(recorded(*inputs), function(*inputs)) for inputs in examples)
+        return all(_equal(recorded(*inputs), function(*inputs)) for inputs in examples)
     except RuntimeError:  # of an operation that was recorded with the number of rows
         return False
 
 
-def _run(recorded: Function, *inputs: Tensor) -> Tensor:
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return all(map(_equal, one, other))
+    return torch.equal(one, other)
+
+
+def _run(recorded: Function, *inputs: Tensor) -> Any:
     # The optimiser would look at every new batch size, and changes nothing.
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         return recorded(*inputs)

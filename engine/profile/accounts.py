@@ -15,7 +15,7 @@ import numpy as np
 from rollflow.profile import spans
 from rollflow.profile.records import CALL, CHORES, DEVICE_STAGES, KINDS, LANE_STAGES, STAGES, STATES, WORK
 
-SPENT = ("committed", "guided", "finish", "speculative", "padding")  # what an NFE was for
+SPENT = ("committed", "guided", "finish", "refresh", "speculative", "padding")  # what an NFE was for
 PARTS = (*STAGES, "host")  # what a batch's seconds went to
 SEEN = ("decode", "reward")  # parts that only rows with images have
 
@@ -25,21 +25,23 @@ class Cost:
     """What one request cost.
 
     Attributes:
-        nfe: function evaluations that ran for it, by what they were for: "committed", "guided" and "finish" are those
-            of its history, "speculative" ran ahead and were not needed, or were not when it ended, "padding" is its
-            share of that; they add up to `Result.executed_nfe`.
+        nfe: function evaluations that ran for it, by what they were for: "committed", "guided", "finish" and "refresh"
+            are those of its history, "speculative" ran ahead and were not needed, or were not when it ended, "padding"
+            is its share of that; they add up to `Result.executed_nfe`.
         seconds: of its share of each batch, by stage: of a lane (propose, forward, finish, backward, decode, host), of
             the threads that judge (reward) and of the engine's loop (decide). On CUDA forward, backward, decode and
             reward are the device's time, others the host's.
         batches: its share of each batch, by the batch's number in the ledger.
         lane_seconds: of those seconds, those of lanes, which occupy the device; rewards of guided rows, which are
             called on a lane, are among them.
+        cached: those of the function evaluations that were evaluated from a cache, see `rollflow.Request.cache`.
     """
 
     nfe: Mapping[str, int]
     seconds: Mapping[str, float]
     batches: Mapping[int, float]
     lane_seconds: float
+    cached: int = 0
 
     def usd(self, per_hour: float) -> float:
         """What its share of a lane's time costs where the device, all lanes together, costs so much an hour.
@@ -58,6 +60,11 @@ def purpose(rows: np.ndarray) -> np.ndarray:
     found[ran & (rows["state"] == STATES.index("dropped"))] = SPENT.index("speculative")
     found[ran & (rows["state"] == STATES.index("open"))] = len(SPENT)
     return found
+
+
+def ran(rows: np.ndarray) -> np.ndarray:
+    """Which rows were for something by now: neither images nor rows that are on their way."""
+    return purpose(rows) < len(SPENT)
 
 
 def nfe_by_kind(rows: np.ndarray) -> dict[str, int]:
@@ -115,6 +122,7 @@ def costs(
     requests, whose = np.unique(rows["request"], return_inverse=True)
     columns = len(SPENT) + 1
     spent = np.bincount(whose * columns + purpose(rows), weights=rows["nfe"], minlength=len(requests) * columns)
+    from_cache = np.bincount(whose, weights=rows["nfe"] * (rows["cached"] & ran(rows)), minlength=len(requests))
     at = _places(rows["batch"], batches["batch"])
     known = at >= 0
     at, owner, scored = at[known], whose[known], rows["scored"][known]
@@ -136,6 +144,7 @@ def costs(
             dict(zip(PARTS, seconds[place, :-1].tolist(), strict=True)),
             dict(zip(batches["batch"][places].tolist(), shares.tolist(), strict=True)),
             float(seconds[place, -1]),
+            int(from_cache[place]),
         )
     return found
 

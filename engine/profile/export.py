@@ -98,6 +98,8 @@ def load(path: str | Path, which: str) -> np.ndarray:
     table = np.zeros(len(read), kind)
     for name in kind.names or ():
         if name not in read.column_names:
+            if name == "cached":  # of recordings from before there was a cache
+                continue
             raise RequestError(f"{shown(str(path))} is no table of {which}: it has no column {name}; record it again")
         column, words = read[name].to_numpy(zero_copy_only=False), NAMES[which].get(name)
         if words is not None and {*column} <= {*words}:

@@ -48,10 +48,11 @@ class Ledger(Tables):
 
     Attributes:
         on: whether tables are written; the counters always are.
-        executed: rows by kind: committed, guided, finish, speculative (ran ahead and was not needed, or its request
-            ended before it was), padding.
+        executed: rows by kind: committed, guided, finish, refresh, speculative (ran ahead and was not needed, or its
+            request ended before it was), padding.
         decoded: images by decoder, "full" or "preview".
         ahead: rows that ran ahead of an answer, needed or not.
+        cached: rows that were evaluated from a cache, padding of their batches included.
         buckets: batches by size.
         seconds: by span, of those that raised too.
         ticks: batches.
@@ -67,7 +68,7 @@ class Ledger(Tables):
         """Forgets everything; of rows and requests that are on their way nothing is known afterwards."""
         self.executed: Counter[str] = Counter()
         self.decoded: Counter[str] = Counter()
-        self.ahead = 0
+        self.ahead = self.cached = 0
         self.buckets: Counter[int] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.ticks = self.network_rows = 0
@@ -96,6 +97,7 @@ class Ledger(Tables):
         self.executed.update(row.kind for row in rows)
         self.executed["padding"] += bucket - count
         self.ahead += sum(row.ahead for row in rows)
+        self.cached += bucket if rows[0].cached else 0
         self.buckets[bucket] += 1
         self.ticks += 1
         self.network_rows += bucket * network_rows
@@ -103,13 +105,13 @@ class Ledger(Tables):
             return None
         work, nfe = "guided" if rows[0].kind == "guided" else "rows", rows[0].nfe
         entries = [
-            (0, r.brief.ticket, r.number, r.origin, r.level, r.step.time, _KIND[r.kind], nfe, r.ahead, r.scored, _OPEN,
-             math.nan)
+            (0, r.brief.ticket, r.number, r.origin, r.level, r.step.time, _KIND[r.kind], nfe, r.ahead, r.scored,
+             r.cached, _OPEN, math.nan)
             for r in rows
         ]  # fmt: skip
         entries += [
-            (0, rows[i % count].brief.ticket, -1, -1, -1, math.nan, _KIND["padding"], nfe, False, False, _DROPPED,
-             math.nan)
+            (0, rows[i % count].brief.ticket, -1, -1, -1, math.nan, _KIND["padding"], nfe, False, False,
+             rows[0].cached, _DROPPED, math.nan)
             for i in range(count, bucket)
         ]  # fmt: skip
         number, serial = self.add(work, rows[0].brief.geometry, count, entries, bucket * network_rows)
@@ -126,7 +128,7 @@ class Ledger(Tables):
             return None
         owners = [show.brief.ticket for show in shows for _ in show.candidates]
         entries = [
-            (0, owner, -1, -1, -1, math.nan, _KIND["image"], 0, False, True, _KEPT, math.nan) for owner in owners
+            (0, owner, -1, -1, -1, math.nan, _KIND["image"], 0, False, True, False, _KEPT, math.nan) for owner in owners
         ]
         number, _ = self.add("images", shows[0].brief.geometry, len(owners), entries, 0)
         self._showing.update(dict.fromkeys(owners, number))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("committed", "guided", "finish", "padding", "image")  # why a row ran; an image is that of a finished search
+# Why a row ran; an image is that of a finished search, a refresh an evaluation in full of what a cache gave before.
+KINDS = ("committed", "guided", "finish", "padding", "image", "refresh")
 STATES = ("open", "kept", "dropped")  # dropped: it ran ahead of an answer, or its request ended, before it was needed
 LANE_STAGES = ("propose", "forward", "finish", "backward", "decode")  # what a lane does of a batch
 STAGES = (*LANE_STAGES, "reward", "decide")  # decide: rows are taken back, on the loop's thread
@@ -37,6 +38,7 @@ ROW = np.dtype(
         ("nfe", "u1"),  # what it is charged; 0 of images
         ("ahead", "?"),  # whether it ran before it was known to be needed
         ("scored", "?"),  # whether it is decoded and judged
+        ("cached", "?"),  # whether it was evaluated from a cache
         ("state", "u1"),  # of STATES
         ("reward", "f8"),  # NaN where it was not judged
     ]

@@ -17,7 +17,8 @@ from rollflow.row import Row
 from rollflow.schedule.cost import NEGLIGIBLE, SURE, CostModel
 
 AGEING = 10.0  # seconds of waiting that count as much as one step of priority
-# Rows of one batch share an image size and whatever else the model asks for, and either all are guided or none is.
+# Rows of one batch share an image size and whatever else the model asks for, and either all run apart or none does:
+# guided rows (as such rows are called here), or of requests with a cache those that are evaluated from it.
 Batch = tuple[Geometry, Hashable, bool]
 
 
@@ -114,7 +115,7 @@ class Scheduler:
     def landed(self, rows: Sequence[Row]) -> None:
         """Rows of one batch are no longer on the device."""
         brief = rows[0].brief
-        kind = (brief.geometry, brief.company, rows[0].kind == "guided")
+        kind = (brief.geometry, brief.company, rows[0].apart)
         self._flying[kind] -= len(rows)
         if (
             brief.company is not None and not self._queues[kind] and not self._flying[kind]

@@ -22,6 +22,7 @@ class History:
 
     Attributes:
         committed: evaluations that the algorithm was charged for.
+        cached: those of them that were evaluated from a cache.
         executed: what the device ran for this search, its share of padding included.
         best: the best reward so far; minus infinity before the first.
         level: the point of the grid of the last particle.
@@ -32,8 +33,9 @@ class History:
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = labels
         self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
+        self._cached: set[int] = set()  # places of rows
         self._terms: list[tuple[float, ...] | None] = []
-        self.committed = self.executed = self.level = self.invalid = 0
+        self.committed = self.cached = self.executed = self.level = self.invalid = 0
         self.best = -math.inf
         self.notes: list[Mapping[str, Any]] = []
 
@@ -43,7 +45,7 @@ class History:
     @property
     def records(self) -> list[Record]:
         """A record for each committed particle, in draw order."""
-        records = [Record(*row) for row in self._rows]
+        records = [Record(*row, cached=row[0] in self._cached) for row in self._rows]
         if not self.labels:
             return records
         return [replace(one, terms=self.named(terms)) for one, terms in zip(records, self._terms, strict=False)]
@@ -52,13 +54,26 @@ class History:
         """The scores of terms by their labels."""
         return None if terms is None else dict(zip(self.labels, terms, strict=True))
 
-    def add(self, particle: Particle, parent: Particle | None, kind: Kind, nfe: int, invalid: bool) -> None:
-        """Commits a particle: from now on it has an index."""
-        particle.index = len(self._rows)
-        particle.parent = None if parent is None else parent.index
-        reward = particle.reward
+    def add(
+        self, particle: Particle, parent: Particle | None, kind: Kind, nfe: int, invalid: bool, scored: bool = True
+    ) -> None:
+        """Commits a particle: from now on it has an index, or where it was evaluated anew another one.
+
+        Args:
+            particle: what was evaluated.
+            parent: what it came from.
+            kind, nfe: of its row.
+            invalid: whether a gradient was no finite number.
+            scored: whether its reward is of this evaluation.
+        """
+        before, particle.index = particle.index, len(self._rows)
+        particle.parent = before if kind == "refresh" else None if parent is None else parent.index
+        reward = particle.reward if scored else None
         if self.labels:
-            self._terms.append(particle.terms)
+            self._terms.append(particle.terms if scored else None)
+        if particle.cached:
+            self._cached.add(particle.index)
+            self.cached += nfe
         self._rows.append((particle.index, particle.step, particle.time, reward, particle.parent, kind, nfe))
         self.committed += nfe
         self.level = particle.step

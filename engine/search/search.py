@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from rollflow.draw import Draw, Note
@@ -18,6 +19,7 @@ from rollflow.sde import Step
 from rollflow.search.particle import Lease, Odds, Particle, Slot, rank
 from rollflow.search.pilot import Pilot
 from rollflow.search.record import History
+from rollflow.search.refresh import Refresh
 from rollflow.search.turn import Flight, Turn
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
@@ -49,7 +51,8 @@ class Search:
         history: what was committed so far.
         flying: the rows that are on their way, by number.
         stopped: why it ended: "budget", "stop_at" or what `stop` was given; None before the end.
-        kinds: whether its rows are plain (False), guided (True), or some of both.
+        kinds: whether its rows are plain (False), run apart (True), or some of both. What runs apart are guided rows,
+            or in a search with a cache those that are evaluated from it; no search has both.
         queued: for the scheduler: whether it stands in the queue of plain and of guided rows.
     """
 
@@ -61,7 +64,7 @@ class Search:
         self.geometry, self.company, self.priority = brief.geometry, brief.company, plan.request.priority
         self.flying: dict[int, Flight] = {}
         self.queued = [False, False]
-        self.kinds: tuple[bool, ...] = (False,)
+        self.kinds: tuple[bool, ...] = (False, True) if brief.geometry.kept else (False,)
         self.stopped: str | None = None
         self._lease, self._ledger, self._odds = lease, ledger, odds
         self._budget, self._stop_at, self._trusted = plan.nfe, plan.request.stop_at, plan.trusted_from + 1e-9
@@ -71,6 +74,7 @@ class Search:
         timed = request.seconds is not None or request.deadline is not None
         self._compares = plan.finalists > 1 or self._stop_at is not None or timed
         self._turn: Turn | None = None
+        self._refresh: Refresh | None = None  # what it waits for before its next turn, or before its finalists' steps
         self._finals: list[Final] | None = None
         self._best: list[Particle] = []  # those judged best where rewards can be trusted, one for each finalist
         self._bar = (-math.inf, 0)  # the rank of the last of them
@@ -83,7 +87,9 @@ class Search:
     # What the scheduler asks.
 
     def waiting(self, guided: bool) -> int:
-        """How many rows can run now and are needed whatever happens."""
+        """How many rows can run now and are needed whatever happens; with `guided`, of those that run apart."""
+        if self._refresh is not None:
+            return 0 if guided else self._refresh.waiting
         if self._finals is not None:
             return 0 if guided else sum(bool(final.steps) and not final.waiting for final in self._finals)
         return self._turn.waiting[guided] if self._turn is not None else 0
@@ -93,6 +99,10 @@ class Search:
         slot = self._lease.take()
         if slot is None:
             return None
+        if self._refresh is not None:
+            row, self.flying[self._rows] = self._refresh.issue(self.brief, self._rows, slot)
+            self._rows += 1
+            return row
         if self._finals is not None:
             return self._finishing(slot)
         assert self._turn is not None, "only a search with waiting rows is asked for one"
@@ -163,7 +173,9 @@ class Search:
         else:
             particle.judge(score)
         turn = flight.turn
-        if turn is None and self._finals:
+        if flight.kind == "refresh":
+            self._renew(flight)
+        elif turn is None and self._finals:
             if error is not None:
                 raise error
             self._finished(flight)
@@ -202,7 +214,8 @@ class Search:
     @property
     def done(self) -> bool:
         """Whether every finalist is finished, and no row is still on the device."""
-        return self._finals is not None and not self.flying and not any(final.steps for final in self._finals)
+        left = self._refresh is not None or self._finals is None or any(final.steps for final in self._finals)
+        return not left and not self.flying
 
     @property
     def excess(self) -> int:
@@ -223,11 +236,12 @@ class Search:
         best = self.best
         if best is None:
             return False
-        self._end_with(best, reason, self.plan.request.finish if finish else 0)
+        self._end_with(best, reason, self.plan.request.finish if finish else 0, finish)
         return True
 
     def cut(self) -> None:
         """Leaves the finalists as they are: no further steps."""
+        self._wait_no_longer()
         for final in self._finals or ():
             final.steps = ()
 
@@ -252,11 +266,13 @@ class Search:
         """Gives up: drops every particle but those of rows that are on the device, whose slots stay theirs."""
         unused = [] if self._turn is None else [*self._turn.leftover()]
         unused += [flight for final in self._finals or () for flight in final.flights]
+        unused += [] if self._refresh is None else [flight for _, flight in self._refresh.back()]
         unused += [] if self._pilot is None else [flight for flight, _ in self._pilot.let_go()]
         for flight in unused:
             self._ledger.settle(self.brief.ticket, flight.number, False, flight.kind, flight.particle.reward)
         if self._turn is not None:
             self._turn.close()
+        self._refresh = None
         self._finals, self._turn, self._best, self._latest = [], None, [], None
         self._method.close()
 
@@ -292,13 +308,27 @@ class Search:
                     f"the method {self._title} draws from {shown(particle)}: it may draw from the particles that it "
                     "was sent, but for those that a draw's `keep` let go"
                 )
+        parents = dict.fromkeys(p for draw in draws for p in (draw.parent, *draw.mix) if p is not None)
+        stale: list[Any] = [particle for particle in parents if particle.cached]  # type: ignore[attr-defined]
+        if stale:
+            self._refresh = Refresh(stale, False, partial(self._open, draws))
+        else:
+            self._open(draws)
+
+    def _open(self, draws: Sequence[Draw]) -> None:
+        """A turn begins."""
         if len(self.kinds) == 1 and any(draw.guide is not None for draw in draws):
             self.kinds = (False, True)
         self._turns += 1
         self._spares = not self._every and (self._pilot is None or self._pilot.known)
         if self._pilot is not None:
             self._pilot.begin(draws, self._title)
-        self._turn = Turn([(d, *self._way(d)) for d in draws], self._turns, self._priors)
+        self._turn = Turn([(d, *self._way(d), self._caches(d)) for d in draws], self._turns, self._priors)
+
+    def _caches(self, draw: Draw) -> bool:
+        """Whether a draw's children are evaluated from what was kept of their parent: those that compete."""
+        wanted = draw.count > 1 and draw.scored and draw.move in ("sde", "ode")
+        return bool(self.geometry.kept) and draw.parent is not None and draw.guide is None and wanted
 
     def _way(self, draw: Draw) -> tuple[Step, float]:
         """The coefficients of a draw's children, and of guided ones `sigma^2 / alpha` where they arrive."""
@@ -338,8 +368,9 @@ class Search:
             NONE if parent is None else parent.number,
             child,
             asked.limit,
+            asked.cached,
         )
-        particle = Particle(draw.arrives, step, slot, asked.guided, self._rows)
+        particle = Particle(draw.arrives, step, slot, asked.guided, self._rows, asked.cached)
         self.flying[self._rows] = Flight(row.kind, row.nfe, particle, parent, turn, i, child, prior, row.number)
         self._rows += 1
         return row
@@ -381,12 +412,34 @@ class Search:
             for one in (one for final in self._finals for one in final.flights):
                 self._record(one)
 
+    def _renew(self, flight: Flight) -> None:
+        """A particle was evaluated anew; once all are that the search waits for, it goes on."""
+        refresh = self._refresh
+        if refresh is None or not refresh.takes(flight):
+            self._drop(flight)
+            return
+        if flight.error is not None:
+            raise flight.error
+        if refresh.deliver(flight):
+            self._wait_no_longer()
+            refresh.then()
+
+    def _wait_no_longer(self) -> None:
+        """Commits those that were evaluated anew; others that are on their way are not needed."""
+        refresh, self._refresh = self._refresh, None
+        for particle, flight in () if refresh is None else refresh.back():
+            self._ledger.settle(self.brief.ticket, flight.number, True, flight.kind, flight.particle.reward)
+            self._commit(particle, flight, refresh.scored)
+
+    def _commit(self, particle: Particle, flight: Flight, scored: bool = True) -> None:
+        self.history.add(particle, flight.parent, flight.kind, flight.nfe, flight.invalid, scored)
+        if self.history.committed > self._budget:
+            raise RequestError(f"the method {self._title} drew more than its budget of {self._budget} evaluations")
+
     def _record(self, flight: Flight) -> None:
         particle = flight.particle
         self._ledger.settle(self.brief.ticket, flight.number, True, flight.kind, particle.reward)
-        self.history.add(particle, flight.parent, flight.kind, flight.nfe, flight.invalid)
-        if self.history.committed > self._budget:
-            raise RequestError(f"the method {self._title} drew more than its budget of {self._budget} evaluations")
+        self._commit(particle, flight)
         if flight.prior is not None:
             self._priors = max(self._priors, flight.prior + 1)
         if flight.turn is None:
@@ -440,12 +493,16 @@ class Search:
             finalists = [chosen]  # it cannot be compared, and is what the method wants
         self._end(finalists, shared(self.plan.finish_nfe, len(finalists)), "budget")
 
-    def _end_with(self, particle: Particle, reason: str, finish: int) -> None:
+    def _end_with(self, particle: Particle, reason: str, finish: int, anew: bool = True) -> None:
         """Ends with one particle, which stays in the race should its finish be worse."""
-        self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0], reason)
+        self._end([particle] * (2 if finish else 1), [finish, 0] if finish else [0], reason, anew)
 
-    def _end(self, finalists: Sequence[Particle], finish: Sequence[int], reason: str) -> None:
-        """Ends the search proper: each of those who compete is finished by as many evaluations as `finish` says."""
+    def _end(self, finalists: Sequence[Particle], finish: Sequence[int], reason: str, anew: bool = True) -> None:
+        """Ends the search proper: each of those who compete is finished by as many evaluations as `finish` says.
+
+        Before that, those that were evaluated from a cache are evaluated `anew`.
+        """
+        self._wait_no_longer()
         self._finals = [
             Final(particle, self.plan.finish(particle.time, count))
             for particle, count in zip(finalists, finish, strict=True)
@@ -460,3 +517,9 @@ class Search:
             turn.close()
         self._best, self._latest = [], None
         self._method.close()
+        if anew and (stale := [particle for particle in dict.fromkeys(finalists) if particle.cached]):
+            self._refresh = Refresh(stale, True, _nothing)
+
+
+def _nothing() -> None:
+    pass

@@ -44,18 +44,19 @@ class Asked:
     """One draw of a turn: what was issued, what came back, and the children that the method will see."""
 
     __slots__ = (
-        "best", "children", "closed", "draw", "guided", "issued", "judged", "known", "limit", "prior", "reach",
-        "sequential", "step",
+        "apart", "best", "cached", "children", "closed", "draw", "guided", "issued", "judged", "known", "limit",
+        "prior", "reach", "sequential", "step",
     )  # fmt: skip
 
-    def __init__(self, draw: Draw, prior: int, step: Step, reach: float):
+    def __init__(self, draw: Draw, prior: int, step: Step, reach: float, cached: bool = False):
         self.draw, self.prior = draw, prior  # index of its first child among the request's samples of the prior
         self.step, self.reach = step, reach
         self.issued, self.limit = 0, Limit(draw.count)  # no child beyond the limit can be needed
         self.judged: dict[int, Flight] = {}  # came back before an earlier child did
         self.known = deque[Flight]()  # came back without a gap, and are not recorded yet
         self.children: list[Particle] = []  # of those and of the recorded ones
-        self.sequential, self.guided = draw.until != math.inf, draw.guide is not None
+        self.sequential, self.guided, self.cached = draw.until != math.inf, draw.guide is not None, cached
+        self.apart = self.guided or cached  # see `rollflow.row.Row.apart`
         self.closed = False  # whether it has all its children: its count is reached, or one has beaten `until`
         self.best: list[tuple[float, int, Particle]] = []  # a heap of those that the method will keep, the worst first
 
@@ -82,28 +83,30 @@ class Turn:
     """The draws that a method waits for.
 
     Args:
-        draws: what it yielded, with the coefficients of the way there, and of guided ones their reach.
+        draws: what it yielded, with the coefficients of the way there, of guided ones their reach, and whether their
+            children are evaluated from a cache.
         number: which turn of the search this is; it is part of the noise keys.
         prior: how many samples of the prior were drawn before.
 
     Attributes:
         draws: in order.
         sequential: the places of those that wait for answers one by one.
-        waiting: how many rows can run now and are needed whatever happens, plain and guided ones.
+        waiting: how many rows can run now and are needed whatever happens, plain ones and those
+            that run apart, see `rollflow.row.Row.apart`.
     """
 
-    def __init__(self, draws: Sequence[tuple[Draw, Step, float]], number: int, prior: int):
+    def __init__(self, draws: Sequence[tuple[Draw, Step, float, bool]], number: int, prior: int):
         self.number, self.draws = number, list[Asked]()
-        self._ready: tuple[deque[int], deque[int]] = deque(), deque()  # draws with rows that can run, plain and guided
+        self._ready: tuple[deque[int], deque[int]] = deque(), deque()  # draws with rows that can run, plain and apart
         self.waiting = [0, 0]
         self.sequential: list[int] = []
         self._recorded = 0  # the draw that the history continues with
-        for i, (draw, step, reach) in enumerate(draws):
-            asked = Asked(draw, prior, step, reach)
+        for i, (draw, step, reach, cached) in enumerate(draws):
+            asked = Asked(draw, prior, step, reach, cached)
             self.draws.append(asked)
             prior += draw.count if draw.parent is None else 0
-            self._ready[asked.guided].append(i)
-            self.waiting[asked.guided] += 1 if asked.sequential else draw.count
+            self._ready[asked.apart].append(i)
+            self.waiting[asked.apart] += 1 if asked.sequential else draw.count
             if asked.sequential:
                 self.sequential.append(i)
 
@@ -112,12 +115,12 @@ class Turn:
         """Whether every draw has all its children, and all are recorded."""
         return self._recorded == len(self.draws)
 
-    def next(self, guided: bool) -> tuple[int, int]:
+    def next(self, apart: bool) -> tuple[int, int]:
         """Draw and child of the next of the waiting rows, in draw order; it counts as issued."""
-        ready = self._ready[guided]
+        ready = self._ready[apart]
         i = ready[0]
         asked = self.draws[i]
-        self.waiting[guided] -= 1
+        self.waiting[apart] -= 1
         if asked.sequential or asked.issued + 1 == asked.draw.count:
             ready.popleft()
         return i, self.ahead(i)
@@ -128,19 +131,19 @@ class Turn:
         asked.issued += 1
         return asked.issued - 1
 
-    def has_open(self, guided: bool) -> bool:
+    def has_open(self, apart: bool) -> bool:
         """Whether there are any such draws as `open` gives."""
         for i in self.sequential:
             asked = self.draws[i]
-            if asked.guided is guided and asked.issued < asked.limit.children and asked.unknown:
+            if asked.apart is apart and asked.issued < asked.limit.children and asked.unknown:
                 return True
         return False
 
-    def open(self, guided: bool) -> Iterator[tuple[int, Asked]]:
+    def open(self, apart: bool) -> Iterator[tuple[int, Asked]]:
         """The sequential draws that wait for an answer and of which further rows could run ahead of it."""
         for i in self.sequential:
             asked = self.draws[i]
-            if asked.guided is guided and asked.unknown and asked.issued < asked.limit.children:
+            if asked.apart is apart and asked.unknown and asked.issued < asked.limit.children:
                 yield i, asked
 
     def commit(self, flight: Flight) -> tuple[list[Flight], list[Flight]]:
@@ -165,8 +168,8 @@ class Turn:
             unneeded = [*asked.judged.values()]
             asked.judged.clear()
         elif asked.sequential and asked.issued == len(asked.children):
-            self._ready[asked.guided].append(flight.draw)
-            self.waiting[asked.guided] += 1
+            self._ready[asked.apart].append(flight.draw)
+            self.waiting[asked.apart] += 1
         return needed, unneeded
 
     def recordable(self) -> Iterator[Flight]:

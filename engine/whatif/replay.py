@@ -200,6 +200,10 @@ class Replay:
             raise RequestError(f"its method {method} or an option of it is an object, which no recording holds")
         if method not in methods.names():
             raise RequestError(f"method {shown(method)}: choose one of {', '.join(methods.names())}")
+        if spec.get("cache"):
+            raise RequestError(
+                "it had a cache, and replays know what evaluations in full take alone: record requests without cache"
+            )
         guided = methods.guided(method, spec["options"] if method == spec["method"] else {})
         if not (size.guided if guided else size.forward).known:
             raise RequestError(

@@ -109,7 +109,7 @@ def _totals(recording: Recording) -> dict[str, Any]:
     requests, rows, batches, seconds = recording.requests, recording.rows, recording.batches, recording.seconds
     states = {f"{fate}_requests": int((requests["state"] == place).sum()) for place, fate in enumerate(FATES)}
     spent = {name: int(rows["nfe"][purpose(rows) == place].sum()) for place, name in enumerate(SPENT)}
-    committed = spent["committed"] + spent["guided"] + spent["finish"]
+    committed = sum(spent[name] for name in ("committed", "guided", "finish", "refresh"))
     executed = int(rows["nfe"].sum())
     work = batches[np.isin(batches["work"], [WORK.index("rows"), WORK.index("guided")])]
     done = requests[requests["state"] == FATES.index("done")]
@@ -119,6 +119,7 @@ def _totals(recording: Recording) -> dict[str, Any]:
         **states,
         "committed_nfe": committed,
         "executed_nfe": executed,
+        "cached_nfe": int(rows["nfe"][rows["cached"]].sum()),
         "committed_per_second": _ratio(committed, seconds),
         "executed_per_second": _ratio(executed, seconds),
         "images": len(done),

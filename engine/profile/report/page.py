@@ -28,6 +28,7 @@ ROWS = {
     "committed": "part of a search",
     "guided": "part of a search, moved by a reward's gradient",
     "finish": "last steps of a search without judging",
+    "refresh": "evaluated in full after a cache: what a search goes on from or returns",
     "speculative": "ran ahead and was not needed, or its request ended before",
     "padding": "fills a batch up to its bucket",
     "open": "on its way when the recording ended",

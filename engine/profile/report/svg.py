@@ -35,6 +35,7 @@ COLORS = {
     "outside": ("#d8d2c4", "#4a4538"),
     "committed": ("#33658a", "#5d97c2"),
     "guided": ("#8a5fb0", "#a981cf"),
+    "refresh": ("#4a9a9a", "#6cbcbc"),
     "speculative": ("#e0a526", "#e9b949"),
     "padding": ("#c9ced6", "#4d5561"),
     "open": ("#8fb8a8", "#5f8d7c"),
