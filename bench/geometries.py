@@ -5,9 +5,10 @@ on the `meta` device, allocated once on its own device in its own dtype, and fil
 variance 1 / fan-in, which keeps activations of moderate size through all blocks: none overflows, and a GPU, whose clock
 depends on how many bits flip, does not get the easy work of multiplying zeros. The images are noise.
 
-The transformer and the autoencoder have their true sizes. The text encoders do not: they are one-layer stand-ins with
-the right output widths and numbers of tokens. They run once a distinct prompt, outside the forwards that are measured,
-and know the words of the built-in world only, so that prompts come from `rollflow.bench.prompt_sets`.
+The transformer, the autoencoder and the light decoder (TAEF1, TAESD3) have their true sizes. The text encoders do not:
+they are one-layer stand-ins with the right output widths and numbers of tokens. They run once a distinct prompt,
+outside the forwards that are measured, and know the words of the built-in world only, so that prompts come from
+`rollflow.bench.prompt_sets`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
@@ -34,7 +41,7 @@ from transformers import (
 from rollflow.bench import shapes_networks
 from rollflow.errors import ModelError, RequestError, shown
 from rollflow.models import BUILT_IN
-from rollflow.models.loading import load
+from rollflow.models.loading import load, load_light
 
 POOLED_TOKENS = 77  # of the CLIP encoder, whose sequence is pooled away
 SEED = 0
@@ -60,6 +67,7 @@ class ModelGeometry:
         pooled_width: width of the pooled prompt.
         latent_channels: of the autoencoder; the transformer reads 2 x 2 of its latent pixels as one token.
         decoder: widths of the autoencoder's four resolutions.
+        light: width of the light decoder, the same at all four.
     """
 
     name: str
@@ -76,6 +84,7 @@ class ModelGeometry:
     pooled_width: int
     latent_channels: int = 16
     decoder: tuple[int, ...] = (128, 256, 512, 512)
+    light: int = 64
 
     @property
     def inner(self) -> int:
@@ -116,6 +125,7 @@ class ModelGeometry:
             text_width=_part(self.text_width, by, 64),
             pooled_width=_part(self.pooled_width, by, 64),
             decoder=tuple(_part(width, by, 32) for width in self.decoder),
+            light=_part(self.light, by, 8),
         )
 
 
@@ -277,6 +287,30 @@ def _autoencoder(of: ModelGeometry) -> AutoencoderKL:
         shift_factor=0.1159,
         use_quant_conv=False,
         use_post_quant_conv=False,
+    )
+
+
+def light_decoder(
+    name: str | ModelGeometry, device: str | torch.device, dtype: torch.dtype, shrink: int = 1
+) -> AutoencoderTiny | AutoencoderKL:
+    """The light decoder of `pipeline`'s latents on `device`: of TAEF1's and TAESD3's size, with random weights.
+
+    A built-in model has its own, which is trained. Arguments and errors are those of `pipeline`.
+    """
+    of, device = geometry(name).shrunk(shrink), torch.device(device)
+    if of.built_in:
+        return load_light("", of.name, device, dtype)
+    return _made(lambda: _tiny_autoencoder(of), dtype, torch.Generator(device).manual_seed(SEED))
+
+
+def _tiny_autoencoder(of: ModelGeometry) -> AutoencoderTiny:
+    """The configuration of madebyollin/taef1, which is that of madebyollin/taesd3, at `of.light` channels."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(of.light,) * 4,
+        decoder_block_out_channels=(of.light,) * 4,
+        latent_channels=of.latent_channels,
+        scaling_factor=1.0,
+        shift_factor=0.0,
     )
 
 

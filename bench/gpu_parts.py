@@ -32,7 +32,7 @@ CHEAPER = 1.03  # a larger bucket must be this much faster a row than all smalle
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)  # of the bare networks: the engine's, and one more
 QUICK_BUCKETS = (1, 2)
 MATMUL_SIDE = 8192
-COMPILING = 45.0  # seconds that a first compilation is given
+COMPILING = 25.0  # seconds that a first compilation is given
 
 
 class Deadline:
@@ -148,16 +148,20 @@ class Subject:
     """A geometry's model and reward on a device, and what a row was measured to cost in each of their parts.
 
     Attributes:
-        seconds: of a row at the best bucket, by part: transformer, decode, reward. What failed is missing.
+        seconds: of a row at the best bucket, by part: transformer, decode, reward, of models with a light decoder
+            preview. What failed is missing.
         best: the bucket at which the eager transformer does the most rows a second.
+        paying: the buckets up to the last that is notably faster a row than all before it, two of them at least; None
+            where none was measured.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, shrink: int, quick: bool):
         self.name, self.of, self.device = name, geometries.geometry(name).shrunk(shrink), device
-        self.model = FluxModel(geometries.pipeline(name, device, dtype, shrink))
+        built_in = self.of.built_in
+        light = None if built_in else geometries.light_decoder(name, device, dtype, shrink)
+        self.model = FluxModel(geometries.pipeline(name, device, dtype, shrink), light)
         self.model.pipeline.set_progress_bar_config(disable=True)
-        count = self.of.built_in
-        self.reward = rewards.make("count" if count else geometries.clip_reward(device, dtype, shrink))
+        self.reward = rewards.make("count" if built_in else geometries.clip_reward(device, dtype, shrink))
         self.sizes = QUICK_BUCKETS if quick else BUCKETS
         self.row: Row = {"geometry": self.of.name, "dtype": str(dtype).removeprefix("torch.")}
         self.seconds: dict[str, float] = {}
@@ -166,6 +170,14 @@ class Subject:
     @property
     def best(self) -> int:
         return max(self.eager, key=lambda bucket: bucket / self.eager[bucket], default=1)
+
+    @property
+    def paying(self) -> tuple[int, ...] | None:
+        best, rate = 2, 0.0
+        for bucket, seconds in self.eager.items():
+            if bucket / seconds > CHEAPER * rate:
+                best, rate = max(best, bucket), bucket / seconds
+        return tuple(size for size in self.sizes if size <= best) if self.eager else None
 
     def bare(self, part: str, mode: str, bucket: int, seconds: float, **more: Any) -> Row:
         """The row of a bare part, whose cost is kept. What is compiled later is no measure of searches before."""
@@ -229,7 +241,7 @@ def graphs(subject: Subject, peak: float | None, measure: Measure, deadline: Dea
 
 
 def decode_and_reward(subject: Subject, measure: Measure, deadline: Deadline) -> Iterator[Row]:
-    """Rows a second of the decoder and of the reward; the reward's scores come to the host."""
+    """Rows a second of the decoders and of the reward; the reward's scores come to the host."""
     of, prompt = subject.of, prompt_sets.load("medium", 1)
 
     def judge(bucket: int) -> Callable[[], None]:
@@ -241,6 +253,8 @@ def decode_and_reward(subject: Subject, measure: Measure, deadline: Deadline) ->
         "decode": partial(bare_decode, subject.model),
         "reward": judge,
     }
+    if subject.model.capabilities.preview:
+        parts["preview"] = partial(bare_decode, subject.model, preview=True)
     for part, make in parts.items():
         for bucket, seconds in ascending(make, subject.sizes, measure, Deadline(deadline.left / 2, deadline)):
             if seconds is None:

@@ -82,9 +82,34 @@ def test_flops_are_what_the_counter_counts(name):
     assert geometries.flops(name) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize(("make", "teraflops"), [("_autoencoder", 10.47), ("_tiny_autoencoder", 0.566)])
+def test_flops_of_the_decoders(make, teraflops):
+    """At 1024^2: FLUX.1's own, and TAEF1."""
+    with torch.device("meta"):
+        decoder = getattr(geometries, make)(GEOMETRIES["flux"])
+        latents = torch.empty(1, 16, 128, 128)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        images = decoder.decode(latents).sample
+    assert images.shape == (1, 3, 1024, 1024)
+    assert counter.get_total_flops() / 1e12 == pytest.approx(teraflops, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_light_decoder_reads_the_same_latents(name):
+    of = GEOMETRIES[name].shrunk(SHRINK)
+    light = geometries.light_decoder(name, "cpu", torch.float32, SHRINK)
+    model = FluxModel(geometries.pipeline(name, "cpu", torch.float32, SHRINK), light)
+    latents = torch.randn(2, of.latent_channels, of.height // 8, of.width // 8)
+    with torch.no_grad():
+        images = model.preview(latents)
+        assert images.shape == (2, 3, of.height, of.width) == model.decode(latents).shape
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 1e-3
+
+
 def test_a_search_runs_through_the_engine(built):
     of, pipeline = built
-    result = Engine(pipeline).generate(
+    result = Engine(pipeline, lanes=1, threads=1, buckets=(1, 2)).generate(
         PROMPT,
         reward=geometries.clip_reward("cpu", torch.float32, shrink=24),
         nfe=4,

@@ -4,16 +4,21 @@ import gc
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from rollflow import kernels
 from rollflow.bench import compare, gpu, gpu_correctness, gpu_parts, gpu_searches
-from rollflow.bench.gpu import FILES, Gpu, Report
+from rollflow.bench.environment import environment
+from rollflow.bench.gpu import Gpu
 from rollflow.bench.gpu_parts import Deadline, Measure, Subject
-from rollflow.bench.gpu_searches import Budget
+from rollflow.bench.gpu_report import FILES, Report
+from rollflow.bench.gpu_searches import LANES_1, LANES_2, LIGHT, OPTIONS, SEARCHES, Budget
+from rollflow.bench.gpu_time import SHARES, shares
 from rollflow.errors import RequestError
 from rollflow.models import acceleration
+from rollflow.profile.records import BATCH
 
 CPU = torch.device("cpu")
 FAST = Measure(CPU, 1, 0.0)
@@ -73,12 +78,18 @@ def test_everything_in_small(tmp_path, capsys, no_compiler):
     assert modes == {(name, mode) for name in ("shapes", "sd3/16", "flux/16") for mode in kinds}
     assert all(row["mfu"] > 0 for row in buckets if row["contender"] == "bare transformer")
     assert [how for _, how in no_compiler] == ["regional"] * 3
+    assert {row["mode"] for row in buckets if row["contender"] == "bare preview"} == {"eager"}
     searches = read(tmp_path, "searches")["rows"]
-    assert len(searches) == 3 * len(gpu.SHOWN) and {row["contender"] for row in searches} == set(gpu.SHOWN)
+    for name, budget in SEARCHES.items():
+        found = [row["contender"] for row in searches if row["geometry"].partition("/")[0] == name]
+        assert found == [*budget.engines, "engine, bon", "sequential"]
     for row in searches:
         assert row["committed_nfe"] > 0 and row["peak_memory_bytes"] >= 0 and len(row["seconds"]) == 1
         assert 0 < row["efficiency"] < row["of_parts"] and row["executed_over_committed"] >= 1
         assert (row["over_sequential"] == 1) == (row["contender"] == "sequential")
+        if row["contender"] != "sequential":
+            assert row["graph_bytes"] == 0
+            assert sum(row[f"share_{part}"] for part in SHARES) == pytest.approx(1) and row["share_forward"] > 0
 
 
 def test_an_error_ends_its_part_alone_and_is_recorded(tmp_path, capsys, monkeypatch):
@@ -88,13 +99,13 @@ def test_an_error_ends_its_part_alone_and_is_recorded(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(gpu, "correctness", broken)
     with pytest.raises(SystemExit) as exit:
-        command(tmp_path, geometries=("shapes",), compiled=False)()
+        command(tmp_path, geometries=("sd3",), parts=("correctness", "searches"))()
     assert exit.value.code == 1
     parts = {part["part"]: part for part in read(tmp_path, "parts")["rows"]}
     assert parts["correctness"]["error"][-1] == "ZeroDivisionError: no such luck"
     assert parts["correctness"]["rows_measured"] == 1 and len(read(tmp_path, "correctness")["rows"]) == 1
     assert all(part["error"] is None for name, part in parts.items() if name != "correctness")
-    assert "shapes: compiled" not in parts and parts["shapes: searches"]["rows_measured"]
+    assert not {"kernels", "sd3: compiled"} & parts.keys() and parts["sd3: searches"]["rows_measured"]
     shown = capsys.readouterr().out
     assert (
         "FAILED correctness: ZeroDivisionError" in shown
@@ -123,7 +134,7 @@ def test_without_time_nothing_is_started(tmp_path):
 
 
 def test_rows_are_on_disk_before_the_part_is_over(tmp_path):
-    report = Report(tmp_path, Deadline(60), {**gpu.environment(), "measured_on": "cpu"})
+    report = Report(tmp_path, Deadline(60), {**environment(), "measured_on": "cpu"})
 
     def work(deadline):
         yield {"kernel": "copy", "gigabytes_per_second": 1.0}
@@ -136,24 +147,28 @@ def test_rows_are_on_disk_before_the_part_is_over(tmp_path):
 
 
 def test_targets(tmp_path):
-    report = Report(tmp_path, Deadline(60), {**gpu.environment(), "measured_on": "cpu"})
-    assert [target.met for target in report.targets()] == [None] * 5
-    large = {"kernel": "propose", "bytes": gpu.LARGE}
+    report = Report(tmp_path, Deadline(60), {**environment(), "measured_on": "cpu"})
+    assert [target.met for target in report.targets()] == [None] * 9
+    full = {"kernel": "propose", "token": 4096, "rows": 32}
     report.rows["kernels"] = [
-        {**large, "of_copy": 0.9},
-        {**large, "of_copy": 0.86},
-        {**large, "bytes": 1, "of_copy": 0.1},
-        {**large, "kernel": "finish", "of_copy": 0.84},
+        {**full, "of_copy": 0.86},
+        {**full, "rows": 64, "of_copy": 0.89},
+        {**full, "rows": 8, "of_copy": 0.6},
+        {**full, "token": 1024, "of_copy": 0.1},
+        {**full, "kernel": "finish", "of_copy": 0.84},
+        {**full, "kernel": "noise", "rows": 8, "of_copy": 0.1},
     ]
-    search = {"geometry": "flux", "contender": "engine, 2 lanes", "efficiency": 0.7, "over_sequential": 3.0}
+    search = {"geometry": "flux", "contender": LANES_2, "efficiency": 0.7, "of_parts": 0.9, "over_sequential": 3.0}
     report.rows["searches"] = [
         search,
-        {**search, "contender": "engine, 1 lane", "efficiency": 0.91},
-        {**search, "contender": "engine, bon", "efficiency": 0.99},
+        {**search, "contender": LANES_1, "efficiency": 0.81, "of_parts": 0.96},
+        {**search, "contender": LIGHT, "efficiency": 0.91, "of_parts": 0.99},
+        {**search, "contender": "engine, bon", "efficiency": 0.99, "of_parts": 1.2},
         {**search, "geometry": "sd3/16", "over_sequential": 6.0},
     ]
     found = [(target.measured, target.met) for target in report.targets()]
-    assert found == [(0.86, True), (0.84, False), (0.91, True), (None, None), (6.0, True)]
+    assert found[:6] == [(0.6, True), (0.86, True), (0.89, False), (None, None), (0.84, False), (None, None)]
+    assert found[6:] == [(0.91, True), (0.96, True), (6.0, True)]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +180,8 @@ def test_targets(tmp_path):
         {"shrink": 0},
         {"repetitions": 0},
         {"minutes": 0},
+        {"parts": ()},
+        {"parts": ("kernels", "images")},
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path, options):
@@ -227,12 +244,65 @@ def test_a_run_is_timed_without_its_first(monkeypatch):
 def test_searches_shrink_with_the_time_and_say_when_there_is_none(subject, monkeypatch):
     """On a clock that stands still, with rows that are said to cost 10 ms."""
     monkeypatch.setattr(gpu_searches, "seconds_a_row", lambda engine, subject: 0.01)
-    budget = Budget((2,), 10_000, 3, 4)
+    budget = Budget((2,), 10_000, 3, 4, (LANES_2, LANES_1, LIGHT))
     rows = list(gpu_searches.searches(subject, budget, 1, True, Deadline(1.5, clock=lambda: 0.0)))
     assert {row["nfe"] for row in rows} == {13}  # 70 % of 1.5 s, shared by four runs of two searches
     assert all(row["committed_nfe"] <= 26 for row in rows)
     with pytest.raises(RequestError, match="too few for 2 searches at 10 ms a row"):
         list(gpu_searches.searches(subject, budget, 1, True, Deadline(0.0, clock=lambda: 0.0)))
+
+
+def batches(**columns):
+    table = np.zeros(len(columns["started"]), BATCH)
+    for name in table.dtype.names:
+        table[name] = columns.get(name, np.nan if table.dtype[name].kind == "f" else 0)
+    return table
+
+
+def test_shares_of_the_wall_time_add_up_and_count_a_moment_once():
+    """Two batches: a decode is half beside the next forward, a reward half beside the decode, and the end is idle."""
+    nan = np.nan
+    table = batches(
+        chosen=[0.0, 3.0], submitted=[1.0, 3.5], started=[1.0, 3.5], ended=[6.0, 9.0],
+        forward_started=[1.5, 4.0], forward_ended=[3.0, 7.0], decode_started=[3.0, 7.0], decode_ended=[5.0, 8.0],
+        reward_started=[5.0, 7.5], reward_ended=[6.0, 8.5], decide_started=[6.0, 9.0], decide_ended=[6.5, 9.5],
+    )  # fmt: skip
+    found = shares(table, 0.0, 10.0)
+    assert [*found] == [*SHARES]
+    expected = {"forward": 0.45, "decode": 0.2, "reward": 0.05, "host": 0.25, "idle": 0.05}
+    assert found == pytest.approx(expected)
+    # The device was still at the first forward when its lane went on: the device's own times count.
+    table["forward_device_started"], table["forward_device_seconds"] = [1.5, nan], [2.5, nan]
+    assert shares(table, 0.0, 10.0) == pytest.approx({**expected, "forward": 0.55, "decode": 0.1})
+
+
+def test_what_is_compiled_leaves_time_for_geometries_to_come(tmp_path):
+    now = [0.0]
+    report = Report(tmp_path, Deadline(100, clock=lambda: now[0]), {**environment(), "measured_on": "cpu"})
+    allowed = []
+
+    def work(deadline):
+        allowed.append(deadline.left)
+        yield from ()
+
+    for now[0] in (0.0, 20.0, 40.0):
+        report.run("flux: compiled", "buckets", work, 70.0)
+    report.run("flux: compiled", "buckets", work)
+    assert allowed == [30, 10, 0, 45]
+    assert not any(entry["error"] for entry in report.rows["parts"])
+
+
+def test_engines_get_the_batch_sizes_that_pay(subject, monkeypatch):
+    monkeypatch.setattr(subject, "sizes", gpu_parts.BUCKETS)
+    for eager, paying in (
+        ({}, None),
+        ({1: 1.0, 2: 1.99, 4: 3.99, 8: 7.98}, (1, 2)),  # one and two, or judging would know a single batch size
+        ({1: 1.0, 2: 1.9, 4: 3.0, 8: 5.9}, (1, 2, 4)),
+        ({1: 1.0, 2: 1.9, 4: 3.8, 8: 5.0}, (1, 2, 4, 8)),
+    ):
+        monkeypatch.setattr(subject, "eager", eager)
+        assert subject.paying == paying
+    assert {name for budget in SEARCHES.values() for name in budget.engines} == {*OPTIONS}
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):

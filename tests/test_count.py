@@ -1,11 +1,13 @@
 """The scene parser against the renderer that it inverts, and against images that are made to fool it."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from count_reference import parsed
 from scipy import ndimage
 from torch import Tensor
 
@@ -13,6 +15,7 @@ import rollflow
 from rollflow import rewards
 from rollflow.errors import RequestError
 from rollflow.models import world
+from rollflow.rewards import count
 from rollflow.rewards.count import CountReward, parse
 
 Y, X = np.mgrid[: world.SIZE, : world.SIZE] + 0.5
@@ -82,6 +85,44 @@ def test_a_batch_is_read_like_its_images():
     images, _ = scenes(20_004, 70)  # more than a chunk
     images[3], images[40] = torch.rand(3, 64, 64), images[0, 0, 0, 0]
     assert torch.equal(parse(images), torch.cat([parse(image[None]) for image in images]))
+
+
+def test_it_reads_what_its_first_version_read(monkeypatch):
+    """All that is faster since gives the same bits, on scenes, blurred ones, noise and mess, however they are cut."""
+    images, _ = scenes(20_006, 60)
+    noise = torch.Generator().manual_seed(2)
+    dim = 0.6 * images + 0.4 * torch.rand(images.shape, generator=noise)
+    everything = [
+        images,
+        perturbed(images, 1.1, 0.06),
+        dim,
+        torch.rand(9, 3, 64, 64, generator=noise),
+        *mess().values(),
+    ]
+    batch = torch.cat(everything)
+    expected = parsed(batch.reshape(len(batch), 3, -1).numpy())
+    assert len({*map(tuple, expected.tolist())}) > 60
+    for threads, least in ((1, 8), (3, 8), (64, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(count, "LEAST", least)
+        assert parse(batch).numpy().tolist() == expected.tolist()
+
+
+def test_a_batch_is_read_on_the_cores_that_torch_would_use(monkeypatch):
+    """By parts that wait for one another, which a single thread could not."""
+    together, read = threading.Barrier(2, timeout=20), count._parse
+
+    def waiting(images):
+        together.wait()
+        return read(images)
+
+    monkeypatch.setattr(count, "_parse", waiting)
+    images, counts = scenes(20_007, 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert (parse(images) == counts).all(1).float().mean() >= 0.9
+    monkeypatch.setattr(count, "_parse", lambda images: read(images) if len(images) == 16 else pytest.fail("in parts"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    parse(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -268,9 +309,9 @@ def test_what_it_cannot_judge_is_refused_with_the_reason():
 
 def test_make():
     assert set(rewards.names()) >= {"count", "classifier"}
-    count = rewards.make("count")
-    assert isinstance(count, rewards.Reward) and rewards.make(count) is count
-    assert rewards.held_out(count).name == "classifier"
+    made = rewards.make("count")
+    assert isinstance(made, rewards.Reward) and rewards.make(made) is made
+    assert rewards.held_out(made).name == "classifier"
     with pytest.raises(RequestError, match=r"beauty.*count, classifier"):
         rewards.make("beauty")
     with pytest.raises(RequestError, match="an instance"):

@@ -8,7 +8,9 @@ mess.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -24,7 +26,8 @@ from rollflow.rewards import catalog, protocol
 
 COLUMNS = len(world.CLASSES) + 1  # the classes, then what is unrecognised
 SIZE = world.SIZE
-CHUNK = 64  # images parsed at once: their pixels fit a cache
+CHUNK = 64  # images that a thread parses at once: their pixels fit a cache
+LEAST = 8  # of them: with fewer, what is done once a chunk counts
 
 FAINT, SOLID = 0.2, 0.5  # ink from which a pixel is not canvas; ink from which it is an object
 OFF_PALETTE = 0.25  # RGB distance of a pixel from the line canvas-colour beyond which it has no colour
@@ -66,19 +69,25 @@ class _Pixels:
 
 
 def _inked(offset: np.ndarray, square: np.ndarray) -> _Pixels:
-    """Pixels whose distance from the canvas (`offset` [image, 3, pixel], its square [image, pixel]) is ink.
+    """Pixels whose distance from the canvas (`offset` [3, image, pixel], its square [image, pixel]) is ink.
 
     A pixel of an anti-aliased rim is canvas + a (colour - canvas): it lies on the ray of its colour, although another
     colour of the palette may be nearer. So a pixel's colour is the one whose segment from the canvas is nearest.
     """
-    image, pixel = np.nonzero(square > (FAINT * _LENGTHS.min()) ** 2)
-    square = square[image, pixel]
-    along = offset[image, :, pixel] @ (_RAYS / _LENGTHS[:, None] ** 2).T
+    square = square.reshape(-1)
+    place = np.flatnonzero(square > (FAINT * _LENGTHS.min()) ** 2)
+    square = square[place]
+    seen = np.stack([channel.reshape(-1)[place] for channel in offset], 1)
+    along = np.ascontiguousarray((seen @ (_RAYS / _LENGTHS[:, None] ** 2).T).T)  # [colour, pixel]
     a = np.clip(along, 0, 1)
-    distance = square[:, None] + _LENGTHS**2 * a * (a - 2 * along)
-    color = distance.argmin(1)
+    distance = square + (_LENGTHS**2)[:, None] * a * (a - 2 * along)
+    color, least = np.zeros(len(place), int), distance[0]
+    for i, other in enumerate(distance[1:], 1):  # argmin along the first axis is slow
+        color[other < least] = i
+        least = np.minimum(least, other)
     ink = np.minimum(np.sqrt(square) / _LENGTHS[color], 1)
-    color[distance.min(1) > OFF_PALETTE**2] = len(_RAYS)
+    color[least > OFF_PALETTE**2] = len(_RAYS)
+    image, pixel = np.divmod(place, SIZE * SIZE)
     y, x = np.divmod(pixel, SIZE)
     return _Pixels(image, y, x, ink, color)
 
@@ -139,9 +148,13 @@ def _fit(pixels: _Pixels, blobs: int, mass: np.ndarray) -> tuple[np.ndarray, np.
 
 def _parse(images: np.ndarray) -> np.ndarray:
     """Counts of a chunk: [image, 3, pixel] to [image, 13]."""
-    offset = np.clip(images, 0, 1) - _CANVAS[:, None]
-    square = np.einsum("icp,icp->ip", offset, offset)
-    broken = np.isnan(square).any(axis=1)
+    offset = np.clip(images.transpose(1, 0, 2), 0, 1)
+    offset -= _CANVAS[:, None, None]
+    red, green, blue = offset
+    square = red * red
+    square += green * green
+    square += blue * blue
+    broken = np.isnan(square.sum(1))  # of what is at most 3 each
     square[broken] = 0
     pixels = _inked(offset, square)
     blobs = _connect(pixels, len(images))
@@ -151,9 +164,11 @@ def _parse(images: np.ndarray) -> np.ndarray:
         return counts
     image = np.zeros(blobs, int)
     image[pixels.blob] = pixels.image
-    core = pixels.core.astype(float)
-    mass, area = pixels.sum(pixels.ink, blobs), pixels.sum(core, blobs)
-    colors = np.stack([pixels.sum(core * (pixels.color == i), blobs) for i in range(len(world.COLORS))])
+    core, kinds = pixels.core.astype(float), len(world.COLORS) + 1
+    mass = pixels.sum(pixels.ink, blobs)
+    cores = (pixels.color * blobs + pixels.blob)[pixels.core]
+    colors = np.bincount(cores, minlength=kinds * blobs).reshape(kinds, blobs)
+    area, colors = colors.sum(0), colors[:-1]
     shape, fits = _fit(pixels, blobs, mass)
     known = fits & (colors.max(0) >= PURITY * area) & (pixels.sum(core * pixels.ink, blobs) >= PALE * area)
     known &= pixels.sum(pixels.euler, blobs) == 1
@@ -166,7 +181,7 @@ def _parse(images: np.ndarray) -> np.ndarray:
 
 
 def parse(images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 13"]:
-    """Reads the objects of images back.
+    """Reads the objects of images back, on as many cores as torch would use in the thread that calls.
 
     Args:
         images: [image, 3, 64, 64], nominally in [0, 1] (clamped); any floating dtype and device.
@@ -184,8 +199,16 @@ def parse(images: Float[Tensor, "image 3 height width"]) -> Int[Tensor, "image 1
             f"{images.shape[-2]}: it judges the built-in model 'shapes' only; choose another reward for other models"
         )
     array = images.detach().to("cpu", torch.float32).reshape(-1, 3, SIZE * SIZE).numpy()
-    counts = [_parse(array[i : i + CHUNK]) for i in range(0, len(array), CHUNK)]
+    chunk = min(CHUNK, max(LEAST, -(-len(array) // torch.get_num_threads())))
+    parts = [array[i : i + chunk] for i in range(0, len(array), chunk)]
+    counts = [*(_threads(os.getpid()).map if len(parts) > 1 else map)(_parse, parts)]
     return torch.from_numpy(np.concatenate(counts) if counts else np.zeros((0, COLUMNS), int))
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Threads that parse, of this process: those of one that it was forked from are not there."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rollflow-count")
 
 
 @lru_cache(maxsize=4096)
