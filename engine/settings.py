@@ -70,9 +70,20 @@ def checked_traits(traits: Traits | None) -> Traits:
     return replace(known.checked(asdict(traits)), steps=whole("traits.steps", traits.steps, 1, checks.MOST_STEPS))
 
 
-def slots_of(slots: int | None, geometry: Geometry) -> int:
-    """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory."""
-    each = geometry.token * geometry.channel * 8
+def bytes_of_slot(geometry: Geometry, velocity: torch.dtype) -> int:
+    """What a particle's state takes, in float32, with its velocity in a dtype."""
+    return geometry.token * geometry.channel * (4 + velocity.itemsize)
+
+
+def slots_of(slots: int | None, geometry: Geometry, velocity: torch.dtype = torch.float32) -> int:
+    """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory.
+
+    Args:
+        slots: what was asked.
+        geometry: of the particles.
+        velocity: the dtype that their velocities are kept in.
+    """
+    each = bytes_of_slot(geometry, velocity)
     return slots or max(64, min(POOL_SLOTS, POOL_BYTES // each))
 
 

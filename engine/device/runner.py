@@ -23,7 +23,7 @@ from rollflow.device.judge import GivenUp, Judge, back_off
 from rollflow.device.storage import Storage
 from rollflow.device.terms import Judgement
 from rollflow.device.workers import Lanes
-from rollflow.models import FlowModel, Geometry
+from rollflow.models import FlowModel, Geometry, velocity_dtype
 from rollflow.profile.ledger import Ledger, working_for
 from rollflow.row import (
     NONE,
@@ -82,7 +82,8 @@ class Runner:
         """Makes the storage of a geometry, once."""
         if geometry not in self._storage:
             self._finish[geometry] = Finish(self.model, geometry)
-            self._storage[geometry] = Storage(slots, geometry.token, geometry.channel, self.model.device)
+            state = geometry.token, geometry.channel
+            self._storage[geometry] = Storage(slots, *state, self.model.device, velocity_dtype(self.model))
 
     @property
     def geometries(self) -> list[Geometry]:

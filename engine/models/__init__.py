@@ -121,6 +121,7 @@ class Capabilities:
         returns: it has `borrow()`, which an engine calls when it begins, and `give_back()`, which it calls once, at the
             end of its closing; see `rollflow.models.borrowed`.
         schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
+        rounded: its velocities are in its `dtype`, in which they are kept; those of others are kept in float32.
         guidance: the guidance scale of requests that name none.
         signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
             for a model that cannot be told from others.
@@ -138,6 +139,7 @@ class Capabilities:
     images: bool = False
     returns: bool = False
     schedule: bool = False
+    rounded: bool = False
     guidance: float = 3.5
     signature: str | None = None
 
@@ -231,6 +233,12 @@ def adapt(pipeline_or_model: object) -> FlowModel:
         f"a {type(given).__name__} is no model: it lacks {', '.join(missing)}; pass a flow pipeline of diffusers, or "
         "an object with the members of rollflow.models.FlowModel (a class that inherits from it has capabilities)"
     )
+
+
+def velocity_dtype(model: FlowModel) -> torch.dtype:
+    """What a model's velocities are kept in: what it gives them in, as far as it declares that, else float32."""
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return model.dtype if half and model.capabilities.rounded else torch.float32
 
 
 def _lacks(given: Any, name: str) -> bool:
