@@ -67,7 +67,7 @@ def _against(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Row:
 
 
 def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> Iterator[Row]:
-    """Noise, propose and finish at one size: stochastic, deterministic, prior and padding rows in turn."""
+    """Every kernel at one size, in each dtype: stochastic, deterministic, prior and padding rows in turn."""
     size, generator, row = f"{rows}x{token}x{channel}", torch.Generator().manual_seed(rows * token), torch.arange(rows)
     x, u = torch.randn(2, 2 * rows, token, channel, generator=generator).unbind(0)
     seed, key = torch.randint(-(2**63), 2**63 - 1, (2, rows), generator=generator).unbind(0)
@@ -77,31 +77,38 @@ def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> It
     z = exact_noise(seed, key, token, channel)
     plain = reference.noise(seed, key, token, channel)
     yield _against(f"noise {size}", kernels.noise(seed.to(device), key.to(device), token, channel), plain, z)
-    states, exact_input = exact_propose(x, u, parent, child, step, z)
     mean, (patch, height) = torch.rand(rows, 2, generator=generator), LATENTS[token]
     layout, pixels = _layout(patch, channel), token * math.prod(patch)
     shape = (height, pixels // height, *patch[1:])
-    operators: tuple[tuple[torch.device, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-        (device, kernels.propose, kernels.finish),
-        (torch.device("cpu"), reference.propose, reference.finish),
-    )
+    tables = flat_tables(token * channel)
+    operators: tuple[tuple[torch.device, Any], ...] = ((device, kernels), (torch.device("cpu"), reference))
     for dtype in DTYPES:
-        velocity, velocities = u[:rows].to(dtype), u.double()
+        kept = u.to(dtype)
+        velocity, velocities = kept[:rows], kept.double()
         velocities[child[child >= 0]] = velocity[child >= 0].double()
+        states, exact_input = exact_propose(x, kept, parent, child, step, z)
+        means = exact_means(velocity, x, child, mean)
         exact = {
             f"propose {size}": exact_input,
             f"propose {size}, states beside {_name(dtype)}": states,
-            f"finish {size}": exact_finish(velocity, x, child, mean, layout, *shape[:2]),
+            f"finish {size}": exact_finish(means, child, layout, *shape[:2]),
             f"finish {size}, velocities beside {_name(dtype)}": velocities,
         }
-        made = []
-        for where, propose, finish in operators:
-            pools = [value.to(where, copy=True) for value in (x, u)]
-            moves = [value.to(where) for value in (u, parent, child, step, seed, key)]
-            entering = propose(pools[0], *moves, dtype)
-            means = [value.to(where) for value in (child, mean)]
-            latents = finish(velocity.to(where), x.to(where), pools[1], *means, *shape, *layout.affine(where), dtype)
-            made.append((entering, pools[0], latents, pools[1]))
+        for numbers, (scale, offset) in tables.items():
+            exact[f"finish_flat {size}, {numbers} numbers"] = exact_flat(means, child, scale, offset)
+            exact[f"finish_flat {size}, {numbers} numbers, velocities beside {_name(dtype)}"] = velocities
+        made: list[list[Tensor]] = []
+        for where, on in operators:
+            states_there, u_there, slot, means_there = (value.to(where) for value in (x, kept, child, mean))
+            moves = [value.to(where) for value in (parent, child, step, seed, key)]
+            pools = [value.clone() for value in (states_there, *[u_there] * (1 + len(tables)))]
+            own = [on.propose(pools[0], u_there, *moves, dtype), pools[0]]
+            given = u_there[:rows], states_there
+            rest = slot, means_there
+            own += [on.finish(*given, pools[1], *rest, *shape, *layout.affine(where), dtype), pools[1]]
+            for pool, two in zip(pools[2:], tables.values(), strict=True):
+                own += [on.finish_flat(*given, pool, *rest, *(one.to(where) for one in two), dtype), pool]
+            made.append(own)
         for name, actual, plain in zip(exact, *made, strict=True):
             yield _against(name, actual, plain, exact[name])
 
@@ -143,12 +150,27 @@ def _layout(patch: tuple[int, int, int], channel: int) -> Layout:
     return Layout(patch, tuple(SCALING + 0.01 * c for c in channels), tuple(SHIFT - 0.02 * c for c in channels))
 
 
-def exact_finish(
-    velocity: Tensor, x: Tensor, slot: Tensor, coefficients: Tensor, layout: Layout, height: int, width: int
-) -> Tensor:
-    """The latents that `rollflow.kernels.finish` returns, in float64."""
+def flat_tables(elements: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Tables of one number, of one for some elements and of one an element, by how many they hold."""
+    counts = dict.fromkeys((1, math.gcd(elements, 6 if elements < 128 else 16), elements))
+    return {n: (1 + torch.arange(n) % 7 / 4, torch.arange(n) % 5 / 8 - 0.25) for n in counts}
+
+
+def exact_means(velocity: Tensor, x: Tensor, slot: Tensor, coefficients: Tensor) -> Tensor:
+    """Posterior means of all rows, in float64; of padding, anything."""
     p, q = coefficients.double()[:, :, None, None].unbind(1)
-    latents = layout.unpack(p * x.double()[slot.clamp(min=0)] + q * velocity.double(), height, width)
+    return p * x.double()[slot.clamp(min=0)] + q * velocity.double()
+
+
+def exact_flat(means: Tensor, slot: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """What `rollflow.kernels.finish_flat` returns, in float64."""
+    runs = means.reshape(len(means), len(scale), -1) * scale.double()[:, None] + offset.double()[:, None]
+    return torch.where((slot >= 0)[:, None], runs.flatten(1), 0.0)
+
+
+def exact_finish(means: Tensor, slot: Tensor, layout: Layout, height: int, width: int) -> Tensor:
+    """The latents that `rollflow.kernels.finish` returns, in float64."""
+    latents = layout.unpack(means, height, width)
     scaling, shift = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (layout.scaling, layout.shift))
     return torch.where((slot >= 0)[:, None, None, None], latents / scaling + shift, 0.0)
 

@@ -227,6 +227,7 @@ def proposing(size: Size, dtype: torch.dtype, device: torch.device, swept: int) 
     children, coefficients = parents + rows, coefficients.to(device)
     keys = torch.arange(sets * rows, device=device).view(sets, rows)
     x_pool, u_pool = (torch.randn(2 * rows * sets, token, channel, device=device) for _ in range(2))
+    u_pool = u_pool.to(dtype)
 
     def fused(i: int) -> Tensor:
         return kernels.propose(x_pool, u_pool, parents[i], children[i], coefficients, keys[i], keys[i], dtype)
@@ -249,7 +250,8 @@ def finishing(size: Size, dtype: torch.dtype, device: torch.device, swept: int) 
     slots = (rows * torch.arange(sets)[:, None] + slot).to(device)
     coefficients = torch.tensor(MEAN, device=device).repeat(rows, 1)
     x_pool, u_pool = (torch.randn(rows * sets, token, channel, device=device) for _ in range(2))
-    u = u_pool.to(dtype, copy=True).view(sets, *size)
+    u_pool = u_pool.to(dtype)
+    u = u_pool.clone().view(sets, *size)
 
     def fused(i: int) -> Tensor:
         return kernels.finish(u[i], x_pool, u_pool, slots[i], coefficients, *shape, *affine, dtype)
@@ -283,25 +285,25 @@ def propose_bytes(
     elements: int,
     dtype: torch.dtype,
 ) -> int:
-    """Bytes that `rollflow.kernels.propose` must move for rows of `elements` elements.
+    """Bytes that `rollflow.kernels.propose` must move for rows of `elements` elements, u and input of `dtype`.
 
     It reads the parent's x where a is not 0 and its u where b is not 0, writes the child's x unless the row is padding,
     and writes every row of the model's input. The row's indices and coefficients, 48 bytes, are not counted.
     """
     related = (child >= 0) & (parent >= 0)
-    read = int((related[:, None] & (coefficients[:, :2] != 0)).sum())
+    x, u = (int((related & (coefficients[:, term] != 0)).sum()) for term in (0, 1))
     written = int((child >= 0).sum())
-    return elements * (4 * (read + written) + dtype.itemsize * len(parent))
+    return elements * (4 * (x + written) + dtype.itemsize * (u + len(parent)))
 
 
 def finish_bytes(slot: Int64[Tensor, " row"], elements: int, dtype: torch.dtype) -> int:
-    """Bytes that `rollflow.kernels.finish` must move for rows of `elements` elements, u and latents of `dtype`.
+    """Bytes that `rollflow.kernels.finish` must move for rows of `elements` elements, all but x of `dtype`.
 
     It reads u and x and writes the pool's u unless the row is padding, and writes every row of the latents. The row's
     slot and coefficients, 16 bytes, are not counted, nor are scaling and shift, which all rows share.
     """
     live = int((slot >= 0).sum())
-    return elements * (live * (dtype.itemsize + 4 + 4) + len(slot) * dtype.itemsize)
+    return elements * (live * (2 * dtype.itemsize + 4) + len(slot) * dtype.itemsize)
 
 
 def noise_bytes(rows: int, elements: int) -> int:
@@ -311,7 +313,7 @@ def noise_bytes(rows: int, elements: int) -> int:
 
 def unfused_propose(
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     parent: Int64[Tensor, " row"],
     child: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 4"],
@@ -332,7 +334,7 @@ def unfused_propose(
 def unfused_finish(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
     height: int,
@@ -345,9 +347,8 @@ def unfused_finish(
 ) -> Float[Tensor, "row latent height width"]:
     """What `rollflow.kernels.finish` does, an eager operation at a time. Every row must have a slot."""
     p, q = coefficients[:, :, None, None].unbind(1)
-    velocity = u.to(torch.float32)
-    u_pool[slot] = velocity
-    x0_hat = p * x_pool[slot] + q * velocity
+    u_pool[slot] = u
+    x0_hat = p * x_pool[slot] + q * u
     patches = x0_hat.view(len(u), height // patch_y, width // patch_x, -1, patch_y, patch_x)
     latents = patches.permute(0, 3, 1, 4, 2, 5).reshape(len(u), -1, height, width)
     return (latents * inverse_scaling[:, None, None] + shift[:, None, None]).to(dtype)

@@ -24,7 +24,7 @@ from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.loop import Loop
-from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt, loading, own_size
+from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt, loading, own_size, velocity_dtype
 from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
 from rollflow.preparing import Preparations
@@ -110,7 +110,7 @@ class Engine:
             keep_pages()
         self.ledger, self.traits, self.preview, self.clock = Ledger(), traits, preview, clock
         self.name = type(self.model).__name__ if name is None else str(name)
-        self._slots_of = partial(slots_of, slots, itemsize=self.model.dtype.itemsize)
+        self._slots_of = partial(slots_of, slots, velocity=velocity_dtype(self.model), dtype=self.model.dtype)
         runner = Runner(self.model, sizes, self.ledger, Lanes(self.model.device, count, each), preview)
         preparations = Preparations(
             runner,

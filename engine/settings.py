@@ -71,15 +71,29 @@ def checked_traits(traits: Traits | None) -> Traits:
     return replace(known.checked(asdict(traits)), steps=whole("traits.steps", traits.steps, 1, checks.MOST_STEPS))
 
 
-def slots_of(slots: int | None, geometry: Geometry, itemsize: int = 4) -> int:
+def bytes_of_slot(geometry: Geometry, velocity: torch.dtype) -> int:
+    """What a particle's state takes, in float32, with its velocity in a dtype; without what is kept for a cache."""
+    return geometry.token * geometry.channel * (4 + velocity.itemsize)
+
+
+def slots_of(
+    slots: int | None,
+    geometry: Geometry,
+    velocity: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """How many particles of a geometry can live at once: as asked, or what fits into the bound of their memory.
 
-    What is kept for a cache takes `itemsize` bytes a number, those of the model's dtype.
+    Args:
+        slots: what was asked.
+        geometry: of the particles.
+        velocity: the dtype that their velocities are kept in.
+        dtype: the model's, of what is kept for a cache.
     """
-    each = geometry.token * geometry.channel * 8
+    each = bytes_of_slot(geometry, velocity)
     most = POOL_BYTES // each
     if geometry.kept:
-        most = min(most, KEPT_BYTES // (each + geometry.token * geometry.kept * itemsize))
+        most = min(most, KEPT_BYTES // (each + geometry.token * geometry.kept * dtype.itemsize))
     return slots or max(64, min(POOL_SLOTS, most))
 
 

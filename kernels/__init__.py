@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 if find_spec("triton") is not None:  # a machine without a GPU may do without
-    for _name in ("noise", "propose", "finish"):
+    for _name in ("noise", "propose", "finish", "finish_flat"):
         import_module(f"{__name__}.{_name}")  # registers the CUDA implementation
 
 # After the submodules of the same names: here and ever after, these names are the functions.

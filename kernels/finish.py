@@ -1,6 +1,12 @@
-"""Triton kernel of `rollflow.kernels.finish` and `finish_flat`: keep velocities, form and unpack posterior means."""
+"""Triton kernel of `rollflow.kernels.finish`: keep velocities, form and unpack posterior means.
 
-from typing import no_type_check
+A thread has a unit: tokens side by side, and of each some channels, which are pixels of one or more lines. It reads
+each token's channels, turns the unit in its registers and writes each line's pixels, 16 bytes at a time where the sizes
+allow. No element changes threads, so there is no shared memory and no barrier.
+"""
+
+import math
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -8,84 +14,160 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .operators import finish_flat_operator, finish_operator
-from .philox import OPTIONS
+from .launch import options
+from .operators import finish_operator
 
-PIXELS = 64  # contiguous latent pixels of a line that a program writes
-ELEMENTS = 2048  # of a program: 16 a thread, whose loads in flight hide latency
+UNITS = 128  # of a program, one a thread
+WIDEST = 16  # bytes of a load or store
 
 
 @triton.jit
 @no_type_check
+def _load(at, step, mask, COUNT: tl.constexpr):
+    """`COUNT` tensors, `step` elements apart, joined to [..., 2, 2]: a tensor's number is the last axes' bits."""
+    if COUNT == 1:
+        value = tl.load(at, mask=mask, other=0.0)
+    else:
+        even = _load(at, 2 * step, mask, COUNT // 2)
+        value = tl.join(even, _load(at + step, 2 * step, mask, COUNT // 2))
+    return value
+
+
+@triton.jit
+@no_type_check
+def _store(at, step, mask, value, COUNT: tl.constexpr):
+    """The inverse of `_load`."""
+    if COUNT == 1:
+        tl.store(at, value, mask=mask)
+    else:
+        even, odd = tl.split(value)
+        _store(at, 2 * step, mask, even, COUNT // 2)
+        _store(at + step, 2 * step, mask, odd, COUNT // 2)
+
+
+@triton.jit(do_not_specialize=["rows", "column_groups", "channel_groups"])
+@no_type_check
 def finish_kernel(
-    u, x_pool, u_pool, slot, coefficients, scale, offset, latents,
-    elements, channels, rows, columns,
-    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+    u, x_pool, u_pool, slot, coefficients, scale, offset, latents, rows, column_groups, channel_groups,
+    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, TABLE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_CHANNELS: tl.constexpr, CHANNEL_TILES: tl.constexpr,
 ):  # fmt: skip
-    # Program = (batch row, token row, tile of token columns, tile of channels). `rows` and `columns` count tokens.
-    # A flat row has tokens of one channel. TABLE is what the tables hold a number for.
-    program = tl.program_id(0)
-    channel_tiles = tl.cdiv(channels, CHANNELS)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    channel_tile = program % channel_tiles
-    column_tile = (program // channel_tiles) % column_tiles
-    token_row = (program // (channel_tiles * column_tiles)) % rows
-    row = (program // (channel_tiles * column_tiles * rows)).to(tl.int64)
+    """A program finishes a tile of one row, see `rollflow.kernels.finish` for the equation and `Tile` for the sizes.
+
+    `rows` counts lines of tokens, the groups the units of a line and of a token. TABLE is what `scale` and `offset`
+    hold a number for: "latent" channels or the "channel"s of a token.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    channel_tile = tl.program_id(1) % CHANNEL_TILES
+    column_tile = tl.program_id(1) // CHANNEL_TILES
+    # A warp's threads read at least 64 bytes side by side of a token, and write as much of a line.
+    UNITS: tl.constexpr = TILE_ROWS * TILE_COLUMNS * TILE_CHANNELS
+    ALONG: tl.constexpr = min(TILE_CHANNELS, 8 if TOKENS > 1 else 4)
+    unit = tl.arange(0, UNITS)
+    along = unit // (ALONG * TILE_COLUMNS) % (TILE_CHANNELS // ALONG) * ALONG + unit % ALONG
+    channel_group = channel_tile * TILE_CHANNELS + along
+    column_group = column_tile * TILE_COLUMNS + unit // ALONG % TILE_COLUMNS
+    token_row = tl.program_id(0) * TILE_ROWS + unit // (TILE_COLUMNS * TILE_CHANNELS)
+    inside = (token_row < rows) & (column_group < column_groups) & (channel_group < channel_groups)
 
     source = tl.load(slot + row)
     live = source >= 0
-    p = tl.load(coefficients + 2 * row, mask=live, other=0.0)
-    q = tl.load(coefficients + 2 * row + 1, mask=live, other=0.0)
-
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    channel = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
-    packed = (token_row * columns + column)[:, None] * channels + channel[None, :]
-    inside = (column < tl.where(live, columns, 0))[:, None] & (channel < channels)[None, :]
-    velocity = tl.load(u + row * elements + packed, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_pool + source * elements + packed, mask=inside, other=0.0)
-    tl.store(u_pool + source * elements + packed, velocity, mask=inside)
-
-    # A latent channel's elements of a token lie side by side, [token, c, (dy, dx)].
-    latents_of_tile: tl.constexpr = CHANNELS // (PATCH_Y * PATCH_X)
-    if TABLE == "row":
-        number = token_row
-        known = number < rows
-    elif TABLE == "column":
-        number = column[:, None, None]
-        known = number < columns
-    elif TABLE == "channel":
-        number = tl.reshape(channel, [1, latents_of_tile, PATCH_Y * PATCH_X])
-        known = number < channels
+    # What a padding row has for coefficients is read and dropped: a load that waits for no other is worth more.
+    p = tl.where(live, tl.load(coefficients + 2 * row), 0.0)
+    q = tl.where(live, tl.load(coefficients + 2 * row + 1), 0.0)
+    channel = (CHANNELS * channel_group)[:, None] + tl.arange(0, CHANNELS)[None, :]
+    if TABLE == "channel":
+        number = channel
+        known = (channel_group < channel_groups)[:, None]
+    elif PATCH_Y * PATCH_X % CHANNELS == 0:  # all of a unit's channels are of one latent channel
+        number = (CHANNELS * channel_group // (PATCH_Y * PATCH_X))[:, None]
+        known = (channel_group < channel_groups)[:, None]
     else:
-        number = (channel_tile * latents_of_tile + tl.arange(0, latents_of_tile))[None, :, None]
-        known = number < channels // (PATCH_Y * PATCH_X)
+        number = channel // (PATCH_Y * PATCH_X)
+        known = (channel_group < channel_groups)[:, None]
     factor = tl.load(scale + number, mask=known, other=0.0)
     shift = tl.where(live, tl.load(offset + number, mask=known, other=0.0), 0.0)
-    value = tl.reshape(p * x + q * velocity, [COLUMNS, latents_of_tile, PATCH_Y * PATCH_X])
-    value = (value * factor + shift).to(latents.dtype.element_ty)
 
-    # [token, (c, dy), dx] -> [(c, dy), (token, dx)]: contiguous pixels of one line of one latent channel.
-    value = tl.reshape(value, [COLUMNS, CHANNELS // PATCH_X, PATCH_X])
-    value = tl.reshape(tl.permute(value, [1, 0, 2]), [CHANNELS // PATCH_X, PATCH_X * COLUMNS])
-    line = channel_tile * (CHANNELS // PATCH_X) + tl.arange(0, CHANNELS // PATCH_X)
-    pixel = column_tile * (PATCH_X * COLUMNS) + tl.arange(0, PATCH_X * COLUMNS)
-    width = PATCH_X * columns
+    channels = CHANNELS * channel_groups
+    columns = TOKENS * column_groups
+    packed = ((token_row * columns + TOKENS * column_group) * channels)[:, None] + channel
+    elements = rows * columns * channels
+    mask = (inside & (token_row < tl.where(live, rows, 0)))[:, None]
+    velocity = _load(u + row * elements + packed, channels, mask, TOKENS)
+    x = _load(x_pool + source * elements + packed, channels, mask, TOKENS)
+    _store(u_pool + source * elements + packed, channels, mask, velocity, TOKENS)
+    for _ in tl.static_range(tl.constexpr(TOKENS.bit_length() - 1)):
+        factor = tl.expand_dims(factor, -1)
+        shift = tl.expand_dims(shift, -1)
+    value = ((p * x + q * velocity.to(tl.float32)) * factor + shift).to(latents.dtype.element_ty)
+
+    # [unit, (line, dx), token] -> [unit, (token, dx), line]
+    RUN: tl.constexpr = min(PATCH_X, CHANNELS)  # pixels of a token side by side
+    LINES: tl.constexpr = CHANNELS // RUN
+    value = tl.permute(tl.reshape(value, [UNITS, LINES, RUN, TOKENS]), [0, 3, 2, 1])
+    if LINES == 4:
+        value = tl.reshape(value, [UNITS, TOKENS * RUN, 2, 2])
+    elif LINES == 2:
+        value = tl.reshape(value, [UNITS, TOKENS * RUN, 2])
+    else:
+        value = tl.reshape(value, [UNITS, TOKENS * RUN])
+    line = CHANNELS * channel_group // PATCH_X
     above = (line // PATCH_Y) * (PATCH_Y * rows) + PATCH_Y * token_row + line % PATCH_Y
-    unpacked = above[:, None] * width + pixel[None, :]
-    inside = (line < channels // PATCH_X)[:, None] & (pixel < width)[None, :]
-    tl.store(latents + row * elements + unpacked, value, mask=inside)
+    width = PATCH_X * columns
+    first = PATCH_X * TOKENS * column_group
+    if CHANNELS < PATCH_X:  # a part of a patch's line
+        first += CHANNELS * channel_group % PATCH_X
+    pixel = first[:, None] + tl.arange(0, TOKENS * RUN)[None, :]
+    step = width * (rows if PATCH_Y == 1 else 1)  # from line to line of a unit: to the next latent channel, or down
+    _store(latents + row * elements + (above * width)[:, None] + pixel, step, inside[:, None], value, LINES)
 
 
-def tile(channels: int, patch_x: int, pixels: int = PIXELS) -> dict[str, int]:
-    """The constants of a program's tile: token columns that make `pixels` pixels, and channels that fill it."""
-    columns = pixels // patch_x
-    return {"CHANNELS": min(ELEMENTS // columns, triton.next_power_of_2(channels)), "COLUMNS": columns}
+class Tile(NamedTuple):
+    """The constants of the kernel that follow from the sizes.
+
+    Attributes:
+        TOKENS: of a unit, a divisor of a line's tokens.
+        CHANNELS: of a unit, a divisor of a token's channels.
+        TILE_ROWS, TILE_COLUMNS, TILE_CHANNELS: units of a program, powers of two.
+        CHANNEL_TILES: programs that share a token.
+    """
+
+    TOKENS: int
+    CHANNELS: int
+    TILE_ROWS: int
+    TILE_COLUMNS: int
+    TILE_CHANNELS: int
+    CHANNEL_TILES: int
+
+    @property
+    def warps(self) -> int:
+        """Of a program: as many as its units fill."""
+        return max(1, self.TILE_ROWS * self.TILE_COLUMNS * self.TILE_CHANNELS // 32)
+
+
+def tile_of(
+    channels: int, rows: int, columns: int, patch_y: int, patch_x: int, itemsize: int, units: int = UNITS
+) -> Tile:
+    """The tile for tokens of so many channels, in so many rows and columns, and latents of a size in bytes.
+
+    The same for every number of batch rows: what one batch has compiled serves all.
+    """
+    tokens = math.gcd(columns, max(1, WIDEST // itemsize // patch_x))
+    # Four float32 make a widest load. Of patches of 2x1 the third line would lie at another distance than the second.
+    wanted = math.gcd(channels, 2 if (patch_y, patch_x) == (2, 1) else 4)
+    unit_channels = max(min(patch_x, WIDEST // itemsize), wanted)
+    column_groups, channel_groups = columns // tokens, channels // unit_channels
+    tile_channels = min(16, units, triton.next_power_of_2(channel_groups))
+    tile_columns = min(units // tile_channels, triton.next_power_of_2(column_groups))
+    tile_rows = min(units // tile_channels // tile_columns, triton.next_power_of_2(rows))
+    tiles = triton.cdiv(channel_groups, tile_channels)
+    return Tile(tokens, unit_channels, tile_rows, tile_columns, tile_channels, tiles)
 
 
 def launch_finish(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
     patch_y: int,
@@ -93,47 +175,20 @@ def launch_finish(
     inverse_scaling: Float32[Tensor, " number"],
     shift: Float32[Tensor, " number"],
     latents: Float[Tensor, "row latent height width"],
-    pixels: int = PIXELS,
+    units: int = UNITS,
 ) -> None:
-    """Fill `latents` and the rows `slot` of `u_pool`."""
+    """Fill `latents` and the rows `slot` of `u_pool`, by programs of at most `units` threads."""
     channels, latent = u.shape[2], latents.shape[1]
     rows, columns = latents.shape[2] // patch_y, latents.shape[3] // patch_x
-    table = "latent" if len(shift) == latent else "channel"
-    tensors = (u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents)
-    _launch(tensors, (channels, rows, columns), (patch_y, patch_x), tile(channels, patch_x, pixels), table)
-
-
-def launch_finish_flat(
-    u: Float[Tensor, "row token channel"],
-    x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
-    slot: Int64[Tensor, " row"],
-    coefficients: Float32[Tensor, "row 2"],
-    scale: Float32[Tensor, " number"],
-    offset: Float32[Tensor, " number"],
-    latents: Float[Tensor, "row element"],
-    block: int = ELEMENTS,
-) -> None:
-    """Fill `latents` and the rows `slot` of `u_pool`; elements that share a number are a row of one-channel tokens."""
-    elements, numbers = latents.shape[1], len(scale)
-    rows, table = (numbers, "row") if numbers < elements else (1, "column")
-    columns = elements // rows
-    sizes = {"CHANNELS": 1, "COLUMNS": min(block, triton.next_power_of_2(columns))}
-    tensors = (u, x_pool, u_pool, slot, coefficients, scale, offset, latents)
-    _launch(tensors, (1, rows, columns), (1, 1), sizes, table)
-
-
-def _launch(
-    tensors: tuple[Tensor, ...], shape: tuple[int, int, int], patch: tuple[int, int], sizes: dict[str, int], table: str
-) -> None:
-    """Run the kernel on states of `shape`, (channels, rows, columns) of tokens; a grid has room for 2^31 programs."""
-    u, x_pool = tensors[:2]
-    channels, rows, columns = shape
-    grid = len(u) * rows * triton.cdiv(columns, sizes["COLUMNS"]) * triton.cdiv(channels, sizes["CHANNELS"])
-    with torch.cuda.device_of(u):
-        finish_kernel[(grid,)](
-            *tensors, x_pool[0].numel(), *shape, PATCH_Y=patch[0], PATCH_X=patch[1], TABLE=table, **sizes, **OPTIONS
-        )
+    tile = tile_of(channels, rows, columns, patch_y, patch_x, latents.dtype.itemsize, units)
+    column_groups, channel_groups = columns // tile.TOKENS, channels // tile.CHANNELS
+    across = triton.cdiv(column_groups, tile.TILE_COLUMNS) * tile.CHANNEL_TILES
+    with torch.cuda.device_of(x_pool):
+        finish_kernel[(triton.cdiv(rows, tile.TILE_ROWS), across, len(u))](
+            u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents, rows, column_groups, channel_groups,
+            PATCH_Y=patch_y, PATCH_X=patch_x, TABLE="latent" if len(shift) == latent else "channel",
+            **tile._asdict(), **options(tile.warps),
+        )  # fmt: skip
 
 
 @finish_operator.register_kernel("cuda")
@@ -144,14 +199,4 @@ def _(
     latent = u.shape[2] // (patch_y * patch_x)
     latents = torch.empty(len(u), latent, height, width, dtype=dtype, device=u.device)
     launch_finish(u, x_pool, u_pool, slot, coefficients, patch_y, patch_x, inverse_scaling, shift, latents)
-    return latents
-
-
-@finish_flat_operator.register_kernel("cuda")
-def _(
-    u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor, scale: Tensor, offset: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    latents = torch.empty(len(u), u.shape[1] * u.shape[2], dtype=dtype, device=u.device)
-    launch_finish_flat(u, x_pool, u_pool, slot, coefficients, scale, offset, latents)
     return latents

@@ -8,17 +8,17 @@ import triton.language as tl
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from .launch import block_of, options, warps_of
 from .operators import noise_operator
-from .philox import OPTIONS, normal_block
-
-BLOCK = 2048
+from .philox import normal_block
 
 
 @triton.jit
 @no_type_check
-def noise_kernel(seed, key, out, elements, blocks, BLOCK: tl.constexpr):
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+def noise_kernel(seed, key, out, elements, BLOCK: tl.constexpr):
+    """A program draws `BLOCK` consecutive elements of one row; see `rollflow.kernels.reference` for the stream."""
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     offset = block * BLOCK + tl.arange(0, BLOCK)
     z = normal_block(tl.load(seed + row), tl.load(key + row), block, BLOCK)
     tl.store(out + row * elements + offset, z, mask=offset < elements)
@@ -28,13 +28,15 @@ def launch_noise(
     seed: Int64[Tensor, " row"],
     key: Int64[Tensor, " row"],
     out: Float32[Tensor, "row token channel"],
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> None:
-    """Fill `out`. The one-dimensional grid has room for 2^31 programs."""
-    elements = out[0].numel()
-    blocks = triton.cdiv(elements, block)
+    """Fill `out`, by programs of `block` elements (by default `block_of`)."""
+    rows, elements = len(out), out[0].numel()
+    block = block or block_of(rows, elements)
     with torch.cuda.device_of(out):
-        noise_kernel[(len(out) * blocks,)](seed, key, out, elements, blocks, BLOCK=block, **OPTIONS)
+        noise_kernel[(triton.cdiv(elements, block), rows)](
+            seed, key, out, elements, BLOCK=block, **options(warps_of(block))
+        )
 
 
 @noise_operator.register_kernel("cuda")

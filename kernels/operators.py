@@ -1,8 +1,8 @@
 """The operators of the device hot path: their contract, their checks, their registration with torch.
 
 Each is one `torch.library` operator of the namespace `rollflow`, so `torch.compile` and CUDA graphs see one node. A CPU
-runs `rollflow.kernels.reference`; a CUDA device runs the Triton kernel in the file of the operator's name (of
-`finish_flat`, that of `finish`), which registers itself here. None of them synchronises with the host. Indices are not
+runs `rollflow.kernels.reference`; a CUDA device runs the Triton kernel in the file of the operator's name, which
+registers itself here. None of them synchronises with the host. Indices are not
 checked (that would cost a synchronisation): a slot must be -1 or lie inside the pool.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from . import reference
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ROWS = 65535  # of a batch: the second and third sides of a grid
 PATCH_SIDES = (1, 2, 4, 8)  # of the tiles that the kernel of `finish` turns, whose sides are powers of two
 
 
@@ -37,12 +38,18 @@ def _check_pools(x_pool: Tensor, u_pool: Tensor) -> None:
         raise ValueError(f"x_pool has shape {tuple(x_pool.shape)}; expected (slot, token, channel)")
     _check_row(x_pool.shape[1], x_pool.shape[2])
     _check("x_pool", x_pool, x_pool, (torch.float32,), x_pool.shape)
-    _check("u_pool", u_pool, x_pool, (torch.float32,), x_pool.shape)
+    _check("u_pool", u_pool, x_pool, HALF_OR_SINGLE, x_pool.shape)
 
 
-def _check_rows(u: Tensor, x_pool: Tensor, slot: Tensor, coefficients: Tensor) -> None:
+def _check_batch(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ValueError(f"a batch of {rows} rows; allowed: at most {MOST_ROWS}")
+
+
+def _check_rows(u: Tensor, x_pool: Tensor, u_pool: Tensor, slot: Tensor, coefficients: Tensor) -> None:
     rows = slot.numel()
-    _check("u", u, x_pool, HALF_OR_SINGLE, (rows, *x_pool.shape[1:]))
+    _check_batch(rows)
+    _check("u", u, x_pool, (u_pool.dtype,), (rows, *x_pool.shape[1:]))
     _check("slot", slot, x_pool, (torch.int64,), (rows,))
     _check("coefficients", coefficients, x_pool, (torch.float32,), (rows, 2))
 
@@ -71,6 +78,7 @@ def noise(
         ValueError: a shape, dtype, device or memory layout is not the one above.
     """
     _check_row(token, channel)
+    _check_batch(seed.numel())
     _check("seed", seed, seed, (torch.int64,), (seed.numel(),))
     _check("key", key, seed, (torch.int64,), (seed.numel(),))
     return torch.ops.rollflow.noise(seed, key, token, channel)
@@ -78,7 +86,7 @@ def noise(
 
 def propose(
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     parent: Int64[Tensor, " row"],
     child: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 4"],
@@ -99,7 +107,7 @@ def propose(
 
     Args:
         x_pool: particle states; rows `child` are overwritten.
-        u_pool: the velocities that the model gave for them.
+        u_pool: the velocities that the model gave for them, float32, bfloat16 or float16.
         parent: slot read; -1 for none (a sample of the prior: only the noise term counts).
         child: slot written; may be the row's own parent. -1 marks a padding row: it writes no slot and returns zeros.
         coefficients: `(a, b, k, inverse_scale)` a row.
@@ -115,6 +123,7 @@ def propose(
     _check_pools(x_pool, u_pool)
     _check_dtype(dtype)
     rows = parent.numel()
+    _check_batch(rows)
     for name, value in (("parent", parent), ("child", child), ("seed", seed), ("key", key)):
         _check(name, value, x_pool, (torch.int64,), (rows,))
     _check("coefficients", coefficients, x_pool, (torch.float32,), (rows, 4))
@@ -124,7 +133,7 @@ def propose(
 def finish(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
     height: int,
@@ -147,9 +156,9 @@ def finish(
     `FluxPipeline._pack_latents` of diffusers orders them; what is returned is unpacked, ready for the decoder.
 
     Args:
-        u: the model's output, float32, bfloat16 or float16.
+        u: the model's output, in the dtype of `u_pool`, so that nothing is lost in it.
         x_pool: particle states.
-        u_pool: velocities; rows `slot` are overwritten.
+        u_pool: velocities, float32, bfloat16 or float16; rows `slot` are overwritten.
         slot: the row's particle, each at most once. -1 marks a padding row: it stores nothing and returns zeros.
         coefficients: `(p, q)` a row.
         height: of the latents, in latent pixels; a multiple of `patch_y`.
@@ -176,7 +185,7 @@ def finish(
         raise ValueError(
             f"height {height} and width {width} with {token} tokens; expected {token} patches of {patch} latent pixels"
         )
-    _check_rows(u, x_pool, slot, coefficients)
+    _check_rows(u, x_pool, u_pool, slot, coefficients)
     latent = channel // (patch_y * patch_x)
     numbers = channel if inverse_scaling.numel() == channel else latent
     _check("inverse_scaling", inverse_scaling, x_pool, (torch.float32,), (numbers,))
@@ -189,7 +198,7 @@ def finish(
 def finish_flat(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
     scale: Float32[Tensor, " number"],
@@ -215,7 +224,7 @@ def finish_flat(
     """
     _check_pools(x_pool, u_pool)
     _check_dtype(dtype)
-    _check_rows(u, x_pool, slot, coefficients)
+    _check_rows(u, x_pool, u_pool, slot, coefficients)
     elements, numbers = x_pool.shape[1] * x_pool.shape[2], scale.numel()
     if not numbers or elements % numbers:
         raise ValueError(f"scale has {numbers} numbers; expected a divisor of {elements} elements")

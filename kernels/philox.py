@@ -21,23 +21,19 @@ HALF_UNIT = tl.constexpr(2.0**-33)
 RADIANS = tl.constexpr(math.pi * 2.0**-31)
 EIGHTH_TURN = tl.constexpr(1 << 29)
 
-# How every kernel is compiled. Fused multiply-adds are asked for by name, because Triton's default changes in 3.10.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
 
 @triton.jit
 @no_type_check
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds of Philox4x32 (Salmon et al. 2011) over uint32 counters `c` and keys `k`, which broadcast."""
     for _ in tl.static_range(10):
-        high_0 = tl.umulhi(c0, tl.full(c0.shape, MULTIPLIER_0, tl.uint32))
-        high_1 = tl.umulhi(c2, tl.full(c2.shape, MULTIPLIER_1, tl.uint32))
-        low_0 = tl.mul(c0, tl.full(c0.shape, MULTIPLIER_0, tl.uint32), sanitize_overflow=False)
-        low_1 = tl.mul(c2, tl.full(c2.shape, MULTIPLIER_1, tl.uint32), sanitize_overflow=False)
-        c0 = high_1 ^ c1 ^ k0
-        c2 = high_0 ^ c3 ^ k1
-        c1 = low_1
-        c3 = low_0
+        # Products of 64 bits: one multiplication (IMAD.WIDE) gives both words, where `umulhi` beside `mul` takes two.
+        product_0 = tl.mul(c0.to(tl.uint64), tl.full(c0.shape, MULTIPLIER_0, tl.uint64), sanitize_overflow=False)
+        product_1 = tl.mul(c2.to(tl.uint64), tl.full(c2.shape, MULTIPLIER_1, tl.uint64), sanitize_overflow=False)
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product_1.to(tl.uint32)
+        c3 = product_0.to(tl.uint32)
         k0 = tl.add(k0, tl.full(k0.shape, WEYL_0, tl.uint32), sanitize_overflow=False)
         k1 = tl.add(k1, tl.full(k1.shape, WEYL_1, tl.uint32), sanitize_overflow=False)
     return c0, c1, c2, c3

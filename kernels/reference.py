@@ -74,7 +74,7 @@ def noise(
 
 def propose(
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     parent: Int64[Tensor, " row"],
     child: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 4"],
@@ -90,7 +90,7 @@ def propose(
     # A term with coefficient 0 is absent: its memory is not read (it may be uninitialised), its noise not drawn.
     for coefficient, pool in ((a, x_pool), (b, u_pool)):
         row = (related & (coefficient != 0)).nonzero().squeeze(1)
-        state.index_add_(0, row, pool[parent[row]].mul_(coefficient[row, None, None]))
+        state.index_add_(0, row, pool[parent[row]].float().mul_(coefficient[row, None, None]))
     row = (live & (k != 0)).nonzero().squeeze(1)
     if len(row):
         state.index_add_(0, row, noise(seed[row], key[row], *x_pool.shape[1:]).mul_(k[row, None, None]))
@@ -101,7 +101,7 @@ def propose(
 def finish(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
     height: int,
@@ -127,7 +127,7 @@ def finish(
 def finish_flat(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
     scale: Float32[Tensor, " number"],
@@ -145,13 +145,13 @@ def finish_flat(
 def _posterior_means(
     u: Float[Tensor, "row token channel"],
     x_pool: Float32[Tensor, "slot token channel"],
-    u_pool: Float32[Tensor, "slot token channel"],
+    u_pool: Float[Tensor, "slot token channel"],
     slot: Int64[Tensor, " row"],
     coefficients: Float32[Tensor, "row 2"],
 ) -> Float32[Tensor, "live token channel"]:
     """`p x_pool[slot] + q u` of the rows that have a slot; `u_pool[slot] = u`."""
     live = slot >= 0
     p, q = coefficients[live].unbind(1)
-    velocity = u[live].to(torch.float32)
-    u_pool.index_copy_(0, slot[live], velocity)
+    u_pool.index_copy_(0, slot[live], u[live])
+    velocity = u[live].float()
     return x_pool[slot[live]].mul_(p[:, None, None]).add_(velocity * q[:, None, None])

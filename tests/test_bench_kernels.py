@@ -19,24 +19,24 @@ def test_propose_bytes():
     parent, child = torch.tensor([0, 1, -1, 2]), torch.tensor([3, 4, 5, -1])
     coefficients = torch.tensor([[1.0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1], [math.nan] * 4])
     # 6 elements: x and u of one row, x of the second, neither of a prior nor of a padding row; three children of 24
-    # bytes; four rows of the model's input, 12 bytes each in half precision.
-    expected = (24 + 24) + 24 + 3 * 24 + 4 * 12
-    assert bandwidth.propose_bytes(parent, child, coefficients, 6, torch.bfloat16) == expected == 192
-    assert bandwidth.propose_bytes(parent, child, coefficients, 6, torch.float32) == 192 + 4 * 12
+    # bytes; four rows of the model's input. In half precision u and input take 12 bytes a row.
+    expected = (24 + 12) + 24 + 3 * 24 + 4 * 12
+    assert bandwidth.propose_bytes(parent, child, coefficients, 6, torch.bfloat16) == expected == 180
+    assert bandwidth.propose_bytes(parent, child, coefficients, 6, torch.float32) == 180 + 5 * 12
 
 
 def test_finish_and_noise_bytes():
     slot = torch.tensor([4, -1, 0])
-    # 8 elements, two rows: u in half precision, x and the pool's u in single; three rows of latents, padding too.
-    expected = 2 * (16 + 32 + 32) + 3 * 16
-    assert bandwidth.finish_bytes(slot, 8, torch.float16) == expected == 208
-    assert bandwidth.finish_bytes(slot, 8, torch.float32) == 208 + 5 * 16
+    # 8 elements, two rows: u and the pool's u in half precision, x in single; three rows of latents, padding too.
+    expected = 2 * (16 + 32 + 16) + 3 * 16
+    assert bandwidth.finish_bytes(slot, 8, torch.float16) == expected == 176
+    assert bandwidth.finish_bytes(slot, 8, torch.float32) == 176 + 7 * 16
     assert bandwidth.noise_bytes(3, 8) == 96
 
 
 def test_bytes_of_the_sizes_measured():
     assert bandwidth.proposing(Size(4, 1024, 64), torch.float32, CPU, 1).bytes == 4 * 4 * 4 * 65536
-    assert bandwidth.finishing(Size(4, 1024, 64), torch.bfloat16, CPU, 1).bytes == 4 * (2 + 4 + 4 + 2) * 65536
+    assert bandwidth.finishing(Size(4, 1024, 64), torch.bfloat16, CPU, 1).bytes == 4 * (2 + 4 + 2 + 2) * 65536
     noise = bandwidth.drawing(Size(4, 1024, 64), torch.bfloat16, CPU, 1)
     assert noise.bytes == 4 * 4 * 65536 and noise.dtype == torch.float32
     assert bandwidth.copying(CPU).bytes == 2 * 2**26
@@ -51,7 +51,7 @@ def test_unfused_propose_is_propose(dtype, k):
     parent, child = torch.tensor([2, 0, 1]), torch.tensor([3, 5, 4])
     coefficients = torch.tensor([[0.9, -0.1, k, 1.1], [1, 0.2, k, 1], [0.5, -0.3, k, 2]])
     seed, key = torch.tensor([5, 5, -6]), torch.tensor([1, 2, 3])
-    (x, u), (x_fused, u_fused) = pools.clone(), pools.clone()
+    (x, u), (x_fused, u_fused) = ((x.clone(), u.to(dtype, copy=True)) for x, u in (pools, pools))
     expected = kernels.propose(x_fused, u_fused, parent, child, coefficients, seed, key, dtype)
     actual = bandwidth.unfused_propose(
         x, u, parent, child, coefficients, dtype, lambda like: kernels.noise(seed, key, *like.shape[1:])
@@ -76,7 +76,7 @@ def test_unfused_finish_is_finish(dtype):
     x_pool = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(0))
     u = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     slot, coefficients = torch.tensor([4, 0, 2]), torch.tensor([[1.0, -0.4], [0.8, 0.1], [1.2, -1.0]])
-    kept, kept_fused = torch.zeros(5, 6, 8), torch.zeros(5, 6, 8)
+    kept, kept_fused = torch.zeros(2, 5, 6, 8, dtype=dtype).unbind(0)
     affine = torch.tensor([2.7693, -0.5]), torch.tensor([0.1159, 3.0])
     rest = (slot, coefficients, 4, 6, 2, 2, *affine, dtype)  # higher than wide or the reverse: both count
     expected = kernels.finish(u, x_pool, kept_fused, *rest)
@@ -217,7 +217,7 @@ def test_kernels(tmp_path, capsys, monkeypatch):
     assert [(row["kernel"], row["dtype"]) for row in report["rows"]] == [
         ("propose", "bfloat16"), ("finish", "bfloat16"), ("noise", "float32")
     ]  # fmt: skip
-    assert [row["bytes"] for row in report["rows"]] == [2 * 16 * 14, 2 * 16 * 12, 2 * 16 * 4]
+    assert [row["bytes"] for row in report["rows"]] == [2 * 16 * 12, 2 * 16 * 10, 2 * 16 * 4]
     for row in report["rows"]:
         assert row.keys() == {
             "kernel", "rows", "token", "channel", "dtype", "seconds", "bytes", "gigabytes_per_second", "of_copy",

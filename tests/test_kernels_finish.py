@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rollflow import kernels
 from rollflow.kernels import reference
-from rollflow.kernels.finish import launch_finish, launch_finish_flat
+from rollflow.kernels.finish import launch_finish
+from rollflow.kernels.finish_flat import launch_finish_flat
 from rollflow.models.layout import Layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +58,7 @@ def check(before: Tail, *results: tuple[Tensor, Tensor]) -> None:
     """Padding is zero, velocities are where they belong, and nothing else was written; for latents and pools."""
     for latents, u_pool in results:
         assert not latents[3].any()
-        assert torch.equal(u_pool[before.slot[:3]], before.u[:3].float())
+        assert u_pool.dtype == before.u.dtype and torch.equal(u_pool[before.slot[:3]], before.u[:3])
         assert u_pool[[1, 2, 5]].isnan().all()
 
 
@@ -171,13 +172,13 @@ def test_finish_computes_what_it_computed_with_one_number_for_all_channels() -> 
 
 @pytest.mark.parametrize("patch", [(2, 2), (1, 1), (2, 4)])
 def test_finish_bits_do_not_depend_on_the_tile(patch: tuple[int, int]) -> None:
-    layout = layout_of(*patch, 16)
-    on_device = tail_of(layout, 4, 68).on(DEVICE)
+    layout = layout_of(*patch, 4)
+    on_device = tail_of(layout, 4, 24).on(DEVICE)
     results = []
-    for pixels in (32, 64, 128):
-        latents = torch.full((4, 16, 4, 68), NAN, device=DEVICE)
+    for units in (128, 32, 8):
+        latents = torch.full((4, 4, 4, 24), NAN, device=DEVICE)
         affine = layout.affine(torch.device(DEVICE))
-        launch_finish(*vars(on_device).values(), *patch, *affine, latents, pixels=pixels)
+        launch_finish(*vars(on_device).values(), *patch, *affine, latents, units=units)
         results.append(latents)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -203,7 +204,7 @@ def test_finish_flat_equals_reference(shape: tuple[int, ...], numbers: int, dtyp
     elements = math.prod(shape)
     scale, offset = tables(numbers)
     on_cpu = tail(1, elements)
-    on_cpu.u = on_cpu.u.to(dtype)
+    on_cpu.u, on_cpu.u_pool = on_cpu.u.to(dtype), on_cpu.u_pool.to(dtype)
     before, on_device = on_cpu.on("cpu"), on_cpu.on(DEVICE)
     expected = reference.finish_flat(*vars(on_cpu).values(), scale, offset, dtype)
     latents = torch.full((4, elements), NAN, dtype=dtype, device=DEVICE)
@@ -243,18 +244,19 @@ def test_finish_flat_bits_do_not_depend_on_the_tile_or_the_tokens(numbers: int) 
 
 
 def test_half_precision_on_the_operator() -> None:
-    """Velocities are kept in float32; only what goes to the decoder is rounded, once."""
+    """Velocities are kept in their dtype, in which they came; what goes to the decoder is rounded once."""
     for dtype in (torch.bfloat16, torch.float16):
         layout = layout_of(2, 2, 8)
         half, single = tail_of(layout, 8, 8), tail_of(layout, 8, 8)
-        half.u = single.u = half.u.to(dtype)
+        half.u, half.u_pool = half.u.to(dtype), half.u_pool.to(dtype)
+        single.u = half.u.float()
         affine = layout.affine(torch.device("cpu"))
         latents = kernels.finish(*vars(half).values(), 8, 8, 2, 2, *affine, dtype)
         assert latents.dtype == dtype
         assert torch.equal(
             latents, kernels.finish(*vars(single).values(), 8, 8, 2, 2, *affine, torch.float32).to(dtype)
         )
-        assert torch.equal(half.u_pool[half.slot[:3]], half.u[:3].float())
+        assert torch.equal(half.u_pool[half.slot[:3]], half.u[:3])
 
 
 def test_no_rows() -> None:

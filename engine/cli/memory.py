@@ -61,9 +61,9 @@ class Plan:
         from rollflow.cli import measuring
         from rollflow.cli.sizes import tell
         from rollflow.device.memory import SHARE
-        from rollflow.models import loading, own_size
+        from rollflow.models import loading, own_size, velocity_dtype
         from rollflow.models.text import Size as Asked
-        from rollflow.settings import BUCKETS, CPU_BUCKETS, lanes_and_threads, slots_of
+        from rollflow.settings import BUCKETS, CPU_BUCKETS, bytes_of_slot, lanes_and_threads, slots_of
 
         if self.reward is not None:
             from rollflow.cli.judging import check_weights
@@ -90,7 +90,8 @@ class Plan:
         geometry = model.geometry(*size)
         conditioning, rows, guidance = conditioning_of(model, self.place.model, geometry, self.prompt, self.guidance)
         forward, decode = measuring.costs(model, geometry, conditioning, guidance)
-        slots, each = slots_of(None, geometry), 8 * geometry.token * geometry.channel
+        kept = velocity_dtype(model)
+        slots, each = slots_of(None, geometry, kept), bytes_of_slot(geometry, kept)
         lanes = lanes_and_threads(device, None, None)[0]
         sizes = CPU_BUCKETS if device.type == "cpu" else BUCKETS
         judged = self._rewards(geometry, device, sizes[-1])

@@ -54,7 +54,7 @@ class Finish:
             slots: the rows' particles; a row of -1 is padding, and means nothing.
             posterior: `(p, q)` of each row.
         """
-        u = (u.float() if u.dtype == torch.float64 else u).contiguous()
+        u = storage.as_kept(u).contiguous()
         if self._patch is None:
             flat = kernels.finish_flat(u, storage.x, storage.u, slots, posterior, *self._tables, self._dtype)
             latents = flat.view(len(u), *self._shape)

@@ -133,7 +133,8 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         x.requires_grad_(True)
         entering = (x * tables.coefficients[:, 3, None, None]).to(model.dtype)
         with runner.ledger.span("forward", model.device):
-            u = model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry).float()
+            given = model.velocity(entering, tables.tau, conditioning, tables.guidance, geometry)
+            u = given.float()
         p, q = tables.posterior[:, :, None, None].unbind(1)
         latents = model.layout.decodable(p * x + q * u, geometry)
         latents = moves.kept(latents, [row.brief for row in rows])
@@ -142,7 +143,7 @@ def run(runner: Steps, rows: Sequence[Row], answers: Answers) -> Landed:
         each, total = _judged(runner, rows, images, answers)
         with runner.ledger.span("backward", model.device):
             (gradient,) = torch.autograd.grad(total, x)
-    storage.u[live] = u.detach()[: len(rows)]
+    storage.u[live] = storage.as_kept(given.detach())[: len(rows)]
     valid: list[Tensor] = []
     for i, row in enumerate(rows):
         assert row.guide is not None

@@ -67,7 +67,7 @@ def _stepped(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
     step, parent = row.step, row.parent
     state = torch.zeros_like(storage.x[row.slot])
     if parent != NONE:
-        state = step.a * storage.x[parent] + step.b * storage.u[parent]
+        state = step.a * storage.x[parent] + step.b * storage.u[parent].float()
     return state + step.k * _noise(row, storage) if step.k else state
 
 

@@ -26,7 +26,7 @@ from rollflow.device.storage import Storage
 from rollflow.device.streams import Streams
 from rollflow.device.terms import Judgement
 from rollflow.device.workers import Lanes
-from rollflow.models import FlowModel, Geometry
+from rollflow.models import FlowModel, Geometry, velocity_dtype
 from rollflow.profile.ledger import Ledger, working_for
 from rollflow.row import (
     NONE,
@@ -95,8 +95,8 @@ class Runner:
             pixels = geometry.height * geometry.width * (geometry.frames or 1)
             light = model.preview if model.capabilities.preview else None
             self._decoders[geometry] = Decoder(model.decode, light, pixels)
-            sizes = slots, geometry.token, geometry.channel
-            storage = Storage(*sizes, model.device, geometry.kept, model.dtype)
+            sizes, velocity = (slots, geometry.token, geometry.channel), velocity_dtype(model)
+            storage = Storage(*sizes, model.device, velocity, geometry.kept, model.dtype)
             self._zeroed[geometry], self._storage[geometry] = self.streams.mark(), storage
 
     @property

@@ -133,6 +133,7 @@ class Capabilities:
             guidance, geometry, kept)` gives velocities by what was kept of others, for a part of the work. At the state
             and the time that it was kept of, both agree.
         schedule: it has `times(steps, geometry)`, the linear times of its own sampler, for the grid "model".
+        rounded: its velocities are in its `dtype`, in which they are kept; those of others are kept in float32.
         guidance: the guidance scale of requests that name none.
         timed: a linear time at which an evaluation takes all of its network rows; batches are timed there.
         signature: models of the same signature cost the same, so that one's measurements count for the other; `None`
@@ -152,6 +153,7 @@ class Capabilities:
     returns: bool = False
     caches: bool = False
     schedule: bool = False
+    rounded: bool = False
     guidance: float = 3.5
     timed: float = 1.0
     signature: str | None = None
@@ -248,6 +250,12 @@ def adapt(pipeline_or_model: object) -> FlowModel:
         f"a {type(given).__name__} is no model: it lacks {', '.join(missing)}; pass a flow pipeline of diffusers, or "
         "an object with the members of rollflow.models.FlowModel (a class that inherits from it has capabilities)"
     )
+
+
+def velocity_dtype(model: FlowModel) -> torch.dtype:
+    """What a model's velocities are kept in: what it gives them in, as far as it declares that, else float32."""
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return model.dtype if half and model.capabilities.rounded else torch.float32
 
 
 def _lacks(given: Any, name: str) -> bool:

@@ -91,7 +91,7 @@ class ClassifierFree(FlowModel):
         self.capabilities = Capabilities(
             preview=able.preview, recordable=able.recordable, releases_text=able.releases_text, frames=able.frames,
             sized_text=able.sized_text, images=able.images, returns=able.returns, schedule=able.schedule,
-            negative=True, guides=True, companies=True, guidance=number("guidance", guidance),
+            rounded=able.rounded, negative=True, guides=True, companies=True, guidance=number("guidance", guidance),
             timed=1.0 if self.interval[1] >= 1 else sum(self.interval) / 2,
             signature=None if able.signature is None else repr((able.signature, "guided", self.interval, self.skip)),
         )  # fmt: skip

@@ -94,7 +94,7 @@ class FluxModel(FlowModel):
         self.layout = Layout(_PATCH, (scaling,) * latent_channels, (shift,) * latent_channels)
         self.capabilities = Capabilities(
             preview=light is not None, graphable=self.loaded.graphable, recordable=True, releases_text=True,
-            images=True, returns=True, caches=True, signature=self._signature(),
+            images=True, returns=True, rounded=True, caches=True, signature=self._signature(),
         )  # fmt: skip
         self.kept = caching.width(self.transformer)
         self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)

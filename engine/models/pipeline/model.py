@@ -80,7 +80,8 @@ class PipelineModel(FlowModel):
         self.capabilities = Capabilities(
             companies=True, negative=self.driver.negative, guides=True, frames=self._clip, sized_text=True,
             recordable=self.loaded.plain, schedule=True, images=callable(getattr(pipeline.vae, "encode", None)),
-            returns=True, guidance=self.driver.default_scale, signature=repr((self._signature(), self.loaded)),
+            returns=True, rounded=True, guidance=self.driver.default_scale,
+            signature=repr((self._signature(), self.loaded)),
         )  # fmt: skip
 
     def _signature(self) -> str:
