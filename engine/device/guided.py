@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rollflow import rewards
-from rollflow.copies import Download
+from rollflow.copies import Download, upload
 from rollflow.device import moves
 from rollflow.device.batch import Tables
 from rollflow.device.judge import Judge, Timed, by_term, identity
@@ -162,7 +162,8 @@ def _judged(runner: Steps, rows: Sequence[Row], images: Tensor, answers: Answers
         with runner.ledger.span("reward", runner.model.device):
             call, prompts = OnLane(term, [rows[i] for i in group], answers), [rows[i].brief.prompt for i in group]
             try:
-                values = runner.judge.here(call, images[group], prompts, answers).to(images.device).double()
+                own_images = images[upload(torch.tensor(group), images.device)]
+                values = runner.judge.here(call, own_images, prompts, answers).to(images.device).double()
             except RollflowError:  # which is all that calls of rewards raise, but for one that was given up
                 answers.failing = call.terms
                 raise
