@@ -39,8 +39,10 @@ def known(pipeline):
     found = {}
     for part, network in networks_of(pipeline).items():
         for name, module in network.named_modules():
-            hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
-            found[part, name] = module.training, hooks, module._compiled_call_impl, "forward" in vars(module)
+            own = [*vars(module).items()]  # at once, as another thread may be giving it back
+            hooks = {key: len(value) for key, value in own if key.endswith("_hooks")}
+            marks = {key: value for key, value in own if "gradient_checkpointing" in key}
+            found[part, name] = module.training, hooks, module._compiled_call_impl, "forward" in vars(module), marks
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             grad = None if tensor.grad is None else tensor.grad.stride()
             found[part, name, "tensor"] = tensor.requires_grad, tensor.stride(), tensor.dtype, tensor.device, grad

@@ -1,4 +1,4 @@
-"""Guided rows have batch sizes of their own: by what the gradient of one of them keeps, and what can be computed again."""
+"""Guided rows have batch sizes of their own, by what the gradient of one keeps; what is kept can be computed again."""
 
 import warnings
 from functools import partial
@@ -180,7 +180,7 @@ def test_a_storage_counts_once_and_weights_do_not():
         z = z.view(2, 5) * z.view(2, 5)  # the same
         return recompute.region(lambda z: z.sin().cos(), z), (z.sum() * weight).sum()
 
-    # outside: exp's result, and the weight, which stays; the region's input, 40 bytes, which sin saves too; cos's input.
+    # Outside: exp's result, and the weight, which stays. Inside: the region's input, which sin saves, and cos's input.
     assert recompute.saved(evaluate) == Saved(120, 80, 40)
 
 

@@ -71,10 +71,10 @@ class _Lent:
         for parameter in self.differentiable:
             parameter.requires_grad_(True)
         for reference, own_marks in self.marked:
-            if (module := reference()) is not None:
-                for name in _MARKS:
-                    vars(module).pop(name, None)
+            if (module := reference()) is not None and vars(module).get(_MARKS[0]) is recompute.WANTED:
                 vars(module).update(own_marks)
+                for name in {*_MARKS} - {*own_marks}:
+                    vars(module).pop(name, None)
         for tensor, own in self.strides:
             if tensor.ndim == len(own) and tensor.stride() != own:
                 data = tensor.data
