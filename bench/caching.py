@@ -59,9 +59,9 @@ class Caching:
     def __call__(self) -> None:
         """Counts and runs, prints both tables, writes the file."""
         outputs.check_file(self.json)
-        console, found = Console(width=120), {"environment": environment(), "operations": [*map(operations, SIZES)]}
-        console.print(_counted(found["operations"]))
-        share = next(one["share"] for one in found["operations"] if one["size"] == "shapes")
+        where, console, counts = environment(), Console(width=120), [*map(operations, SIZES)]
+        console.print(_counted(counts))
+        share = next(one["share"] for one in counts if one["size"] == "shapes")
         engine, rows = Engine.from_pretrained(self.model), list[dict[str, Any]]()
         for name in self.sets:
             for path in self.paths:
@@ -70,7 +70,8 @@ class Caching:
                     rows.append({"set": name, "method": method, "path": path, "model": self.model, **row})
                     console.print(f"{method}, {path}, {name}: done", highlight=False)
                     if self.json:  # row by row: on a slow machine a run may be stopped
-                        self.json.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
+                        known = {"environment": where, "operations": counts, "rows": rows}
+                        self.json.write_text(json.dumps(known, indent=1) + "\n")
         console.print(_compared(rows))
 
     def _row(self, engine: Engine, prompts: Sequence[str], method: str, path: str, share: float) -> dict[str, Any]:

@@ -70,14 +70,12 @@ class Forms:
             inputs: of a batch of so many rows, without positions.
             positions: of text and image tokens.
         """
-        examples = [(*inputs(rows), positions) for rows in (3, 5)]
-        kept = [torch.randn(*one[0].shape[:2], geometry.kept).to(one[0]) for one in examples]
-        whole, cached = self._plain
+        one, other = ((*inputs(rows), positions) for rows in (3, 5))
+        kept = [torch.randn(*batch[0].shape[:2], geometry.kept).to(batch[0]) for batch in (one, other)]
+        (whole, cached), network = self._plain, self._transformer
         self.recorded[geometry] = (
-            traced(whole, self._transformer, *examples, "transformer"),
-            traced(
-                cached, self._transformer, (*examples[0], kept[0]), (*examples[1], kept[1]), "transformer's first block"
-            ),
+            traced(whole, network, one, other, "transformer"),
+            traced(cached, network, (*one, kept[0]), (*other, kept[1]), "transformer's first block"),
         )
 
 

@@ -309,7 +309,7 @@ class Search:
                     "was sent, but for those that a draw's `keep` let go"
                 )
         parents = dict.fromkeys(p for draw in draws for p in (draw.parent, *draw.mix) if p is not None)
-        stale: list[Any] = [particle for particle in parents if particle.cached]  # type: ignore[attr-defined]
+        stale: list[Any] = [particle for particle in parents if particle.cached]
         if stale:
             self._refresh = Refresh(stale, False, partial(self._open, draws))
         else:
@@ -427,7 +427,9 @@ class Search:
     def _wait_no_longer(self) -> None:
         """Commits those that were evaluated anew; others that are on their way are not needed."""
         refresh, self._refresh = self._refresh, None
-        for particle, flight in () if refresh is None else refresh.back():
+        if refresh is None:
+            return
+        for particle, flight in refresh.back():
             self._ledger.settle(self.brief.ticket, flight.number, True, flight.kind, flight.particle.reward)
             self._commit(particle, flight, refresh.scored)
 
