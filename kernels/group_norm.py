@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .philox import OPTIONS
+from .launch import options
 
 CHUNKS = 512  # programs that read an image, of which the next launch adds the moments
 LEAST = 64  # pixels of a chunk
@@ -149,7 +149,7 @@ def launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, sil
     chunks, lines = triton.cdiv(pixels, chunk), tile(channels)
     moments = torch.empty(images, chunks, 2, groups, dtype=torch.float32, device=x.device)
     affine = torch.empty(images, 2, channels, dtype=torch.float32, device=x.device)
-    sizes = {"CHANNELS": channels, **OPTIONS}
+    sizes = {"CHANNELS": channels, **options(4)}
     with torch.cuda.device_of(x):
         moments_kernel[(chunks, images)](x, moments, pixels, chunk, GROUPS=groups, PIXELS=lines, **sizes)
         affine_kernel[(groups, images)](
