@@ -229,8 +229,10 @@ class Preparations:
         )
         if self._graphs:
             yield partial(runner.record, geometry, [*seconds], conditioning)
-            replay = partial(runner.replay, geometry, conditioning)
-            seconds = yield from calibrate.replayed([*seconds], *known, runner.preview, replay, room)
+        if self._graphs or model.capabilities.compiled:
+            replay = partial(runner.replay, geometry, conditioning) if self._graphs else None
+            seconds = yield from calibrate.as_served([*seconds], *known, runner.preview, replay, room)
+            seconds = seconds if self._keep else calibrate.earning(seconds)
         tried = max(room.peaks, default=0) <= max(seconds)  # nothing larger
         bound: Bound = "memory" if room.full is not None and tried else "time"
         bound = "sizes" if max(seconds) == runner.usual[-1] else bound
@@ -238,9 +240,14 @@ class Preparations:
             _warn_of_memory(geometry, [size for size in runner.usual if size > max(seconds)])
         self._set(geometry, seconds, bound)  # last: what failed is tried again, not skipped
 
+    @property
+    def graph_memory(self) -> dict[Geometry, int]:
+        """Bytes of the device's memory that CUDA graphs hold, by image size; of any thread."""
+        return {geometry: sum(graphs.memory.values()) for geometry, graphs in [*self.runner.graphs.items()]}
+
     def _in_graphs(self) -> int:
         """Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them."""
-        return sum(sum(graphs.memory.values()) for graphs in [*self.runner.graphs.values()])
+        return sum(self.graph_memory.values())
 
     def _best_lanes(self, geometry: Geometry, conditioning: Any) -> tuple[int, int]:
         """How many lanes of how many threads are fastest; on a lane, before any batch runs.
