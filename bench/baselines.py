@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from diffusers import FluxPipeline
@@ -22,12 +23,15 @@ from torch import Tensor
 from rollflow.errors import RequestError
 from rollflow.methods.budget import whole
 from rollflow.models import FlowModel, Geometry, Traits
+from rollflow.models.attention import pinned
+from rollflow.models.flux import text_tokens_of
 from rollflow.plan import Plan, plan
 from rollflow.request import Record, Request
 from rollflow.rewards import Reward
 from rollflow.sde import Step
 
 Noise = Callable[[int], Tensor]
+Search = TypeVar("Search", bound=Callable[..., Any])
 GUIDANCE = 3.5  # the engine's, of requests that name none
 DRAWS = CHILDREN = 2**20  # of a turn and of a draw: how the engine counts its noise keys
 
@@ -77,7 +81,7 @@ class _Loop:
         self.height, self.width = _size(pipeline, request.height, request.width)
         rows, columns = (side // (2 * pipeline.vae_scale_factor) for side in (self.height, self.width))
         self.sequence, self.pooled, self.text_ids = pipeline.encode_prompt(
-            request.prompt, None, device=self.device, max_sequence_length=_text_tokens(pipeline)
+            request.prompt, None, device=self.device, max_sequence_length=text_tokens_of(pipeline)
         )
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
         self.guidance = None
@@ -142,7 +146,19 @@ class _Loop:
         return Baseline(nfe, 1, nfe + 1, (reward,), tuple(self.history))
 
 
+def _attending_alike(search: Search) -> Search:
+    """With the attention that an engine would have; see `rollflow.models.attention.pin`."""
+
+    @wraps(search)
+    def attending(pipeline: FluxPipeline, *args: Any, **options: Any) -> Any:
+        with pinned(pipeline.transformer):
+            return search(pipeline, *args, **options)
+
+    return attending  # type: ignore[return-value]
+
+
 @torch.no_grad()
+@_attending_alike
 def sequential_rbf(
     pipeline: FluxPipeline, request: Request, traits: Traits | None = None, noise: Noise | None = None
 ) -> Baseline:
@@ -193,6 +209,7 @@ def sequential_rbf(
 
 
 @torch.no_grad()
+@_attending_alike
 def diffusers_bon(
     pipeline: FluxPipeline,
     prompts: Sequence[str],
@@ -242,7 +259,7 @@ def diffusers_bon(
                 num_inference_steps=steps,
                 guidance_scale=float(guidance),
                 num_images_per_prompt=count,
-                max_sequence_length=_text_tokens(pipeline),
+                max_sequence_length=text_tokens_of(pipeline),
                 generator=generator,
                 output_type="pt",
             ).images.float()
@@ -326,10 +343,6 @@ def _size(pipeline: FluxPipeline, height: int | None, width: int | None) -> tupl
     """Height and width in pixels, by default the model's own."""
     own = pipeline.vae.config.sample_size
     return own if height is None else height, own if width is None else width
-
-
-def _text_tokens(pipeline: FluxPipeline) -> int:
-    return min(512, pipeline.tokenizer_2.model_max_length)
 
 
 def _rounded(images: Float[Tensor, "row 3 height width"]) -> Float[Tensor, "row 3 height width"]:

@@ -141,6 +141,7 @@ class Engine:
         preview: bool | str | Path = False,
         compile: str | None = None,
         attention: str | None = None,
+        text_tokens: int | None = None,
         quantize: str | None = None,
         pipeline: str | None = None,
         **options: Any,
@@ -148,18 +149,21 @@ class Engine:
         """An engine on a built-in model ("shapes", "shapes-base", "shapes-video"), or any flow pipeline of diffusers.
 
         A FluxPipeline is run by `rollflow.models.flux.FluxModel`, others by `rollflow.models.pipeline.PipelineModel`,
-        for which `dtype="auto"`, `preview` and `attention` are refused.
+        for which `dtype="auto"`, `compile="all"`, `preview`, `attention` and `text_tokens` are refused.
 
         Args:
             name_or_path: which model: a built-in name, a folder that `save_pretrained` wrote, a hub id, or a single
                 `.safetensors` file.
             device: by default CUDA where there is one.
-            dtype: of the networks; by default bfloat16 on CUDA and float32 elsewhere; "auto" is float32 or bfloat16,
-                whichever measures faster on this device. Particles are float32 always.
+            dtype: of the networks; by default bfloat16 on CUDA and float32 elsewhere; "auto" is bfloat16 on a GPU
+                made for it, elsewhere whichever measures faster, or the default where measuring takes long. Particles
+                are float32 always.
             preview: judge particles on a light decoder: True for the model's own (the built-in ones have one), or the
                 folder or hub id of an `AutoencoderTiny`; see `Engine`.
-            compile: "regional" compiles the transformer's repeated blocks (`torch.compile`), once for each batch size.
-            attention: pins the backend of torch's attention on a GPU: "flash", "efficient", "cudnn" or "math".
+            compile: "regional" compiles the transformer's repeated blocks (`torch.compile`), once for each batch size
+                that pays as measured without; "all" also the decoders.
+            attention: pins the kernel of the transformer's attention on a GPU: "flash", "efficient", "cudnn" or "math".
+            text_tokens: how many tokens of a prompt the transformer reads; by default as many as it was trained with.
             quantize: "fp8" keeps the transformer's large matrices in 8-bit floats; takes torchao and a recent GPU.
             pipeline: the name of the pipeline's class, which a single file does not say of itself; elsewhere it goes
                 before what the folder says.
@@ -176,22 +180,29 @@ class Engine:
             if not str(given).isprintable():
                 raise RequestError(f"{name}={shown(str(given))}: there is no folder of such a name")
         auto = isinstance(floating, str)
-        if auto or preview or attention is not None:
+        asked: dict[str, Any] = {"preview": preview, "attention": attention, "text_tokens": text_tokens}
+        if auto or preview or compile == "all" or attention is not None or text_tokens is not None:
             named = loading.class_of(name_or_path, pipeline)
-            loading.check_options(named, auto=auto, preview=preview, attention=attention)
+            loading.check_options(named, auto=auto, compile=compile, **asked)
         load = partial(loading.load, name_or_path, device, pipeline=pipeline)
         usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-        kind = calibrate.best_dtype(lambda kind: loading.model(load(dtype=kind))) if auto else floating or usual
+        kind = floating or usual
+        if auto:
+            kind = calibrate.best_dtype(lambda kind: loading.model(load(dtype=kind)), device)
         options.setdefault("traits", built_in_traits(name_or_path))
         options.setdefault("name", str(name_or_path))
         loaded = load(dtype=kind)
+        loading.check_options(type(loaded).__name__, compile=compile)
         for network in loading.networks(loaded):
             acceleration.quantize(network, quantize)
             acceleration.compile_blocks(network, compile)
         light = None
         if preview:
             light = loading.load_light("" if preview is True else preview, name_or_path, device, kind)
-        model = loading.model(loaded, light, attention, own_size(name_or_path))
+        for autoencoder in (getattr(loaded, "vae", None), light):
+            if autoencoder is not None:
+                acceleration.compile_decoder(autoencoder, compile)
+        model = loading.model(loaded, light, attention, own_size(name_or_path), text_tokens)
         return cls(model, preview=light is not None, **options)
 
     # Requests.
@@ -423,6 +434,7 @@ class Engine:
             **counts,
             buckets=_by_size(host.runner.buckets),
             bounds=_by_size(host.preparations.bounds),
+            graph_memory=_by_size(host.preparations.graph_memory),
             nfe_per_second=found.nfe_per_second,
             abandoned=host.runner.threads.abandoned,
             healthy=found.dead is None and not host.closed,

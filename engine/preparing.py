@@ -256,22 +256,32 @@ class Preparations:
             self._choose_lanes(*chosen)
         if self.memory is not None or self._graphs:
             runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
-        # Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them.
-        room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), lambda: runner.graph_memory)
+        room = Room(self.memory, max(runner.lanes, 2 if self._graphs else 1), self._in_graphs)
         known = (model, plain, conditioning)
         seconds = yield from calibrate.measured(
             *known, runner.usual, runner.threads.threads, runner.preview, self._keep, room
         )
         if self._graphs:
             yield partial(runner.record, geometry, [*seconds], conditioning)
-            replay = partial(runner.replay, geometry, conditioning)
-            seconds = yield from calibrate.replayed([*seconds], model, geometry, replay, room)
+        if self._graphs or model.capabilities.compiled:
+            replay = partial(runner.replay, geometry, conditioning) if self._graphs else None
+            seconds = yield from calibrate.as_served([*seconds], *known, runner.preview, replay, room)
+            seconds = seconds if self._keep else calibrate.earning(seconds)
         tried = max(room.peaks, default=0) <= max(seconds)  # nothing larger
         bound: Bound = "memory" if room.full is not None and tried else "time"
         bound = "sizes" if max(seconds) == runner.usual[-1] else bound
         if self._keep and bound == "memory":
             _warn_of_memory(geometry, [size for size in runner.usual if size > max(seconds)])
         self._set(geometry, seconds, bound)  # last: what failed is tried again, not skipped
+
+    @property
+    def graph_memory(self) -> dict[Geometry, int]:
+        """Bytes of the device's memory that CUDA graphs hold, by image size; of any thread."""
+        return self.runner.graph_memory
+
+    def _in_graphs(self) -> int:
+        """Bytes of CUDA graphs: torch counts them as reserved and mostly as unused, but nothing else can have them."""
+        return sum(self.graph_memory.values())
 
     def _counting(self, geometry: Geometry, wanted: Wanted) -> Steps:
         """Finds the batch sizes of guided rows."""
@@ -281,7 +291,7 @@ class Preparations:
         runner.allocate(geometry, self.slots(geometry))  # first, as batches have what the particles leave
         saved, working = yield partial(calibrate.guided, runner.model, geometry, conditioning, memory)
         known = self.cost(geometry).seconds
-        found = guidance(saved, working, [*known], Room(memory, runner.lanes, lambda: runner.graph_memory))
+        found = guidance(saved, working, [*known], Room(memory, runner.lanes, self._in_graphs))
         if found.recomputed:
             runner.recomputed.add(geometry)
         self._set_guided(geometry, _up_to(max(found.sizes), known) or _scaled(found.sizes[0], known))

@@ -114,6 +114,7 @@ def about(name: str, runner: Runner, preparations: Preparations, traits: Traits)
             "seconds": {str(bucket): seconds for bucket, seconds in preparations.cost(geometry).seconds.items()},
             "measured": geometry in preparations.costs,
             "bound": preparations.bounds.get(geometry),
+            "graph_bytes": preparations.graph_memory.get(geometry, 0),
         }
         for geometry in runner.geometries
         if not (geometry.kept and geometry.plain in runner.geometries)  # tables tell sizes by their pixels

@@ -23,6 +23,7 @@ class Stats:
         bounds: of the same sizes, why no batches are larger: "time", as larger ones are no faster a row; "memory", as
             they would not fit; "sizes", as none of the engine's batch sizes is. On a GPU a batch size is tried only
             where what it is expected to take, by the peaks of the smaller ones, fits into 90 % of the free memory.
+        graph_memory: of the same sizes, bytes of the GPU's memory that their CUDA graphs hold; empty without graphs.
         nfe_per_second: evaluations a second over the last ten seconds, those that ran in vain included.
         abandoned: threads that were given up because a call of a reward did not come back within its timeout.
         rewards: what calls of each reward took so far, by its name.
@@ -41,3 +42,4 @@ class Stats:
     abandoned: int
     healthy: bool
     rewards: Mapping[str, RewardCost] = field(default_factory=dict)
+    graph_memory: Mapping[tuple[int, ...], int] = field(default_factory=dict)

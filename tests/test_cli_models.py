@@ -140,7 +140,9 @@ def test_a_pipeline_that_takes_accelerate_says_so(folder, monkeypatch):
         ({"preview": True}, "preview=True: it is for FluxPipelines, and this is a LTXPipeline"),
         ({"dtype": "auto"}, "dtype='auto': it is for FluxPipelines, and this is a LTXPipeline"),
         ({"attention": "math"}, "attention='math': it is for FluxPipelines, and this is a LTXPipeline"),
-        ({"compile": "all"}, "compile='all': choose regional"),
+        ({"compile": "all"}, "compile='all': it is for FluxPipelines, and this is a LTXPipeline"),
+        ({"text_tokens": 256}, "text_tokens=256: it is for FluxPipelines, and this is a LTXPipeline"),
+        ({"compile": "max"}, "compile='max': choose regional or all"),
         ({"quantize": "fp4"}, "quantize='fp4': choose fp8"),
     ],
 )

@@ -12,7 +12,7 @@ from rollflow.bench import shapes_networks as networks
 from rollflow.engine import Engine
 from rollflow.errors import ModelError, RequestError
 from rollflow.models import folder
-from rollflow.models.flux import FluxModel
+from rollflow.models.flux import FluxModel, text_tokens_of
 from rollflow.request import Request
 
 PROMPT = "two red circles and three blue squares"
@@ -109,6 +109,30 @@ def test_words_and_sizes_that_the_model_cannot_do():
         engine.generate([Request(PROMPT), Request(PROMPT, height=128, width=128)])
     assert engine.ledger.ticks == 0
     assert engine.generate("red", reward=brightness, nfe=4, steps=2, height=32, width=96).image.size == (96, 32)
+
+
+@pytest.mark.parametrize(
+    ("guided", "longest", "asked", "tokens"),
+    [
+        (False, 512, None, 256),
+        (True, 512, None, 512),
+        (False, 12, None, 12),
+        (False, 512, 512, 512),
+        (True, 512, 77, 77),
+    ],
+)
+def test_a_prompt_has_the_tokens_that_its_transformer_was_trained_with(guided, longest, asked, tokens):
+    """FLUX.1-schnell 256, -dev 512; those that are asked for go before."""
+    pipeline = networks.pipeline(networks.autoencoder(), networks.transformer(), *networks.text_encoders())
+    pipeline.transformer.register_to_config(guidance_embeds=guided)
+    pipeline.tokenizer_2.model_max_length = longest
+    assert text_tokens_of(pipeline, asked) == tokens
+    model = FluxModel(pipeline, text_tokens=asked)
+    assert model.text_tokens == len(model.encode([PROMPT])[0].sequence) == tokens
+    with pytest.raises(
+        RequestError, match=f"text_tokens={longest + 1}: it must be a whole number of at most {longest}"
+    ):
+        FluxModel(pipeline, text_tokens=longest + 1)
 
 
 def test_what_is_no_pipeline(tmp_path):

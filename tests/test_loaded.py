@@ -4,10 +4,14 @@ import importlib.util
 
 import pytest
 import torch
+from tiny import Tiny
 from tiny_image import IMAGE
 
 from rollflow import Engine, ModelError
-from rollflow.models import adapt
+from rollflow.device import calibrate
+from rollflow.models import Capabilities, acceleration, adapt
+from rollflow.models.acceleration import compile_decoder
+from rollflow.models.flux import FluxModel
 from rollflow.models.loaded import Loaded, loaded
 from rollflow.models.pipeline import memory
 
@@ -327,3 +331,106 @@ def test_split_over_processes_is_refused():
     pipeline = chroma()
     pipeline.transformer._parallel_config = object()
     refused(pipeline, "transformer is split over processes", "load it without enable_parallelism")
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(12))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Compiled(Tiny):
+    """A model with a compiled layer, which says for how many rows it was compiled."""
+
+    def __init__(self):
+        self.sizes = []
+        self.capabilities = Capabilities(compiled=True, signature=f"test_loaded: {id(self)}")
+        self.layer = Layer()
+        self.layer.compile(backend=self._seen, fullgraph=True, dynamic=False)
+
+    def _seen(self, graph, inputs):
+        self.sizes.append(next(len(given) for given in inputs if given.ndim == 3))
+        return graph.forward
+
+    def velocity(self, x, tau, conditioning, guidance, geometry):
+        return self.layer(x)
+
+
+def test_compiled_layers_run_at_every_batch_size():
+    model, sizes = Compiled(), (*range(1, 13),)
+    with Engine(model, buckets=sizes, lanes=2, threads=1) as engine:
+        assert [*engine.buckets()] == [*sizes]
+        assert model.sizes == [*sizes]  # before any request comes
+        engine.generate("a cat", method="bon", nfe=11, steps=1, reward=brightness)
+    assert model.sizes == [*sizes]
+
+
+def test_batch_sizes_that_do_not_pay_are_not_compiled(monkeypatch):
+    """Two pays without compilation, four does not; compiled, two does not either."""
+    own, model = calibrate._seconds, Compiled()
+    eager, compiled = {1: 1.0, 2: 1.5, 4: 3.0, 8: 6.0, 16: 12.0}, {1: 0.5, 2: 1.0}
+
+    def seconds(of, geometry, conditioning, bucket, *rest):
+        before = len(model.sizes)
+        own(of, geometry, conditioning, bucket, *rest)
+        return (compiled if len(model.sizes) > before else eager)[bucket]
+
+    monkeypatch.setattr(calibrate, "_seconds", seconds)
+    with Engine(model, lanes=1, threads=1) as engine:
+        assert engine.buckets() == {1: 0.5}
+        assert model.sizes == [1, 2]
+
+
+class Decoder(torch.nn.Module):
+    """A decoder of one block, which is compiled in no time."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.out = torch.nn.GroupNorm(1, channels), torch.nn.Conv2d(channels, 12, 3, padding=1)
+
+    def forward(self, z, latent_embeds=None):
+        return torch.nn.functional.pixel_shuffle(self.out(torch.nn.functional.silu(self.norm(z))), 2)
+
+
+def test_a_compiled_decoder_gives_the_same_images():
+    pipeline, graphs = flux(), []
+    pipeline.vae.decoder = Decoder(pipeline.vae.config.latent_channels)
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = adapt(pipeline)
+    geometry = model.geometry(32, 48)
+    latents = torch.randn(5, *model.layout.shape(geometry), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = model.decode(latents)
+        compile_decoder(pipeline.vae, "regional", seen)
+        assert torch.equal(model.decode(latents), wanted) and not graphs
+        compile_decoder(pipeline.vae, "all", seen)
+        other = FluxModel(pipeline)
+        assert other.capabilities.compiled and other.capabilities.signature != model.capabilities.signature
+        for rows in (1, 2, 3, 4, 5):
+            torch.testing.assert_close(other.decode(latents[:rows]), wanted[:rows], atol=1e-5, rtol=1e-5)
+    assert 1 < len(graphs) < 4  # of one row, and of any number, which may take a second try
+    other.record(geometry, other.encode(["a cat"])[0])
+    assert not other._decoders
+
+
+def test_nothing_is_compiled_while_any_thread_wants_it_eager():
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=seen)
+    first, second = acceleration.eagerly(), acceleration.eagerly()
+    for stage in (first.__enter__, second.__enter__, first.__exit__):  # in turns, as threads have it
+        stage()
+        assert double(torch.ones(2)).sum() == 4 and not graphs
+    second.__exit__()
+    assert double(torch.ones(2)).sum() == 4 and graphs

@@ -204,7 +204,7 @@ def test_prompts_are_encoded_before_the_text_encoders_go():
 
 def test_acceleration_that_cannot_be():
     for options, error, what in (
-        ({"compile": "all"}, RequestError, "compile='all': choose regional"),
+        ({"compile": "whole"}, RequestError, "compile='whole': choose regional or all"),
         ({"attention": "fast"}, RequestError, "attention='fast': choose one of flash, efficient, cudnn, math"),
         ({"quantize": "int3"}, RequestError, "quantize='int3': choose fp8"),
     ):

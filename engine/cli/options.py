@@ -77,7 +77,7 @@ Model = Annotated[str, _one_of("rollflow.names", "BUILT_IN", "built in", "NAME|F
 Pipeline = Annotated[str | None, by_default("what the model's folder says", metavar="CLASS")]
 Device = Annotated[str | None, by_default("cuda where there is one, else cpu", metavar="NAME")]
 Dtype = Annotated[str | None, by_default("bfloat16 on cuda, float32 elsewhere", metavar="|".join(DTYPES))]
-CompileMode = Annotated[str | None, by_default("no compilation", metavar="regional")]
+CompileMode = Annotated[str | None, by_default("no compilation", metavar="regional|all")]
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class ModelOptions(Place):
     reproducible: bool = False
     """One batch size, always padded: the same image, bit for bit, under any load on this device."""
     compile: CompileMode = None
-    """Compile the transformer's repeated blocks."""
+    """Compile the transformer's repeated blocks; all: also the decoders, of a FluxPipeline."""
 
     def load(self) -> Engine:
         """An engine on this model; raises `RollflowError` where there is no such model, device or dtype."""

@@ -198,6 +198,7 @@ def _failures(jobs: list[Job]) -> list[RollflowError]:
 
 
 def _print(recording: Recording, folder: Path) -> None:
+    from rollflow.cli.reports import memory
     from rollflow.profile.report.figures import figures
 
     found = figures(recording)
@@ -207,5 +208,8 @@ def _print(recording: Recording, folder: Path) -> None:
     rate = f"{total['committed_per_second']:.0f} NFE/s, {total['images_per_second']:.2f} images/s"
     many = "request" if total["requests"] == 1 else "requests"
     print(f"  {total['committed_nfe']} NFE of {total['requests']} {many} in {recording.seconds:.1f} s: {rate}")
+    for size in recording.about["sizes"]:
+        if held := size.get("graph_bytes"):
+            print("  CUDA graphs of {height}x{width} hold {held}".format(**size["geometry"], held=memory(held)))
     for name in ("report.html", "trace.json.gz", "ledger.parquet"):
         print(f"  {folder / name}")

@@ -8,8 +8,9 @@ Measurements are kept for the process: by the model's signature, image size, dty
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,19 @@ from rollflow.device.memory import Memory, Room
 from rollflow.device.workers import Lanes
 from rollflow.errors import ModelError
 from rollflow.models import FlowModel, Geometry, recompute
+from rollflow.models.acceleration import eagerly
 from rollflow.models.layout import Layout
 from rollflow.models.recompute import Saved
 
-GAIN = 1.03  # a larger batch must be this much faster a row than all smaller ones, or three in a row end the search
+# A batch must be this much faster a row than one of half its rows; three in a row that are not end the search, or one
+# that takes `LONG`: FLUX's would take minutes to time.
+GAIN = 1.03
+LONG = 0.5  # seconds
 SHORT = 0.1  # seconds of a batch up to which sizes are timed and kept in any case: a timing may mislead
 ROUNDS = 2  # in which a CPU's lanes are compared, in turns; each option's best counts
 TIMED = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sizes that are timed; what lies between is interpolated
-PROBE = 16  # rows of the batch by which a CPU's lanes are chosen
+PROBE = 16  # rows of the batch by which a CPU's lanes, and a dtype, are chosen
+DTYPE_SECONDS = 5.0  # of a row, above which the dtypes are not compared; of all runs of one, what they are bounded by
 # Yields work for a lane, is sent its seconds, or None where it did not fit into the memory.
 Timing = Generator[Callable[[], float | None], float | None, dict[int, float]]
 _seconds_by: dict[tuple, dict[int, float]] = {}
@@ -41,6 +47,8 @@ def measured(
     keep_all: bool, room: Room | None = None,
 ) -> Timing:  # fmt: skip
     """Seconds of forward and decode at each bucket, on a lane, up to the largest that pays and fits.
+
+    What is compiled is measured as if it were not: `as_served` compiles for the buckets that are left.
 
     Args:
         model: the model.
@@ -62,37 +70,55 @@ def measured(
         return {b: seconds for b, seconds in known.items() if b == min(known) or room.fits(b)}
     timed = buckets if keep_all else [b for b in buckets if b in TIMED or b == buckets[0]]
     seconds: dict[int, float] = {}
-    best = slower = 0
+    slower = 0
     for bucket in timed:
         if not room.fits(bucket):
             break
-        repetitions = 4 if bucket <= 8 else 2
-        work = partial(_seconds, model, geometry, conditioning, bucket, preview, repetitions)
+        repetitions = 4 if bucket <= 8 and max(seconds.values(), default=0.0) <= SHORT else 2
+        work = partial(_eager_seconds, model, geometry, conditioning, bucket, preview, repetitions)
         took = yield partial(room.run, bucket, work)
         if took is None:
             _check_any(seconds, bucket, geometry)
             break
         seconds[bucket] = took
-        if not best or bucket / seconds[bucket] > GAIN * best / seconds[best]:
-            best, slower = bucket, 0
-        else:
-            slower += 1
-        if slower == 3 and seconds[bucket] > SHORT and not keep_all:
+        slower = 0 if bucket == best(seconds) else slower + 1
+        if slower >= (1 if took > LONG else 3) and took > SHORT and not keep_all:
             break
-    largest = max([best, *(bucket for bucket in seconds if keep_all or seconds[bucket] <= SHORT)])
-    found = {b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= largest}
+    kept = seconds if keep_all else earning(seconds)
+    found = {b: float(np.interp(b, [*seconds], [*seconds.values()])) for b in buckets if b <= max(kept)}
+    if model.capabilities.compiled:  # for each size anew: none between those that were timed
+        found = dict(kept)
     if model.capabilities.signature is not None and room.full is None:  # another time there may be more memory
         _seconds_by[key], _peaks_by[key] = found, dict(room.peaks)
     return found
 
 
-def replayed(
-    buckets: Iterable[int], model: FlowModel, geometry: Geometry, replay: Callable[[int], Any], room: Room
-) -> Timing:
-    """The seconds of buckets, ascending, that `replay` evaluates and decodes by their CUDA graphs."""
+def best(seconds: Mapping[int, float]) -> int:
+    """The batch size, of ascending ones, from which on none is faster a row by `GAIN` for each doubling of its rows."""
+    found = min(seconds)
+    for bucket in seconds:
+        if bucket / seconds[bucket] > GAIN ** math.log2(bucket / found) * found / seconds[found]:
+            found = bucket
+    return found
+
+
+def earning(seconds: Mapping[int, float]) -> dict[int, float]:
+    """The batch sizes up to the best, and to the largest of a short batch: larger ones only take longer, and memory."""
+    largest = max(best(seconds), *(bucket for bucket in seconds if seconds[bucket] <= SHORT), 0)
+    return {bucket: each for bucket, each in seconds.items() if bucket <= largest}
+
+
+def as_served(
+    buckets: Iterable[int], model: FlowModel, geometry: Geometry, conditioning: Any, preview: bool,
+    replay: Callable[[int], Any] | None, room: Room,
+) -> Timing:  # fmt: skip
+    """The seconds of buckets, ascending, compiled, or of `replay`, which evaluates and decodes one by CUDA graphs."""
     seconds: dict[int, float] = {}
     for bucket in buckets:
-        work = partial(_shortest, model, 4, partial(replay, bucket))
+        if replay is None:
+            work = partial(_seconds, model, geometry, conditioning, bucket, preview, 4)
+        else:
+            work = partial(_shortest, model, 4, partial(replay, bucket))
         took = yield partial(room.run, bucket, work)
         if took is None:
             _check_any(seconds, bucket, geometry)
@@ -151,7 +177,7 @@ def best_lanes(
                 for i, lanes in enumerate(options):
                     check()
                     start = time.perf_counter()
-                    for running in [lanes.run(_seconds, *work) for _ in range(lanes.count)]:
+                    for running in [lanes.run(_eager_seconds, *work) for _ in range(lanes.count)]:
                         running.result()
                     rates[i] = max(rates[i], lanes.count / (time.perf_counter() - start))
         finally:
@@ -164,15 +190,36 @@ def best_lanes(
     return _lanes[key]
 
 
-def best_dtype(make: Callable[[torch.dtype], FlowModel]) -> torch.dtype:
-    """The faster of float32 and bfloat16 for a batch's forward and decode."""
+def best_dtype(
+    make: Callable[[torch.dtype], FlowModel], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> torch.dtype:
+    """The faster of float32 and bfloat16 for forward and decode.
+
+    On a GPU whose matrix units multiply bfloat16 (compute capability 8.0 and later) it is bfloat16, unmeasured: float32
+    takes several times as long, and twice the memory. Elsewhere both are timed, unless a row takes longer than
+    `DTYPE_SECONDS`: then it is the default of the device. A batch of `PROBE` rows is timed where all its runs together
+    are expected to take no longer than that, else one row.
+    """
+    default, other = torch.float32, torch.bfloat16
+    if device.type == "cuda":
+        default, other = other, default
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return default
     seconds: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    rows, runs = 1, 4
+    for dtype in (default, other):
         model = make(dtype)
         lanes = Lanes(model.device, 1, 1)
-        work = (model, model.geometry(None, None), model.encode([""])[0], PROBE, False)
-        seconds[dtype] = lanes.run(_seconds, *work, 4).result()
-        lanes.close()
+        timed = (_seconds, model, model.geometry(None, None), model.encode([""])[0])
+        try:
+            if not seconds:
+                row = lanes.run(*timed, 1, False, 1, clock).result()
+                if row > DTYPE_SECONDS:
+                    return default
+                rows = PROBE if PROBE * runs * row <= DTYPE_SECONDS else 1
+            seconds[dtype] = lanes.run(*timed, rows, False, runs, clock).result()
+        finally:
+            lanes.close()
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
@@ -183,7 +230,7 @@ def _key(model: FlowModel) -> tuple:
 @torch.no_grad()
 def _seconds(
     model: FlowModel, geometry: Geometry, conditioning: Any, bucket: int, preview: bool,
-    repetitions: int = 1,
+    repetitions: int = 1, clock: Callable[[], float] = time.perf_counter,
 ) -> float:  # fmt: skip
     """The shortest of a few runs of forward and decode; the first of all also loads what loads lazily."""
     x = torch.randn(bucket, geometry.token, geometry.channel, device=model.device).to(model.dtype)
@@ -196,18 +243,25 @@ def _seconds(
         model.velocity(x, tau, [conditioning] * bucket, guidance, geometry)
         decode(latents)
 
-    return _shortest(model, repetitions, run)
+    return _shortest(model, repetitions, run, clock)
 
 
-def _shortest(model: FlowModel, repetitions: int, run: Callable[[], Any]) -> float:
+def _shortest(
+    model: FlowModel, repetitions: int, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> float:
     times: list[float] = []
     for _ in range(repetitions):
         _wait(model)
-        start = time.perf_counter()
+        start = clock()
         run()
         _wait(model)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
+
+
+def _eager_seconds(*of: Any) -> float:
+    with eagerly():
+        return _seconds(*of)
 
 
 def _wait(model: FlowModel) -> None:

@@ -102,6 +102,11 @@ class Graphs:
             self._graphs[bucket] = inputs, captured
             self.memory[bucket] = captured.memory + sum(value.nbytes for value in inputs)
 
+    @property
+    def total(self) -> int:
+        """Bytes of device memory of all buckets; of any thread."""
+        return sum([*self.memory.values()])
+
     def __contains__(self, bucket: object) -> bool:
         return bucket in self._graphs
 

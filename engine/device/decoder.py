@@ -31,7 +31,7 @@ class Decoder:
         pixels: of an image.
 
     Attributes:
-        memory: bytes of device memory of the graphs.
+        total: bytes of device memory of the graphs.
     """
 
     def __init__(self, full: Decode, light: Decode | None, pixels: int):
@@ -39,8 +39,8 @@ class Decoder:
         self._graphs: dict[bool, Graphs] = {}  # by whether it is the light decoder
 
     @property
-    def memory(self) -> int:
-        return sum(sum(graphs.memory.values()) for graphs in [*self._graphs.values()])
+    def total(self) -> int:
+        return sum(graphs.total for graphs in [*self._graphs.values()])
 
     def record(
         self,

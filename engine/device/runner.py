@@ -119,11 +119,13 @@ class Runner:
         self.cached_graphs.clear()
 
     @property
-    def graph_memory(self) -> int:
-        """Bytes of device memory that CUDA graphs hold."""
-        steps = [*self.graphs.values(), *self.cached_graphs.values()]
-        decoders = [*self._decoders.values()]
-        return sum(sum(one.memory.values()) for one in steps) + sum(one.memory for one in decoders)
+    def graph_memory(self) -> dict[Geometry, int]:
+        """Bytes of device memory that CUDA graphs hold, by image size; of any thread."""
+        found = dict[Geometry, int]()
+        for graphs in (self.graphs, self.cached_graphs, self._decoders):
+            for geometry, one in [*graphs.items()]:
+                found[geometry] = found.get(geometry, 0) + one.total
+        return found
 
     def bucket(self, rows: int, geometry: Geometry, guided: bool = False) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from rollflow.device.judges import JUDGES, Judges, Turn
+from rollflow.models.acceleration import allow_recompiles
 
 LOG = logging.getLogger("rollflow")
 T = TypeVar("T")
@@ -135,6 +136,7 @@ class Lanes:
         self.parallel = device.type == "cpu"
 
         def start() -> None:
+            allow_recompiles()
             if device.type == "cuda":
                 torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
             else:

@@ -113,6 +113,7 @@ class Capabilities:
         graphable: it has `collate(conditioning)`, which makes a tuple of tensors of a batch's conditionings, and
             `forward(x, tau, collated, guidance, geometry)`, which is `velocity` as a function of tensors alone: a CUDA
             graph can hold it.
+        compiled: parts of it are compiled (`torch.compile`) when a batch of a new size comes.
         recordable: it has `record(geometry, conditioning)`, which prepares it for an image size on a CPU.
         releases_text: it has `release_text_encoders()`, which frees their memory.
         frames: it makes clips: its `geometry(height, width, frames)` takes their number, and `decode` gives
@@ -142,6 +143,7 @@ class Capabilities:
 
     preview: bool = False
     graphable: bool = False
+    compiled: bool = False
     recordable: bool = False
     releases_text: bool = False
     frames: bool = False

@@ -1,46 +1,98 @@
-"""Makes a transformer faster by what libraries provide: compiled blocks, 8-bit weights, a pinned attention kernel."""
+"""Makes networks faster by what libraries provide: compiled blocks and decoders, 8-bit weights."""
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rollflow.errors import ModelError, RequestError, shown
 
-COMPILE = ("regional",)
+Backend = str | Callable[..., Any]
+COMPILE = ("regional", "all")
 QUANTIZE = ("fp8",)
-ATTENTION = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-# What a GPU may choose from where nothing is pinned. cuDNN's is left out: its versions 9.13 and 9.14 fault under CUDA
-# graphs for keys longer than 1024 (TransformerEngine #2344).
-_USUAL = [ATTENTION["flash"], ATTENTION["efficient"], ATTENTION["math"]]
-_RECOMPILES = 64  # batch sizes times kinds of block; torch gives up at 8
+_RECOMPILES = 512  # of a function: batch sizes, times image sizes, times what else it is guarded by; torch's is 8
 
 
-def compile_blocks(transformer: nn.Module, how: str | None) -> None:
+def compile_blocks(transformer: nn.Module, how: str | None, backend: Backend = "inductor") -> None:
     """Compiles the blocks that a diffusers transformer repeats, each kind once for each batch size.
 
     Raises:
         RequestError: an unknown `how`.
         ModelError: the transformer does not say which blocks it repeats.
     """
-    if how is None:
+    if not _compiles(how):
         return
-    if not isinstance(how, str) or how not in COMPILE:
-        raise RequestError(f"compile={shown(how)}: choose {', '.join(COMPILE)}, or None for no compilation")
     if not getattr(transformer, "_repeated_blocks", None):
         raise ModelError(f"compile={shown(how)}: a {type(transformer).__name__} does not say which blocks it repeats")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILES)
     repeated: Any = transformer  # diffusers' own method
-    repeated.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    repeated.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+    allow_recompiles()
+
+
+def compile_decoder(autoencoder: nn.Module, how: str | None, backend: Backend = "inductor") -> None:
+    """Compiles an autoencoder's decoder, where `how` is "all": a normalisation and its activation become one kernel.
+
+    Once for one image and once for any number of them. Without CUDA graphs of its own: it runs beside the replays of
+    the transformer's, so that it could not share their memory, and its kernels are long where its time matters.
+
+    Raises:
+        RequestError: an unknown `how`.
+    """
+    if _compiles(how) and how == "all":
+        whole: Any = autoencoder
+        whole.decoder.compile(backend=backend)
+        allow_recompiles()
+
+
+def _compiles(how: str | None) -> bool:
+    if how is not None and (not isinstance(how, str) or how not in COMPILE):
+        raise RequestError(f"compile={shown(how)}: choose {' or '.join(COMPILE)}, or None for no compilation")
+    return how is not None
+
+
+def allow_recompiles() -> None:
+    """Lets this thread compile a function for as many batch sizes as there may be.
+
+    Torch's setting for that is a thread's own (of 2.13; of the process in earlier versions), so that each that runs
+    batches has to call this. Where nothing was compiled it does nothing: torch's compiler takes seconds to import.
+    """
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        for limit, least in (("recompile_limit", _RECOMPILES), ("accumulated_recompile_limit", 4 * _RECOMPILES)):
+            setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), least))
+
+
+class _Eager:
+    """Torch's stance, which is the process's: the first of those who want it eager sets it, the last resets it."""
+
+    def __init__(self) -> None:
+        self._lock, self._holders = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._holders += 1
+            if self._holders == 1:
+                self._stance = torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._holders -= 1
+            if not self._holders:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER = _Eager()
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """Within it nothing is compiled, and what was runs as if it were not; in all threads, as the switch is torch's."""
+    return _EAGER if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def quantize(transformer: nn.Module, how: str | None) -> None:
@@ -81,16 +133,3 @@ def block_matrices(transformer: nn.Module) -> set[str]:
                 if isinstance(module, nn.Linear) and all(side % 16 == 0 for side in module.weight.shape):
                     found.add(inner)
     return found
-
-
-def check_attention(backend: str | None) -> None:
-    """Raises `RequestError` for an unknown backend."""
-    if backend is not None and (not isinstance(backend, str) or backend not in ATTENTION):
-        raise RequestError(f"attention={shown(backend)}: choose one of {', '.join(ATTENTION)}, or None")
-
-
-def attention(backend: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, a GPU's attention runs on this backend; without one, on any that CUDA graphs can hold."""
-    if device.type != "cuda":  # torch's switches are the process's, and lanes of a CPU would get into each other's way
-        return nullcontext()
-    return sdpa_kernel(_USUAL if backend is None else ATTENTION[backend])

@@ -10,15 +10,23 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from rollflow.models import recompute
 
-Hooks = Callable[[], Sequence[RemovableHandle]]
+
+class Removable(Protocol):
+    """A handle of what is done to a network."""
+
+    def remove(self) -> None:
+        """Undoes it."""
+        ...
+
+
+Hooks = Callable[[], Sequence[Removable]]
 
 
 def networks_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -111,7 +119,7 @@ class Borrowed:
     ):
         laid_out = {id(network) for network in channels_last}
         self._networks = [(weakref.ref(one), id(one) in laid_out) for one in dict.fromkeys(networks)]
-        self._hooks, self._handles, self._engines = hooks, list[RemovableHandle](), 0
+        self._hooks, self._handles, self._engines = hooks, list[Removable](), 0
         self.held = False
         self._take()
         weakref.finalize(owner, self._return).atexit = False

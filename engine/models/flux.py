@@ -7,6 +7,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -17,16 +18,19 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rollflow.errors import ModelError, RequestError, line, shown
-from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, caching, norms, recompute
+from rollflow.models import Capabilities, FlowModel, Geometry, caching, norms, recompute
+from rollflow.models.attention import Pin, check_attention, pin
 from rollflow.models.borrowed import Borrowed, networks_of
 from rollflow.models.layout import Layout
-from rollflow.models.loaded import loaded
+from rollflow.models.loaded import is_compiled, loaded
 from rollflow.models.recorded import traced
+from rollflow.values import whole
 
 _PATCH = (1, 2, 2)  # (t, y, x) of a token, in latent pixels
 # Pixels that the decoder takes at a time, on a CPU and on a GPU: a bound on its memory, and on a CPU a size whose
 # activations are not handed back to the system after each batch (see `rollflow.engine`).
 _DECODE_PIXELS = (2**17, 2**22)
+_TEXT_TOKENS = (256, 512)  # that FLUX.1 was trained with: schnell; and dev, which embeds its guidance
 _WORD_LEVEL = 1000  # vocabularies smaller than this are lists of words, and an unknown word is an error
 
 
@@ -51,13 +55,15 @@ class FluxModel(FlowModel):
         light: a small decoder of the same latents that particles may be judged by, such as TAESD's for FLUX.1 (its
             `scaling_factor` and `shift_factor` are heeded). Its output is an image, or has 3 n^2 channels, for cells of
             n x n pixels.
-        attention: the backend of torch's attention, one of `rollflow.models.acceleration.ATTENTION`; by default torch's
-            own choice among those that CUDA graphs can hold.
+        attention: the kernel of the transformer's attention on a GPU, one of `rollflow.models.attention.ATTENTION`; by
+            default torch's own choice, see `rollflow.models.attention.pin`.
+        text_tokens: how many tokens of a prompt the transformer reads, padding included; by default those that it was
+            trained with, see `text_tokens_of`.
 
     Raises:
         ModelError: the object is no FluxPipeline, parts of it are missing, or it is loaded in a way that no engine can
             work with; see `rollflow.models.loaded`.
-        RequestError: an unknown attention.
+        RequestError: an unknown attention, or more text tokens than the tokenizer gives.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class FluxModel(FlowModel):
         pipeline: FluxPipeline,
         light: AutoencoderKL | AutoencoderTiny | None = None,
         attention: str | None = None,
+        text_tokens: int | None = None,
     ):
         if not isinstance(pipeline, FluxPipeline):
             raise ModelError(f"a {type(pipeline).__name__} is no pipeline that rollflow knows: pass a FluxPipeline")
@@ -75,7 +82,8 @@ class FluxModel(FlowModel):
         ]
         if missing:
             raise ModelError(f"the pipeline lacks {', '.join(missing)}: load it whole")
-        acceleration.check_attention(attention)
+        check_attention(attention)
+        self.text_tokens = text_tokens_of(pipeline, text_tokens)
         self.loaded = loaded(pipeline)
         self.pipeline, self.attention = pipeline, attention
         self.transformer, self.vae, self.light = pipeline.transformer, pipeline.vae, light
@@ -85,7 +93,7 @@ class FluxModel(FlowModel):
         # The transformer rounds its timestep to the model's dtype, which merges neighbouring times in bfloat16: this
         # hook hands the embedding the exact one of the thread's own batch.
         self._exact = threading.local()
-        hook = partial(_exact_time_hook, self.transformer, self._exact)
+        hook = partial(_hooks, self.transformer, self._exact, attention)
         self._borrowed = Borrowed(self, [*networks_of(pipeline).values(), *decoders], decoders, hook)
         self.borrow, self.give_back = self._borrowed.borrow, self._borrowed.give_back
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
@@ -95,9 +103,9 @@ class FluxModel(FlowModel):
         self.capabilities = Capabilities(
             preview=light is not None, graphable=self.loaded.graphable, recordable=True, releases_text=True,
             images=True, returns=True, rounded=True, caches=True, signature=self._signature(),
+            compiled=self.loaded.compiled or any(map(is_compiled, decoders)),
         )  # fmt: skip
         self.kept = caching.width(self.transformer)
-        self.text_tokens = min(512, pipeline.tokenizer_2.model_max_length)
         # Prompts are checked on threads of those who ask, while a lane encodes: a tokenizer's padding is its state.
         self._reader = copy.deepcopy(pipeline.tokenizer_2)
         self._ids: dict[Geometry, tuple[Tensor, Tensor]] = {}
@@ -118,9 +126,10 @@ class FluxModel(FlowModel):
 
     def _signature(self) -> str:
         """The networks' configurations."""
-        light = None if self.light is None else dict(self.light.config)
         kinds = sorted({f"{type(p).__name__} {p.dtype}" for p in self.transformer.parameters()})
-        return repr((dict(self.transformer.config), dict(self.vae.config), light, kinds, self.attention, self.loaded))
+        decoders = [(dict(one.config), is_compiled(one)) for one in (self.vae, self.light) if one is not None]
+        given = self.attention, self.text_tokens, self.loaded
+        return repr((dict(self.transformer.config), *decoders, kinds, *given))
 
     def release_text_encoders(self) -> None:
         """Drops the text encoders, and their memory with them; prompts that were not encoded before are refused."""
@@ -192,7 +201,7 @@ class FluxModel(FlowModel):
     ) -> Float[Tensor, "row token channel"]:
         """`velocity` of collated conditionings: a function of tensors alone, which a CUDA graph can hold."""
         network = None if torch.is_grad_enabled() else self._recorded.get(geometry)
-        with self._borrowed.lent(), acceleration.attention(self.attention, self.device):
+        with self._borrowed.lent():
             return (network or partial(self._network, geometry))(x, tau, *collated, guidance)
 
     def _network(
@@ -249,7 +258,7 @@ class FluxModel(FlowModel):
 
         With `geometry.kept` it is the forms of the transformer that keep, and none of the decoders.
 
-        Compiled and quantized transformers stay as they are.
+        Compiled networks and quantized transformers stay as they are.
         """
         if geometry in self._recorded or geometry in self._forms.recorded:
             return
@@ -276,7 +285,7 @@ class FluxModel(FlowModel):
             network = traced(network, self.transformer, inputs(3), inputs(5), "transformer")
         self._recorded[geometry] = network
         for decoder in (self.vae, self.light):
-            if decoder is not None:
+            if decoder is not None and not is_compiled(decoder):
                 recorded = traced(partial(_decoded, decoder), decoder, latents(3), latents(5), "decoder")
                 self._decoders[decoder, tuple(latents(1)[0].shape[1:])] = recorded
 
@@ -311,15 +320,34 @@ class FluxModel(FlowModel):
         chunk = 1 if recompute.active() else max(1, _DECODE_PIXELS[self.device.type == "cuda"] // pixels)
         recorded = None if torch.is_grad_enabled() else self._decoders.get((decoder, tuple(latents.shape[1:])))
         decode = recorded or partial(_decoded, decoder)
-        with self._borrowed.lent(), norms.fused(self.device):
+        ours = nullcontext() if is_compiled(decoder) else norms.fused(self.device)  # or compiled with them in it
+        with self._borrowed.lent(), ours:
             images = torch.cat([decode(part) for part in latents.split(chunk)])
         if images.shape[1] > 3:
             images = torch.nn.functional.pixel_shuffle(images, math.isqrt(images.shape[1] // 3))
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _exact_time_hook(transformer: FluxTransformer2DModel, exact: threading.local) -> list[RemovableHandle]:
-    return [transformer.time_text_embed.register_forward_pre_hook(partial(_exact_time, exact))]
+def text_tokens_of(pipeline: FluxPipeline, asked: int | None = None) -> int:
+    """How many tokens of a prompt a FLUX transformer reads: as asked, or as it was trained.
+
+    That is 512 of those that embed their guidance, such as FLUX.1-dev, and 256 of others, such as FLUX.1-schnell; and
+    no more than the tokenizer gives.
+
+    Raises:
+        RequestError: fewer than 1, or more than the tokenizer gives.
+    """
+    most = pipeline.tokenizer_2.model_max_length
+    if asked is not None:
+        return whole("text_tokens", asked, 1, most)
+    return min(_TEXT_TOKENS[bool(pipeline.transformer.config.guidance_embeds)], most)
+
+
+def _hooks(
+    transformer: FluxTransformer2DModel, exact: threading.local, attention: str | None
+) -> list[RemovableHandle | Pin]:
+    pins = pin(transformer, attention, transformer.device)
+    return [*pins, transformer.time_text_embed.register_forward_pre_hook(partial(_exact_time, exact))]
 
 
 def _exact_time(exact: threading.local, module: torch.nn.Module, args: tuple) -> tuple | None:

@@ -58,8 +58,12 @@ def loaded(pipeline: Any) -> Loaded:
     own = [part for name, part in parts.items() if name in DENOISERS]
     adapters = [adapter for part in own for adapter in _adapters(part)]
     quantized = dict.fromkeys(method for part in own for method in _quantized(part))
-    compiled = any(block._compiled_call_impl is not None for part in own for block in part.modules())
-    return Loaded(tuple(adapters), tuple(quantized), compiled)
+    return Loaded(tuple(adapters), tuple(quantized), any(map(is_compiled, own)))
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether modules of it are compiled."""
+    return any(module._compiled_call_impl is not None for module in network.modules())
 
 
 def _refusals(name: str, part: nn.Module) -> Iterator[str]:

@@ -104,15 +104,24 @@ def class_of(name: str | Path, pipeline: str | None = None) -> str:
         return ""
 
 
-def check_options(kind: str, *, auto: bool = False, preview: Any = False, attention: str | None = None) -> None:
+def check_options(
+    kind: str, *, auto: bool = False, preview: Any = False, attention: str | None = None, compile: str | None = None,
+    text_tokens: int | None = None,
+) -> None:  # fmt: skip
     """Refuses what is known to do nothing for a class of pipelines, by name.
 
     Raises:
-        RequestError: dtype="auto", a preview or an attention for what is no FluxPipeline.
+        RequestError: such an option for what is no FluxPipeline: compile="all", or any of the others.
     """
     if kind in ("", FluxPipeline.__name__):
         return
-    asked = {"dtype='auto'": auto, f"preview={shown(preview)}": preview, f"attention={shown(attention)}": attention}
+    asked = {
+        "dtype='auto'": auto,
+        f"preview={shown(preview)}": preview,
+        f"attention={shown(attention)}": attention,
+        f"compile={shown(compile)}": compile == "all",
+        f"text_tokens={shown(text_tokens)}": text_tokens is not None,
+    }
     for option, given in asked.items():
         if given:
             raise RequestError(f"{option}: it is for FluxPipelines, and this is a {kind}; leave it out")
@@ -123,16 +132,18 @@ def model(
     light: AutoencoderKL | AutoencoderTiny | None = None,
     attention: str | None = None,
     own: Size | None = None,
+    text_tokens: int | None = None,
 ) -> FlowModel:
     """What the engine runs of a pipeline; `own` is the size of requests that name none, where the pipeline has another.
 
     Raises:
-        RequestError: an attention or a light decoder for what is no FluxPipeline.
+        RequestError: an attention, a light decoder or text tokens for what is no FluxPipeline.
         ModelError: no flow pipeline.
     """
     if isinstance(pipeline, FluxPipeline):
-        return FluxModel(pipeline, light, attention)
-    check_options(type(pipeline).__name__, preview=light is not None, attention=attention)
+        return FluxModel(pipeline, light, attention, text_tokens)
+    kind = type(pipeline).__name__
+    check_options(kind, preview=light is not None, attention=attention, text_tokens=text_tokens)
     if own is not None:
         from rollflow.models.pipeline import PipelineModel
 

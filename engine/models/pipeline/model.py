@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rollflow.errors import ModelError, RequestError, shown
-from rollflow.models import Capabilities, FlowModel, Geometry, recompute
+from rollflow.models import Capabilities, FlowModel, Geometry, acceleration, recompute
 from rollflow.models.borrowed import Borrowed, networks_of
-from rollflow.models.loaded import loaded
+from rollflow.models.loaded import is_compiled, loaded
 from rollflow.models.pipeline import memory
 from rollflow.models.pipeline.decoding import TOLERANCE, Decodings, decoded, images_of, learn_decoding
 from rollflow.models.pipeline.drive import NETWORKS, SCALES, Driver
@@ -82,14 +82,13 @@ class PipelineModel(FlowModel):
             recordable=self.loaded.plain, schedule=True, images=callable(getattr(pipeline.vae, "encode", None)),
             returns=True, rounded=True, guidance=self.driver.default_scale,
             signature=repr((self._signature(), self.loaded)),
+            compiled=self.loaded.compiled or is_compiled(pipeline.vae),
         )  # fmt: skip
 
     def _signature(self) -> str:
         """Of the networks as they come, as measurements of one count for all others of it: compiled ones cost less."""
         networks = [getattr(self.pipeline, name) for name in (*self.driver.networks, "vae")]
-        compiled = [any(part._compiled_call_impl is not None for part in one.modules()) for one in networks]
-        kinds = [(type(one).__name__, dict(one.config), str(one.dtype)) for one in networks]
-        return repr([*zip(kinds, compiled, strict=True)])
+        return repr([(type(one).__name__, dict(one.config), str(one.dtype), is_compiled(one)) for one in networks])
 
     # Sizes.
 
@@ -108,7 +107,7 @@ class PipelineModel(FlowModel):
             return known
         with self._lock:
             if size not in self._sizes:
-                with torch.no_grad(), self._borrowed.lent():
+                with torch.no_grad(), self._borrowed.lent(), acceleration.eagerly():
                     space = self._remembered(size)
                 self.spaces.setdefault(space.geometry, space)
                 self.layout.of.setdefault(space.geometry, space.decoding)
