@@ -7,6 +7,7 @@ CUDA graph: the same code runs, and its figures say nothing about graphs.
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import statistics
@@ -148,6 +149,7 @@ class Subject:
     """A geometry's model and reward on a device, and what a row was measured to cost in each of their parts.
 
     Attributes:
+        alone: the pipeline for the sequential loop.
         seconds: of a row at the best bucket, by part: transformer, decode, reward, of models with a light decoder
             preview. What failed is missing.
         best: the bucket at which the eager transformer does the most rows a second.
@@ -159,7 +161,12 @@ class Subject:
         self.name, self.of, self.device = name, geometries.geometry(name).shrunk(shrink), device
         built_in = self.of.built_in
         light = None if built_in else geometries.light_decoder(name, device, dtype, shrink)
-        self.model = FluxModel(geometries.pipeline(name, device, dtype, shrink), light)
+        pipeline = geometries.pipeline(name, device, dtype, shrink)
+        # With a decoder of its own, as it comes: engines lay theirs out channels last, which torch's own group
+        # normalisation on a GPU does not like.
+        self.alone = copy.copy(pipeline)
+        self.alone.vae = copy.deepcopy(pipeline.vae)
+        self.model = FluxModel(pipeline, light)
         self.model.pipeline.set_progress_bar_config(disable=True)
         self.reward = rewards.make("count" if built_in else geometries.clip_reward(device, dtype, shrink))
         self.sizes = QUICK_BUCKETS if quick else BUCKETS

@@ -130,7 +130,7 @@ def seconds_a_row(engine: Engine, subject: Subject) -> float:
 
 def graph_memory(engine: Engine) -> int:
     """Bytes of device memory that the engine's CUDA graphs and their inputs hold; 0 without graphs."""
-    return sum(sum(graphs.memory.values()) for graphs in engine._host.runner.graphs.values())
+    return sum(engine._host.runner.graph_memory.values())
 
 
 def _request(
@@ -159,7 +159,7 @@ def _search(engine: Engine, requests: list[Request]) -> Run:
 
 
 def _sequential(subject: Subject, prompt: str, steps: int, nfe: int) -> Baseline:
-    return sequential_rbf(subject.model.pipeline, _request(subject, prompt, 0, nfe, steps), traits(subject.name))
+    return sequential_rbf(subject.alone, _request(subject, prompt, 0, nfe, steps), traits(subject.name))
 
 
 def _compared(
