@@ -93,8 +93,8 @@ def _noise(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
 
 def _drawn(seed: int, key: int, storage: Storage) -> Float[Tensor, "token channel"]:
     x = storage.x
-    numbers = (torch.full((1,), value, device=x.device) for value in (seed, key))  # filled there: nothing is copied
-    return kernels.noise(*numbers, *x.shape[1:])[0]
+    seeds, keys = (torch.full((1,), value, device=x.device) for value in (seed, key))  # filled there, not copied
+    return kernels.noise(seeds, keys, *x.shape[1:])[0]
 
 
 def _moved(row: Row, storage: Storage) -> Float[Tensor, "token channel"]:
