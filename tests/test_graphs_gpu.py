@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import rollflow
 from rollflow import kernels
+from rollflow.copies import Download
 from rollflow.device.batch import Tables
 from rollflow.device.cuda_graphs import Graphs
 from rollflow.device.storage import Storage
@@ -24,7 +26,9 @@ from rollflow.device.workers import Lanes
 from rollflow.engine import Engine
 from rollflow.models.flux import FluxModel
 from rollflow.models.loading import load
+from rollflow.profile import records
 from rollflow.request import Request
+from rollflow.rewards import FunctionReward
 from rollflow.row import NONE
 
 pytestmark = pytest.mark.gpu
@@ -181,6 +185,10 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     return images[:, 0, 32, 32]
 
 
+lighter = FunctionReward(brightness)
+lighter.differentiable = True
+
+
 def ask(method: str, seed: int) -> Request:
     options = {"interpolant": "vp", "grid": "paper", "diffusion": 3.0}
     return Request("two red circles", method=method, nfe=40, steps=5, seed=seed, reward=brightness, **options)
@@ -232,18 +240,53 @@ def test_synchronisations_are_seen() -> None:
     assert len(found) == 1
 
 
+@contextmanager
+def downloads() -> Iterator[Counter[str]]:
+    """Counts the waits for what was copied to the host, which leave the core to others, by the file that waits."""
+    found, wait = Counter[str](), Download.wait
+
+    def counted(self: Download) -> tuple[Tensor, ...]:
+        found[Path(traceback.extract_stack(limit=2)[0].filename).stem] += 1
+        return wait(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Download, "wait", counted)
+        yield found
+
+
+def kept(engine: Engine) -> dict[str, np.ndarray]:
+    """The ledger's tables since it was cleared."""
+    return engine.ledger.snapshot(dict.fromkeys(records.TABLES, 0)).tables
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("method", ["bon", "rbf"])
 def test_a_batch_waits_for_the_device_once(model: FluxModel, method: str, graphs: bool) -> None:
-    """For its rewards; the images that are returned are copied once more, after the last batch."""
+    """For its rewards, on a judge's thread: batches of rows once, and batches of final images once more for pixels."""
     engine = Engine(model, buckets=(8,), graphs=graphs)
     engine.generate([ask(method, seed) for seed in range(4)])  # compiles and loads
     engine.ledger.clear()
-    with synchronisations() as found:
+    with synchronisations() as found, downloads() as waits:
         engine.generate([ask(method, seed) for seed in range(4, 8)])
-    batches = [where for where in found if "_run_images" not in where and " judging: " not in where]
-    listing = "\n".join(f"{count:4d} x {where}" for where, count in Counter(batches).most_common())
-    assert len(batches) <= engine.ledger.ticks, f"{len(batches)} waits in {engine.ledger.ticks} batches:\n{listing}"
+    listing = "\n".join(f"{count:4d} x {where}" for where, count in Counter(found).most_common())
+    assert not found, f"{len(found)} waits that keep a core busy:\n{listing}"
+    calls, images = len(kept(engine)["calls"]), waits["finals"]
+    assert 0 < images < calls <= engine.ledger.ticks + images
+    assert waits == {"judge": calls, "finals": images}
+
+
+def test_a_guided_batch_waits_for_the_device_once(model: FluxModel) -> None:
+    """For its scores and gradients together, on the lane; a final image for its reward and its pixels."""
+    engine = Engine(model, buckets=(8,))
+    options = {"method": "dps", "nfe": 20, "steps": 5, "reward": lighter, "interpolant": "linear"}
+    engine.generate("two red circles", seed=0, **options)
+    engine.ledger.clear()
+    with synchronisations() as found, downloads() as waits:
+        engine.generate("two red circles", seed=1, **options)
+    assert not found, Counter(found).most_common(3)
+    tables = kept(engine)
+    guided = int((tables["batches"]["work"] == records.WORK.index("guided")).sum())
+    assert guided > 0 and waits == {"guided": guided, "judge": len(tables["calls"]) - guided, "finals": 1}
 
 
 REFUSED = """
