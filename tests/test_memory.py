@@ -1,12 +1,14 @@
 """Batch sizes by free memory: foretold from smaller batches, by a card that a test makes as large as it likes."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import SIZE, Tiny, assert_sound, bon, engine
 
 from rollflow import ModelError
+from rollflow.cli.profiling import graph_lines
 from rollflow.device import calibrate
 from rollflow.device.memory import SHARE, CudaMemory, Room
 from rollflow.models import Capabilities
@@ -239,3 +241,15 @@ def test_the_peak_of_a_gpu():
     del large
     assert memory.peak() == 2**24 and memory.free() >= free - 2**21 and kept.numel()
     memory.release()
+
+
+def test_the_memory_of_cuda_graphs_is_told():
+    with on_card(Card(10**6), "graphs") as made:
+        made.warm_up()
+        assert made.stats().graph_memory == {}
+        made._host.runner.graphs[SIZE] = SimpleNamespace(memory={1: 3 * 2**20, 2: 2**20})
+        assert made.stats().graph_memory == {(8, 8): 4 * 2**20}
+        with made.profile() as profile:
+            pass
+        assert profile.recording.about["sizes"][0]["graph_bytes"] == 4 * 2**20
+        assert "CUDA graphs of 8x8 hold 4 MiB" in [*graph_lines(profile.recording)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,8 +197,16 @@ def _failures(jobs: list[Job]) -> list[RollflowError]:
     return found
 
 
-def _print(recording: Recording, folder: Path) -> None:
+def graph_lines(recording: Recording) -> Iterator[str]:
+    """What the CUDA graphs of each image size hold of the device's memory; nothing where there are none."""
     from rollflow.cli.reports import memory
+
+    for size in recording.about["sizes"]:
+        if held := size.get("graph_bytes"):
+            yield "CUDA graphs of {height}x{width} hold {held}".format(**size["geometry"], held=memory(held))
+
+
+def _print(recording: Recording, folder: Path) -> None:
     from rollflow.profile.report.figures import figures
 
     found = figures(recording)
@@ -208,8 +216,7 @@ def _print(recording: Recording, folder: Path) -> None:
     rate = f"{total['committed_per_second']:.0f} NFE/s, {total['images_per_second']:.2f} images/s"
     many = "request" if total["requests"] == 1 else "requests"
     print(f"  {total['committed_nfe']} NFE of {total['requests']} {many} in {recording.seconds:.1f} s: {rate}")
-    for size in recording.about["sizes"]:
-        if held := size.get("graph_bytes"):
-            print("  CUDA graphs of {height}x{width} hold {held}".format(**size["geometry"], held=memory(held)))
+    for held in graph_lines(recording):
+        print(f"  {held}")
     for name in ("report.html", "trace.json.gz", "ledger.parquet"):
         print(f"  {folder / name}")

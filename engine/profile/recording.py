@@ -36,8 +36,9 @@ class Recording:
         about: what it was recorded on, as JSON holds it: "begin" and "end" (seconds of the ledger's clock) and
             "began" (of the epoch, when that was "begin"); "model", "adapter", "device", "dtype", "machine", "cores" and
             "versions"; of the engine "lanes", "threads", "parallel", "preview", "buckets" and "traits"; "sizes", for
-            each image size its geometry, slots and the measured seconds of a batch by bucket; "specs", by request what
-            was asked, see `rollflow.specs`; "forgotten", how many entries of each table were lost.
+            each image size its geometry, slots, the measured seconds of a batch by bucket, and the bytes that CUDA
+            graphs hold; "specs", by request what was asked, see `rollflow.specs`; "forgotten", how many entries of each
+            table were lost.
     """
 
     rows: np.ndarray
