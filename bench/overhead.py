@@ -159,10 +159,11 @@ class Overhead:
             "operator_microseconds_per_tick": operators / ticks,
         }
 
-    def _ledger(self, live: int = 100) -> dict[str, Any]:
+    def _ledger(self, most: int = 100) -> dict[str, Any]:
         """What the ledger costs with the free model, in processor time, and with "shapes", in wall time."""
-        free, shapes = self._engine(min(live, self.requests)), Engine.from_pretrained("shapes")
-        asked, drawn = self._requests(min(live, self.requests)), ledger_cost.shapes_requests(self.prompts, self.nfe)
+        live = min(most, self.requests, max(self.live))
+        free, shapes = self._engine(live), Engine.from_pretrained("shapes")
+        asked, drawn = self._requests(live), ledger_cost.shapes_requests(self.prompts, self.nfe)
         found: dict[str, Any] = {"predicted": ledger_cost.PREDICTED}
         for engine, requests in ((free, asked), (shapes, drawn)):
             engine.generate(requests)

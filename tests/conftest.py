@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import inspect
 import os
 import re
@@ -93,6 +94,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def little_garbage():
+    """What is timed is timed after a collection, which would go through all that was imported, each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # What tests report for a reader, such as the kernels' registers: at the end of the run, from whichever process.

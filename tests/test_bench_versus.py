@@ -1,16 +1,22 @@
 """Two versions in turns: here one version, held against itself."""
 
 import json
+import re
 import sys
 
 import pytest
 
+from rollflow.bench import versus
 from rollflow.bench.__main__ import main
 from rollflow.bench.versus import _row
 
 
-def test_a_version_against_itself(tmp_path, capsys):
+def test_a_version_against_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of both processes, for which a second thread mostly waits
     file = tmp_path / "versus.json"
+    side = tmp_path / "side.py"  # it measures the host's work over thousands of rows
+    side.write_text(re.sub(r"LEAST_ROWS = \d+", "LEAST_ROWS = 100", versus.SIDE.read_text()))
+    monkeypatch.setattr(versus, "SIDE", side)
     small = ["--live", "2", "--prompts", "1", "--methods", "bon", "--nfe", "20", "--repetitions", "2", "--lanes", "1"]
     code = main(["versus", sys.executable, *small, "--threshold", "9", "--json", str(file)])
     assert code == 0, capsys.readouterr()

@@ -345,7 +345,8 @@ def test_scores_are_printed_plainly():
     assert output.number(0.02807) != output.number(0.02803)
 
 
-def test_as_a_process_it_is_quiet_and_starts_without_torch(model, tmp_path):
+def test_as_a_process_it_is_quiet_and_starts_without_torch(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # there is then no choice of lanes that would be timed
     light = "import sys, rollflow.cli.commands as c; c.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", light, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "generate" in done.stdout

@@ -199,7 +199,7 @@ def test_a_recording_of_nothing_has_a_page():
     assert page.count("<svg") == 2  # of the idle lanes
 
 
-def test_requests_without_rewards_have_a_page():
+def test_requests_without_rewards_have_a_page(undrawn):
     page = report.html(limited([staged(0, 0.0, 0.6, "forward", judged=0)]))
     assert "No request had a particle judged" in page
 
