@@ -52,7 +52,9 @@ class Engine:
             `rollflow.models.FlowModel`.
         buckets: the batch sizes of a forward, ascending; a batch is padded up to the next. By default those of
             `BUCKETS` that pay on this model and device, as measured before the first request, and on a GPU fit into its
-            memory (`Stats.bounds` says which of the two was first). With a single bucket, a
+            memory (`Stats.bounds` says which of the two was first). There, rows of guided methods have those of them
+            that hold what their gradients keep; where none does, parts of the networks are computed again in the
+            backward pass, which takes about one more forward and is not charged. With a single bucket, a
             multiple of 8, a request's result does not depend on what runs beside it, bit for bit (on one CPU; on a GPU
             as far as its libraries compute a row alike at every place of a batch).
         slots: how many particles of one image size can live at once, the bound of their memory: by default 4096, or

@@ -292,6 +292,8 @@ class Preparations:
         saved, working = yield partial(calibrate.guided, runner.model, geometry, conditioning, memory)
         known = self.cost(geometry).seconds
         found = guidance(saved, working, [*known], Room(memory, runner.lanes, self._in_graphs))
+        if saved.kept + saved.region < saved.whole:
+            runner.recomputable.add(geometry)
         if found.recomputed:
             runner.recomputed.add(geometry)
         self._set_guided(geometry, _up_to(max(found.sizes), known) or _scaled(found.sizes[0], known))

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from test_memory import Card
 from tiny import SIZE, Tiny, assert_sound, bon, engine, rbf
+from tiny_image import IMAGE
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +18,8 @@ from rollflow.device import calibrate
 from rollflow.device.memory import SHARE, Guidance, Room, guidance
 from rollflow.models import Capabilities, folder, loaded, recompute
 from rollflow.models.flux import Conditioning, FluxModel
+from rollflow.models.pipeline import PipelineModel
+from rollflow.models.pipeline.families import Family
 from rollflow.models.recompute import Saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,6 +174,23 @@ def test_regions_are_plain_calls_elsewhere(shapes):
     assert not recompute.active() and not shapes.transformer.is_gradient_checkpointing
 
 
+class Diverges(Tiny):
+    """Computes something else where its block is to be computed again."""
+
+    def velocity(self, x, tau, conditioning, guidance, geometry):
+        return recompute.region(lambda x: x.sin().cos(), x) * (1.1 if recompute.WANTED else 1.0)
+
+
+def test_a_network_that_computes_something_else_then_is_not_computed_again():
+    saved, _ = calibrate.guided(Diverges(), SIZE, None, Card(0))
+    assert saved.whole > 0 and saved == Saved(saved.whole, saved.whole, 0)
+    one = IMAGE["ChromaPipeline"]  # without its mask, by diffusers' own gradient checkpointing
+    model = PipelineModel(one.build(), Family(fixed=one.call))
+    geometry = model.geometry(one.height, one.width)
+    saved, _ = calibrate.guided(model, geometry, model.encode(["a cat"], geometry)[0], Card(0))
+    assert saved == Saved(saved.whole, saved.whole, 0)
+
+
 def test_a_storage_counts_once_and_weights_do_not():
     weight, x = torch.ones(1000), torch.ones(10, requires_grad=True)
 
@@ -242,9 +262,9 @@ def test_guided_rows_have_batch_sizes_of_their_own(rows, sizes, recomputed):
         assert made.stats().buckets == {(8, 8): (1, 2, 4, 8, 16)} and not model.guided
         card.says = int(rows * WHOLE / SHARE)
         guided = made.submit(dps())
-        others = [made.submit(dps(seed=seed)) for seed in range(8)]
+        others = [made.submit(dps(seed=seed)) for seed in range(3)]
         plain = made.submit(bon(32))
-        assert [job.result().committed_nfe for job in (guided, *others, plain)] == [24] * 9 + [32]
+        assert [job.result().committed_nfe for job in (guided, *others, plain)] == [24] * 4 + [32]
         assert {size for size, _ in model.guided} <= set(sizes) and max(model.guided)[0] == sizes[-1]
         assert {again for _, again in model.guided} == {recomputed}
         assert 16 in model.plain[-8:]  # plain batches are as large as ever
@@ -259,21 +279,22 @@ def test_guided_rows_that_do_not_fit_leave_plain_ones_alone(regions):
     model = Guides(card, f"short: {regions}", regions)
     with engine(model, buckets=(1, 2, 4)) as made, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        made._host.preparations.memory = card  # which says that everything fits
         expected = made.generate(dps())
         card.has = 30 + 10 * 8  # of plain rows 8, of guided ones none, of those that are computed again 2
         model.guided.clear()
         if regions:
             found = made.generate(dps())
             assert (repr(found.history), found.reward) == (repr(expected.history), expected.reward)
-        else:
+        else:  # there is nothing that could be computed again
             with pytest.raises(ModelError, match="OutOfMemoryError"):
                 made.generate(dps())
         told = [str(one.message) for one in caught]
         assert sum("guided rows of 8x8 did not fit" in one for one in told) == 1
-        assert sum("a guided row of 8x8 did not fit" in one for one in told) == 1 and len(told) == 2
+        assert sum("a guided row of 8x8 did not fit" in one for one in told) == regions and len(told) == 1 + regions
         tried = [size for size, again in model.guided if not again]
-        assert tried == sorted(set(tried), reverse=True) and tried[-1] == 1
-        assert model.guided[-1] == (1, True)
+        assert tried[0] == 4 and tried.count(4) == 1 and tried[-1] == 1
+        assert model.guided[-1] == (1, regions)
         model.plain.clear()
         assert made.generate(bon(16)).committed_nfe == 16
         assert set(model.plain) == {4}
@@ -294,6 +315,7 @@ def test_a_reward_of_guided_rows_that_does_not_fit_makes_their_batches_smaller()
     large.differentiable = True
     with engine(Guides(Card(10**9), "reward"), buckets=(1, 2)) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        made._host.preparations.memory = made.model.card
         assert made.generate(dps(reward=large)).committed_nfe == 24
         assert sizes[-1] == 1
         assert_sound(made)

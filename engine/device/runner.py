@@ -60,7 +60,8 @@ class Runner:
             batch only keeps the device busy while the first is decided on).
         buckets: by geometry, where they are not the ones given.
         guided: those of guided rows, where they are not those of plain ones.
-        recomputed: image sizes whose guided rows keep little for the backward pass; see `rollflow.models.recompute`.
+        recomputable: image sizes whose guided rows can keep less for the backward pass, by `rollflow.models.recompute`.
+        recomputed: those whose guided rows do.
         streams: the order of what a GPU does.
         graphs, cached_graphs: CUDA graphs by geometry; those of rows that are evaluated from a cache.
     """
@@ -68,7 +69,8 @@ class Runner:
     def __init__(self, model: FlowModel, buckets: tuple[int, ...], ledger: Ledger, lanes: Lanes, preview: bool = False):
         self.model, self.ledger, self.preview = model, ledger, preview
         self.usual, self.buckets = buckets, dict[Geometry, tuple[int, ...]]()
-        self.guided, self.recomputed = dict[Geometry, tuple[int, ...]](), set[Geometry]()
+        self.guided = dict[Geometry, tuple[int, ...]]()
+        self.recomputable, self.recomputed = set[Geometry](), set[Geometry]()
         self.graphs: dict[Geometry, Graphs] = {}
         self.cached_graphs: dict[Geometry, Graphs] = {}
         self._storage: dict[Geometry, Storage] = {}
@@ -155,7 +157,7 @@ class Runner:
 
     def _spares(self, work: Sequence[Row] | Sequence[Show]) -> bool:
         """Whether a batch takes less memory the next time, as it is one of guided rows that kept all they saved."""
-        return is_guided(work) and work[0].brief.geometry not in self.recomputed
+        return is_guided(work) and work[0].brief.geometry in self.recomputable - self.recomputed
 
     def _shrink(self, geometry: Geometry, size: int, guided: bool) -> None:
         """A batch of this size does not fit into the memory: it is not used again, or one guided row keeps less."""
