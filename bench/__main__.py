@@ -14,6 +14,7 @@ import tyro
 from rollflow.bench.adapters import Adapters
 from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
+from rollflow.bench.judged import Judged
 from rollflow.bench.kernel_bandwidth import Kernels
 from rollflow.bench.latency import Latency
 from rollflow.bench.overhead import Overhead
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "overhead": Overhead,
     "latency": Latency,
     "preview": Preview,
+    "judged": Judged,
     "kernels": Kernels,
     "gpu": Gpu,
     "compare": Compare,
