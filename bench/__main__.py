@@ -15,6 +15,7 @@ from rollflow.bench.adapters import Adapters
 from rollflow.bench.caching import Caching
 from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
+from rollflow.bench.judged import Judged
 from rollflow.bench.kernel_bandwidth import Kernels
 from rollflow.bench.latency import Latency
 from rollflow.bench.overhead import Overhead
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "latency": Latency,
     "preview": Preview,
     "caching": Caching,
+    "judged": Judged,
     "kernels": Kernels,
     "gpu": Gpu,
     "compare": Compare,

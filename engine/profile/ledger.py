@@ -53,6 +53,7 @@ class Ledger(Tables):
         decoded: images by decoder, "full" or "preview".
         ahead: rows that ran ahead of an answer, needed or not.
         cached: rows that were evaluated from a cache, padding of their batches included.
+        unjudged: rows that were to be judged, and were not needed any more when it came to that.
         buckets: batches by size.
         seconds: by span, of those that raised too.
         ticks: batches.
@@ -68,7 +69,7 @@ class Ledger(Tables):
         """Forgets everything; of rows and requests that are on their way nothing is known afterwards."""
         self.executed: Counter[str] = Counter()
         self.decoded: Counter[str] = Counter()
-        self.ahead = self.cached = 0
+        self.ahead = self.cached = self.unjudged = 0
         self.buckets: Counter[int] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.ticks = self.network_rows = 0
@@ -189,7 +190,9 @@ class Ledger(Tables):
 
     def spared(self, rows: Sequence[Any]) -> None:
         """Rows came back without a reward; those that were to be judged turned out not to be needed before that."""
-        places = [self._open.get((row.brief.ticket, row.number)) for row in rows if row.scored]
+        spared = [row for row in rows if row.scored]
+        self.unjudged += len(spared)
+        places = [self._open.get((row.brief.ticket, row.number)) for row in spared]
         with self._lock:
             for serial in places:
                 if serial is None or (place := self._rows.place(serial)) is None:
