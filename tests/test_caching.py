@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from test_graphs import FakeCapture
 from tiny import SIZE, Tiny, bon, brightness, engine, fingerprint
 
@@ -15,9 +15,10 @@ from rollflow.bench import caching as bench
 from rollflow.bench import geometries
 from rollflow.device.batch import tables
 from rollflow.device.storage import Storage
+from rollflow.draw import Draw, Guide
 from rollflow.engine import Engine
 from rollflow.errors import BudgetError, RequestError
-from rollflow.models import Capabilities, folder
+from rollflow.models import Capabilities, caching, folder
 from rollflow.models.flux import FluxModel
 from rollflow.plan import plan
 from rollflow.profile import export
@@ -91,6 +92,21 @@ def test_flux_from_a_cache_is_the_evaluation_that_it_was_kept_of(flux):
     other, _ = model.forward_kept(x + 1, tau, collated, guidance, geometry)
     found = model.forward_cached(x + 1, tau, collated, guidance, geometry, kept)
     assert 0.01 < (found - other).abs().mean() < (u - other).abs().mean(), "its own first block, and others' rest"
+
+
+@torch.no_grad()
+def test_embedded_guidance_and_bfloat16():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    widths = {"in_channels": 8, "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (4, 6, 6)}
+    network = FluxTransformer2DModel(**sizes, **widths, guidance_embeds=True).bfloat16()
+    x, sequence, pooled = (torch.randn(2, *shape).bfloat16() for shape in ((4, 8), (3, 12), (10,)))
+    tau, guidance, positions = torch.tensor([0.5, 0.25]), torch.tensor([3.5, 1.0]), torch.rand(7, 3)  # no rounding
+    first = caching.entered(network, x, tau, pooled, sequence, guidance, positions)
+    u, kept = caching.whole(network, first)
+    theirs = network(x, sequence, pooled, tau, positions[3:], positions[:3], guidance, return_dict=False)[0]
+    assert torch.equal(u, theirs) and kept.dtype == torch.bfloat16 and kept.shape == (2, 4, caching.width(network))
+    torch.testing.assert_close(caching.cached(network, first, kept), u, atol=0.05, rtol=0.05)
 
 
 @torch.no_grad()
@@ -248,6 +264,12 @@ def test_what_is_kept_counts_where_slots_are_bounded():
     assert slots_of(None, kept, 4) < slots_of(None, kept, 2) and slots_of(7, kept, 2) == 7
 
 
+@methods.method(guided=lambda options: False, parents=lambda nfe, steps, options: 0)
+def guided_in_secret(nfe, steps):
+    ((child,),) = yield [Draw(None, guide=Guide())]
+    return child
+
+
 def test_what_cannot_be_cached_is_refused():
     with engine() as made, pytest.raises(RequestError, match=r"Capabilities\.caches"):
         made.generate(asked())
@@ -256,6 +278,8 @@ def test_what_cannot_be_cached_is_refused():
             made.generate(asked("sprout"))
         with pytest.raises(RequestError, match="svdd is guided"):
             made.generate(asked("svdd", options={"gradient": 1.0}))
+        with pytest.raises(RequestError, match="draws guided particles"):
+            made.generate(asked(guided_in_secret))
         with pytest.raises(BudgetError, match="5 evaluated anew") as raised:
             made.generate(asked("svdd", nfe=9))
         assert made.generate(asked("svdd", nfe=raised.value.smallest)).cached_nfe == 0

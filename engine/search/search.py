@@ -308,6 +308,11 @@ class Search:
                     f"the method {self._title} draws from {shown(particle)}: it may draw from the particles that it "
                     "was sent, but for those that a draw's `keep` let go"
                 )
+        if self.geometry.kept and any(draw.guide is not None for draw in draws):
+            raise RequestError(
+                f"the method {self._title} draws guided particles, and gradients take evaluations in full: leave cache "
+                "out, or declare when it is guided (rollflow.methods.method)"
+            )
         parents = dict.fromkeys(p for draw in draws for p in (draw.parent, *draw.mix) if p is not None)
         stale: list[Any] = [particle for particle in parents if particle.cached]
         if stale:
