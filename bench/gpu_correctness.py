@@ -92,11 +92,11 @@ def kernel_rows(device: torch.device, rows: int, token: int, channel: int) -> It
             f"propose {size}": exact_input,
             f"propose {size}, states beside {_name(dtype)}": states,
             f"finish {size}": exact_finish(means, child, layout, *shape[:2]),
-            f"finish {size}, velocities beside {_name(dtype)}": velocities,
+            f"finish {size}, velocities": velocities,
         }
         for numbers, (scale, offset) in tables.items():
             exact[f"finish_flat {size}, {numbers} numbers"] = exact_flat(means, child, scale, offset)
-            exact[f"finish_flat {size}, {numbers} numbers, velocities beside {_name(dtype)}"] = velocities
+            exact[f"finish_flat {size}, {numbers} numbers, velocities"] = velocities
         made: list[list[Tensor]] = []
         for where, on in operators:
             states_there, u_there, slot, means_there = (value.to(where) for value in (x, kept, child, mean))

@@ -98,6 +98,8 @@ class Kernels:
     """Calls of each contender before the first that is timed; on cuda at least one on each working set."""
     quick: bool = False
     """The smallest batch of each geometry alone."""
+    static: bool = False
+    """Measure nothing: compile for A100, H100 and B200, here, and predict from bytes and instructions."""
     json: Path | None = None
     """A file for the numbers."""
 
@@ -107,6 +109,8 @@ class Kernels:
         Raises:
             RequestError: there is no such device, or a count is less than 1.
         """
+        if self.static:
+            return self._predict()
         device, dtype = self._checked()
         outputs.check_file(self.json)
         console = Console()
@@ -128,6 +132,16 @@ class Kernels:
         if self.json:
             report = {"environment": where, "copy_gigabytes_per_second": bandwidth, "rows": rows}
             self.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    def _predict(self) -> None:
+        from rollflow.bench import kernel_static  # which reads this file's sizes
+
+        outputs.check_file(self.json)
+        sizes, dtype = QUICK if self.quick else SIZES, DTYPES[self.dtype or "bfloat16"]
+        rows = kernel_static.rows(sizes, dtype)
+        Console().print(kernel_static.table(rows))
+        if self.json:
+            self.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
     def _checked(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype that were asked for, or that stand for none."""

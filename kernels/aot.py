@@ -1,130 +1,183 @@
-"""Compile every kernel ahead of time for the supported GPUs, without one: `python -m rollflow.kernels.aot`.
+"""Compile every kernel ahead of time for the supported GPUs, without one: `python -m rollflow.kernels.aot [NAMES]`.
 
-Prints what each kernel costs on each target: registers a thread, bytes spilled to local memory, stack bytes and shared
-memory a block. Spills are a bug (a test asserts that there are none); shared memory is the layout change of a kernel.
+Prints what each variant costs on each target: instructions, registers a thread, bytes spilled to local memory, shared
+memory a block, barriers, and the widest accesses. `cuobjdump` and `ptxas` are those that Triton brings.
 """
 
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+import torch
+from torch import Tensor
+from triton import knobs
 
-from .finish import ELEMENTS, finish_kernel, tile
-from .noise import BLOCK, noise_kernel
-from .philox import OPTIONS
-from .propose import propose_kernel
+from .finish import launch_finish
+from .finish_flat import launch_finish_flat
+from .launch import Launch, recorded
+from .noise import launch_noise
+from .propose import launch_propose
 
 TARGETS = (80, 90, 100)  # A100; H100 and H200; B200
-
-# Argument types as a launch specialises them at FLUX's sizes: pointers and sizes divisible by 16, then the constants,
-# with the integers that are 1.
-_NOISE = {"seed": "*i64", "key": "*i64", "out": "*fp32", "elements": "i32", "blocks": "i32"}
-_PROPOSE = {
-    "x_pool": "*fp32", "u_pool": "*fp32", "parent": "*i64", "child": "*i64", "coefficients": "*fp32", "seed": "*i64",
-    "key": "*i64", "model_input": "*bf16", "elements": "i32", "blocks": "i32",
-}  # fmt: skip
-_FINISH = {
-    "u": "*bf16", "x_pool": "*fp32", "u_pool": "*fp32", "slot": "*i64", "coefficients": "*fp32",
-    "scale": "*fp32", "offset": "*fp32", "latents": "*bf16",
-    "elements": "i32", "channels": "i32", "rows": "i32", "columns": "i32",
-}  # fmt: skip
-_PRECISIONS: tuple[tuple[str, dict[str, str]], ...] = (("bf16", {}), ("fp32", {"u": "*fp32", "latents": "*fp32"}))
-_PATCHES = ((2, 2, "latent"), (2, 2, "channel"), (1, 1, "latent"), (4, 4, "latent"))
-_FLAT: dict[str, Any] = {"channels": 1, "PATCH_Y": 1, "PATCH_X": 1, "CHANNELS": 1, "COLUMNS": ELEMENTS}
-_FINISHES: dict[str, dict[str, Any]] = {
-    **{f"{y}x{x}, {t}": {"PATCH_Y": y, "PATCH_X": x, "TABLE": t, **tile(64, x)} for y, x, t in _PATCHES},
-    "flat, one": _FLAT | {"rows": 1, "TABLE": "row"},
-    "flat, row": _FLAT | {"TABLE": "row"},
-    "flat, column": _FLAT | {"rows": 1, "TABLE": "column"},
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {  # velocities and what enters a network: of a model that
+    "bf16": (torch.bfloat16, torch.bfloat16),  # rounds its velocities to its dtype, as all built-in adapters do
+    "fp32": (torch.float32, torch.float32),
+    "fp32 u": (torch.float32, torch.bfloat16),  # does not round them
+    "fp32 latents": (torch.bfloat16, torch.float32),  # has an autoencoder in float32, or a map that no kernel knows
 }
-KERNELS: tuple[tuple[str, Any, dict[str, str], dict[str, Any]], ...] = (
-    ("noise", noise_kernel, _NOISE, {"BLOCK": BLOCK}),
-    ("propose (bf16)", propose_kernel, _PROPOSE, {"BLOCK": BLOCK}),
-    ("propose (fp32)", propose_kernel, _PROPOSE | {"model_input": "*fp32"}, {"BLOCK": BLOCK}),
-    *(
-        (f"finish {name} ({precision})", finish_kernel, _FINISH | types, constants)
-        for name, constants in _FINISHES.items()
-        for precision, types in _PRECISIONS
-    ),
+ROWS = (1, 64)  # the batches that differ: `block_of`
+# Tokens of a row (rows, columns), channels of a token, the patch, and numbers a latent channel ("latent") or one for
+# each "channel" of a token: the built-in model, FLUX at 1024 x 1024 pixels and in wide format, FLUX.2, unpatched ones.
+PATCHED = (
+    ((4, 4), 32, (2, 2), "latent"),
+    ((64, 64), 64, (2, 2), "latent"),
+    ((48, 85), 64, (2, 2), "latent"),
+    ((64, 64), 128, (2, 2), "channel"),
+    ((128, 128), 16, (1, 1), "latent"),
+    ((32, 32), 256, (4, 4), "latent"),
 )
-_UNALIGNED = ("blocks",)
+FLAT = ((262144, 1), (2096640, 16), (262144, 262144))  # elements and numbers: SD3, Wan, a number an element
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def noise(rows: int, token: int, channel: int) -> Launch:
+    """The launch of `noise` at a size."""
+    index = _empty(rows, dtype=torch.int64)
+    with recorded() as found:
+        launch_noise(index, index, _empty(rows, token, channel))
+    return found[0]
+
+
+def propose(rows: int, token: int, channel: int, velocity: torch.dtype, entering: torch.dtype) -> Launch:
+    """The launch of `propose` at a size, with velocities and the model's input in these dtypes."""
+    x, u = (_empty(2 * rows, token, channel, dtype=dtype) for dtype in (torch.float32, velocity))
+    index, model_input = _empty(rows, dtype=torch.int64), _empty(rows, token, channel, dtype=entering)
+    with recorded() as found:
+        launch_propose(x, u, index, index, _empty(rows, 4), index, index, model_input)
+    return found[0]
+
+
+def finish(
+    rows: int, tokens: tuple[int, int], channel: int, patch: tuple[int, int], table: str, velocity: torch.dtype,
+    latents: torch.dtype,
+) -> Launch:  # fmt: skip
+    """The launch of `finish` at a size."""
+    (down, across), (y, x) = tokens, patch
+    latent = channel // (y * x)
+    u, state = _empty(rows, down * across, channel, dtype=velocity), _empty(rows, down * across, channel)
+    numbers = _empty(latent if table == "latent" else channel)
+    made = _empty(rows, latent, down * y, across * x, dtype=latents)
+    with recorded() as found:
+        launch_finish(u, state, u, _empty(rows, dtype=torch.int64), _empty(rows, 2), y, x, numbers, numbers, made)
+    return found[0]
+
+
+def finish_flat(rows: int, elements: int, numbers: int, velocity: torch.dtype, latents: torch.dtype) -> Launch:
+    """The launch of `finish_flat` at a size."""
+    u, state, table = _empty(rows, 1, elements, dtype=velocity), _empty(rows, 1, elements), _empty(numbers)
+    made, index = _empty(rows, elements, dtype=latents), _empty(rows, dtype=torch.int64)
+    with recorded() as found:
+        launch_finish_flat(u, state, u, index, _empty(rows, 2), table, table, made)
+    return found[0]
+
+
+@cache
+def launches() -> dict[str, Launch]:
+    """A launch of every variant that models of the sizes above take, by a name; recorded from the launchers."""
+    found = {}
+    for rows in ROWS:
+        found[f"noise, {rows} rows"] = noise(rows, 4096, 64)
+        for name, (velocity, entering) in PRECISIONS.items():
+            found[f"propose {name}, {rows} rows"] = propose(rows, 4096, 64, velocity, entering)
+            for elements, numbers in FLAT:
+                title = f"finish_flat {name}, {numbers} numbers, {rows} rows"
+                found[title] = finish_flat(rows, elements, numbers, velocity, entering)
+    for name, precision in PRECISIONS.items():
+        for tokens, channel, patch, table in PATCHED:
+            title = f"finish {name}, {channel} channels, {tokens[0]}x{tokens[1]}"
+            found[title] = finish(1, tokens, channel, patch, table, *precision)
+    return found
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What `ptxas` reports for one kernel on one target; sizes in bytes."""
+    """What a variant takes on a target, of its machine code; sizes in bytes.
 
-    kernel: str
+    Attributes:
+        target: the compute capability times ten.
+        instructions: that a program's warp issues, each once: no kernel loops.
+        registers: of a thread.
+        spills: local memory of a thread.
+        shared: memory of a program.
+        barriers: at which a program's warps wait for each other.
+        wide_loads, wide_stores: accesses of 128 bits.
+    """
+
     target: int
+    instructions: int
     registers: int
     spills: int
-    stack: int
     shared: int
+    barriers: int
+    wide_loads: int
+    wide_stores: int
 
 
-def compile_all(targets: tuple[int, ...] = TARGETS) -> Iterator[Usage]:
-    """Compile every kernel for every target (compute capability times ten).
+def usage(launch: Launch, target: int) -> Usage:
+    """Compiles a launch's variant for a target.
 
     Raises:
-        RuntimeError: Triton runs its interpreter (`TRITON_INTERPRET`), which compiles nothing, or `ptxas` fails.
+        RuntimeError: Triton runs its interpreter (`TRITON_INTERPRET`), which compiles nothing, or `cuobjdump` fails.
     """
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "off", "false", "no", "n"):
         raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted; unset it to compile them")
-    for target in targets:
-        for name, kernel, types, constants in KERNELS:
-            types = types | dict.fromkeys(constants, "constexpr")
-            aligned = {
-                (position,): [["tt.divisibility", 16]]
-                for position, (argument, kind) in enumerate(types.items())
-                if kind not in ("fp32", "constexpr") and argument not in _UNALIGNED
-            }
-            source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=OPTIONS)
-            yield Usage(name, target, *_resources(compiled.asm["ptx"], target), compiled.metadata.shared)
-
-
-def _resources(ptx: str, target: int) -> tuple[int, int, int]:
-    """Registers, spilled bytes (stores and loads) and stack bytes, from the assembler that Triton itself uses."""
-    ptxas = Path(get_ptxas(target).path)
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert architecture is not None, "PTX without a .target line"
+    compiled = launch.variant.compiled(launch.kernel, target)
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "kernel.ptx")
-        source.write_text(ptx)
-        run = subprocess.run(
-            [ptxas, "-v", f"--gpu-name={architecture[1]}", source, "-o", Path(scratch, "kernel.cubin")],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        file = Path(scratch, "kernel.cubin")
+        file.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-sass", "--dump-resource-usage", file]
+        run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise RuntimeError(f"{ptxas.name} failed for sm_{target}:\n{run.stdout}{run.stderr}")
-    report = run.stdout + run.stderr
+        raise RuntimeError(f"cuobjdump failed for sm_{target}:\n{run.stdout}{run.stderr}")
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", run.stdout)
+    resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", run.stdout + run.stderr))
 
-    def total(pattern: str) -> int:
-        found = re.findall(pattern, report)
-        if not found:
-            raise RuntimeError(f"{ptxas.name} reported no {pattern!r}:\n{report}")
-        return sum(map(int, found))
+    def count(pattern: str) -> int:
+        return sum(re.match(pattern, one) is not None for one in code)
 
-    spills = total(r"(\d+) bytes spill stores") + total(r"(\d+) bytes spill loads")
-    return total(r"Used (\d+) registers"), spills, total(r"(\d+) bytes stack frame")
+    last = max(i for i, one in enumerate(code) if one == "EXIT")  # what follows never runs
+    return Usage(
+        target, last + 1, int(resources["REG"]), int(resources["STACK"]) + int(resources["LOCAL"]),
+        compiled.metadata.shared, count("BAR"), count(r"LDG\..*128"), count(r"STG\..*128"),
+    )  # fmt: skip
 
 
-def main() -> None:
-    """Print the table."""
-    print(f"{'kernel':<28}{'target':<8}{'registers':>10}{'spills':>8}{'stack':>7}{'shared':>8}")
-    for use in compile_all():
-        target = f"sm_{use.target}"
-        print(f"{use.kernel:<28}{target:<8}{use.registers:>10}{use.spills:>8}{use.stack:>7}{use.shared:>8}")
+def compile_all(names: str = "") -> Iterator[tuple[str, Usage]]:
+    """Launches whose name has a match of a pattern, compiled for every target; variants that are equal once."""
+    for target in TARGETS:
+        done = set()
+        for name, launch in launches().items():
+            if re.search(names, name) and launch.variant not in done:
+                done.add(launch.variant)
+                yield name, usage(launch, target)
+
+
+def main(names: str = "") -> None:
+    """Print the table, of all or of those whose name has a match of a pattern."""
+    columns = ("instructions", "registers", "spills", "shared", "barriers", "wide_loads", "wide_stores")
+    print(f"{'kernel':<50}{'target':<8}", *(f"{column:>12}" for column in columns))
+    for name, use in compile_all(names):
+        print(f"{name:<50}{f'sm_{use.target}':<8}", *(f"{getattr(use, column):>12}" for column in columns))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -14,11 +14,12 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .launch import options
+from .launch import TABLES, launch
 from .operators import finish_operator
 
 UNITS = 128  # of a program, one a thread
 WIDEST = 16  # bytes of a load or store
+PLAIN = ("rows", "column_groups", "channel_groups")  # counts, whose factors are constants: one variant serves all
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _store(at, step, mask, value, COUNT: tl.constexpr):
         _store(at + step, 2 * step, mask, odd, COUNT // 2)
 
 
-@triton.jit(do_not_specialize=["rows", "column_groups", "channel_groups"])
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 @no_type_check
 def finish_kernel(
     u, x_pool, u_pool, slot, coefficients, scale, offset, latents, rows, column_groups, channel_groups,
@@ -183,12 +184,15 @@ def launch_finish(
     tile = tile_of(channels, rows, columns, patch_y, patch_x, latents.dtype.itemsize, units)
     column_groups, channel_groups = columns // tile.TOKENS, channels // tile.CHANNELS
     across = triton.cdiv(column_groups, tile.TILE_COLUMNS) * tile.CHANNEL_TILES
-    with torch.cuda.device_of(x_pool):
-        finish_kernel[(triton.cdiv(rows, tile.TILE_ROWS), across, len(u))](
-            u, x_pool, u_pool, slot, coefficients, inverse_scaling, shift, latents, rows, column_groups, channel_groups,
-            PATCH_Y=patch_y, PATCH_X=patch_x, TABLE="latent" if len(shift) == latent else "channel",
-            **tile._asdict(), **options(tile.warps),
-        )  # fmt: skip
+    arguments = {
+        "u": u, "x_pool": x_pool, "u_pool": u_pool, "slot": slot, "coefficients": coefficients,
+        "scale": inverse_scaling, "offset": shift, "latents": latents,
+        "rows": rows, "column_groups": column_groups, "channel_groups": channel_groups,
+    }  # fmt: skip
+    table = "latent" if len(shift) == latent else "channel"
+    constants = {"PATCH_Y": patch_y, "PATCH_X": patch_x, "TABLE": table, **tile._asdict()}
+    grid = (triton.cdiv(rows, tile.TILE_ROWS), across, len(u))
+    launch(finish_kernel, grid, arguments, constants, tile.warps, PLAIN)
 
 
 @finish_operator.register_kernel("cuda")

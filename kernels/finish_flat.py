@@ -8,14 +8,14 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .launch import block_of, options, warps_of
+from .launch import TABLES, block_of, launch, warps_of
 from .operators import finish_flat_operator
 
 LEAST_RUN = 128  # elements that share a number, for programs that have a single number each
 MOST_RUNS = 65535  # the second side of a grid
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 @no_type_check
 def finish_flat_kernel(
     u, x_pool, u_pool, slot, coefficients, scale, offset, latents, elements, run,
@@ -75,11 +75,12 @@ def launch_finish_flat(
     whole = run >= LEAST_RUN and numbers <= MOST_RUNS
     span, across = (run, numbers) if whole else (elements, 1)
     block = block or block_of(rows * across, span)
-    with torch.cuda.device_of(x_pool):
-        finish_flat_kernel[(triton.cdiv(span, block), across, rows)](
-            u, x_pool, u_pool, slot, coefficients, scale, offset, latents, elements, run,
-            BLOCK=block, TABLE="run" if whole else "block", **options(warps_of(block)),
-        )  # fmt: skip
+    arguments = {
+        "u": u, "x_pool": x_pool, "u_pool": u_pool, "slot": slot, "coefficients": coefficients,
+        "scale": scale, "offset": offset, "latents": latents, "elements": elements, "run": run,
+    }  # fmt: skip
+    constants = {"BLOCK": block, "TABLE": "run" if whole else "block"}
+    launch(finish_flat_kernel, (triton.cdiv(span, block), across, rows), arguments, constants, warps_of(block))
 
 
 @finish_flat_operator.register_kernel("cuda")

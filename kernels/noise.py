@@ -8,12 +8,12 @@ import triton.language as tl
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from .launch import block_of, options, warps_of
+from .launch import TABLES, block_of, launch, warps_of
 from .operators import noise_operator
 from .philox import normal_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 @no_type_check
 def noise_kernel(seed, key, out, elements, BLOCK: tl.constexpr):
     """A program draws `BLOCK` consecutive elements of one row; see `rollflow.kernels.reference` for the stream."""
@@ -33,10 +33,8 @@ def launch_noise(
     """Fill `out`, by programs of `block` elements (by default `block_of`)."""
     rows, elements = len(out), out[0].numel()
     block = block or block_of(rows, elements)
-    with torch.cuda.device_of(out):
-        noise_kernel[(triton.cdiv(elements, block), rows)](
-            seed, key, out, elements, BLOCK=block, **options(warps_of(block))
-        )
+    arguments = {"seed": seed, "key": key, "out": out, "elements": elements}
+    launch(noise_kernel, (triton.cdiv(elements, block), rows), arguments, {"BLOCK": block}, warps_of(block))
 
 
 @noise_operator.register_kernel("cuda")

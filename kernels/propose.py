@@ -8,12 +8,12 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .launch import block_of, options, warps_of
+from .launch import TABLES, block_of, launch, warps_of
 from .operators import propose_operator
 from .philox import normal_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 @no_type_check
 def propose_kernel(
     x_pool, u_pool, parent, child, coefficients, seed, key, model_input, elements, BLOCK: tl.constexpr
@@ -65,11 +65,11 @@ def launch_propose(
     """Write the children into `x_pool` and `model_input`, by programs of `block` elements (by default `block_of`)."""
     rows, elements = len(parent), x_pool[0].numel()
     block = block or block_of(rows, elements)
-    with torch.cuda.device_of(x_pool):
-        propose_kernel[(triton.cdiv(elements, block), rows)](
-            x_pool, u_pool, parent, child, coefficients, seed, key, model_input, elements,
-            BLOCK=block, **options(warps_of(block)),
-        )  # fmt: skip
+    arguments = {
+        "x_pool": x_pool, "u_pool": u_pool, "parent": parent, "child": child, "coefficients": coefficients,
+        "seed": seed, "key": key, "model_input": model_input, "elements": elements,
+    }  # fmt: skip
+    launch(propose_kernel, (triton.cdiv(elements, block), rows), arguments, {"BLOCK": block}, warps_of(block))
 
 
 @propose_operator.register_kernel("cuda")
