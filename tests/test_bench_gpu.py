@@ -172,7 +172,6 @@ def test_targets(tmp_path):
         {"repetitions": 0},
         {"minutes": 0},
         {"parts": ()},
-        {"parts": ("kernels", "images")},
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path, options):
