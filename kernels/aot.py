@@ -20,6 +20,7 @@ from triton import knobs
 
 from .finish import launch_finish
 from .finish_flat import launch_finish_flat
+from .group_norm import launch_group_norm
 from .launch import Launch, recorded
 from .noise import launch_noise
 from .propose import launch_propose
@@ -42,6 +43,7 @@ PATCHED = (
     ((128, 128), 16, (1, 1), "latent"),
     ((32, 32), 256, (4, 4), "latent"),
 )
+NORMALISED = ((128, 1024), (256, 1024), (512, 512))  # channels and the side of what FLUX's decoder normalises
 FLAT = ((262144, 1), (2096640, 16), (262144, 262144))  # elements and numbers: SD3, Wan, a number an element
 
 
@@ -90,6 +92,15 @@ def finish_flat(rows: int, elements: int, numbers: int, velocity: torch.dtype, l
     return found[0]
 
 
+def group_norm(images: int, channels: int, side: int, dtype: torch.dtype) -> list[Launch]:
+    """The launches of `group_norm` with SiLU, in 32 groups."""
+    x = torch.empty(images, channels, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    weight = _empty(channels, dtype=dtype)
+    with recorded() as found:
+        launch_group_norm(x, 32, weight, weight, 1e-6, True, x)
+    return found
+
+
 @cache
 def launches() -> dict[str, Launch]:
     """A launch of every variant that models of the sizes above take, by a name; recorded from the launchers."""
@@ -105,6 +116,11 @@ def launches() -> dict[str, Launch]:
         for tokens, channel, patch, table in PATCHED:
             title = f"finish {name}, {channel} channels, {tokens[0]}x{tokens[1]}"
             found[title] = finish(1, tokens, channel, patch, table, *precision)
+    for channels, side in NORMALISED:
+        for name, one in zip(
+            ("moments", "affine", "apply"), group_norm(1, channels, side, torch.bfloat16), strict=True
+        ):
+            found[f"group_norm {name} bf16, {channels} channels"] = one
     return found
 
 
@@ -114,7 +130,7 @@ class Usage:
 
     Attributes:
         target: the compute capability times ten.
-        instructions: that a program's warp issues, each once: no kernel loops.
+        instructions: of a program, which issues each once: but for those of group_norm, no kernel loops.
         registers: of a thread.
         spills: local memory of a thread.
         shared: memory of a program.

@@ -14,13 +14,14 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .launch import options
+from .launch import launch
 
 CHUNKS = 512  # programs that read an image, of which the next launch adds the moments
 LEAST = 64  # pixels of a chunk
 TILE = 4096  # elements that a program holds at a time
 MERGED = 64  # chunks whose moments are added at a time
 LARGEST = 2048  # channels
+WARPS = 4  # of a program
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,8 +53,8 @@ def moments_kernel(x, moments, pixels, chunk, GROUPS: tl.constexpr, CHANNELS: tl
 @triton.jit
 @no_type_check
 def affine_kernel(
-    moments, weight, bias, affine, pixels, chunk, chunks, eps,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, MERGED: tl.constexpr,
+    moments, weight, bias, affine, pixels, chunk, chunks,
+    EPS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     # Program = (group, image). Moments about the mean of all, whose differences are exact where chunks agree.
     group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -74,7 +75,7 @@ def affine_kernel(
         difference = tl.load(own + place * 2 * GROUPS, mask=known, other=0.0) - mean
         squares = tl.load(own + place * 2 * GROUPS + GROUPS, mask=known, other=0.0)
         within += squares + tl.where(known, count * difference * difference, 0.0) * width
-    scale = 1.0 / tl.sqrt_rn(tl.sum(within, 0) / (pixels * 1.0 * width) + eps)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(within, 0) / (pixels * 1.0 * width) + EPS)
     channel = group * width + tl.arange(0, width)
     factor = tl.load(weight + channel).to(tl.float32) * scale
     out = affine + image * 2 * CHANNELS + channel
@@ -132,7 +133,7 @@ def group_norm(
         A new tensor of the strides of `x`.
     """
     out = torch.empty_like(x)
-    launch(x, groups, weight, bias, eps, silu, out)
+    launch_group_norm(x, groups, weight, bias, eps, silu, out)
     return out
 
 
@@ -141,7 +142,9 @@ def chunk_of(pixels: int) -> int:
     return max(LEAST, triton.cdiv(pixels, CHUNKS))
 
 
-def launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, out: Tensor) -> None:
+def launch_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, out: Tensor
+) -> None:
     """Fills `out`, of the strides of `x`; see `group_norm`."""
     images, channels = x.shape[:2]
     pixels = x[0, 0].numel()
@@ -149,15 +152,17 @@ def launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, sil
     chunks, lines = triton.cdiv(pixels, chunk), tile(channels)
     moments = torch.empty(images, chunks, 2, groups, dtype=torch.float32, device=x.device)
     affine = torch.empty(images, 2, channels, dtype=torch.float32, device=x.device)
-    sizes = {"CHANNELS": channels, **options(4)}
-    with torch.cuda.device_of(x):
-        moments_kernel[(chunks, images)](x, moments, pixels, chunk, GROUPS=groups, PIXELS=lines, **sizes)
-        affine_kernel[(groups, images)](
-            moments, weight, bias, affine, pixels, chunk, chunks, eps, GROUPS=groups, MERGED=MERGED, **sizes
-        )
-        apply_kernel[(triton.cdiv(pixels, lines), images)](
-            x, affine, out, pixels, SILU=silu, PIXELS=lines, **sizes
-        )  # fmt: skip
+    known, sizes = {"pixels": pixels, "chunk": chunk}, {"GROUPS": groups, "CHANNELS": channels}
+    launch(moments_kernel, (chunks, images), {"x": x, "moments": moments, **known}, {**sizes, "PIXELS": lines}, WARPS)
+    launch(
+        affine_kernel, (groups, images),
+        {"moments": moments, "weight": weight, "bias": bias, "affine": affine, **known, "chunks": chunks},
+        {"EPS": eps, **sizes, "MERGED": MERGED}, WARPS,
+    )  # fmt: skip
+    launch(
+        apply_kernel, (triton.cdiv(pixels, lines), images), {"x": x, "affine": affine, "out": out, "pixels": pixels},
+        {"SILU": silu, "CHANNELS": channels, "PIXELS": lines}, WARPS,
+    )  # fmt: skip
 
 
 def tile(channels: int) -> int:

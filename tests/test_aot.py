@@ -48,6 +48,20 @@ def test_kernels_change_no_layout(reported) -> None:
         assert instructions <= most[0] and registers <= most[1], (name, target, instructions, registers)
 
 
+def test_group_norm_reads_and_writes_wide_and_spills_nothing(reported) -> None:
+    command = [sys.executable, "-m", "rollflow.kernels.aot", "^group_norm .*128 channels"]
+    run = subprocess.run(command, capture_output=True, text=True, env=plain())
+    assert run.returncode == 0, run.stderr
+    reported(run.stdout)
+    rows = [line.rsplit(maxsplit=8) for line in run.stdout.splitlines()[1:]]
+    assert len(rows) == 9
+    for name, target, *numbers in rows:
+        instructions, registers, spills, shared, barriers, loads, stores = map(int, numbers)
+        assert not spills and registers <= 128, (name, target, registers)
+        assert "affine" in name or loads > 0, (name, target)
+        assert "apply" not in name or stores > 0, (name, target)
+
+
 def test_the_interpreter_compiles_nothing() -> None:
     command = [sys.executable, "-m", "rollflow.kernels.aot"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})

@@ -94,13 +94,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a SiLU was in it, of each launch of ours."""
     from rollflow.kernels import group_norm
 
-    found, launch = [], group_norm.launch
+    found, launch = [], group_norm.launch_group_norm
 
     def counted(*args: Any) -> None:
         found.append(args[5])
         launch(*args)
 
-    monkeypatch.setattr(group_norm, "launch", counted)
+    monkeypatch.setattr(group_norm, "launch_group_norm", counted)
     return found
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollflow.kernels import group_norm as module
-from rollflow.kernels.group_norm import group_norm, launch, supported
+from rollflow.kernels.group_norm import group_norm, launch_group_norm, supported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else []  # the interpreter rounds otherwise
@@ -53,7 +53,7 @@ def test_it_is_torchs_group_norm(shape: tuple[int, ...], groups: int, dtype: tor
     x, (weight, bias) = images(*shape).to(DEVICE, dtype), (w.to(DEVICE, dtype) for w in weights(shape[1]))
     assert supported(x, groups, weight, bias)
     out = torch.full_like(x, math.nan)
-    launch(x, groups, weight, bias, 1e-6, silu, out)
+    launch_group_norm(x, groups, weight, bias, 1e-6, silu, out)
     theirs = F.group_norm(x, groups, weight, bias, 1e-6)
     theirs = F.silu(theirs) if silu else theirs
     truth = exact(x, groups, weight, bias, 1e-6, silu)

@@ -66,7 +66,7 @@ def _hold(
     out = torch.empty_like(x)
 
     def launch(silu: bool) -> None:
-        group_norm.launch(x, groups, weight, bias, eps, silu, out)
+        group_norm.launch_group_norm(x, groups, weight, bias, eps, silu, out)
 
     return _Held(out, launch)
 
