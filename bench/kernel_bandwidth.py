@@ -139,7 +139,7 @@ class Kernels:
         outputs.check_file(self.json)
         sizes, dtype = QUICK if self.quick else SIZES, DTYPES[self.dtype or "bfloat16"]
         rows = kernel_static.rows(sizes, dtype)
-        Console().print(kernel_static.table(rows))
+        Console(width=120).print(kernel_static.table(rows))
         if self.json:
             self.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 

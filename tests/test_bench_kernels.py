@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,6 +246,24 @@ def test_kernels(tmp_path, capsys, monkeypatch):
 def test_what_cannot_be_measured(options, message):
     with pytest.raises(RequestError, match=message):
         Kernels(**options)()
+
+
+def test_static_predictions(tmp_path):
+    """Where kernels are compiled: in a process without the interpreter."""
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    file = tmp_path / "static.json"
+    command = [sys.executable, "-m", "rollflow.bench", "kernels", "--static", "--quick", "--json", str(file)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "sm_100" in run.stdout and "1 x 4096 x 64" in run.stdout
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 3 * 3 * 3
+    for row in rows:
+        assert row["shared"] == row["spills"] == row["barriers"] == 0 < row["instructions"]
+        assert row["seconds"] > max(row["memory_seconds"], row["issue_seconds"]) > 0 and row["of_copy"] > 0
+    moved = {row["kernel"]: row["bytes"] for row in rows if row["token"] == 4096 and row["target"] == "sm_90"}
+    assert moved == {"propose": 4096 * 64 * 12, "finish": 4096 * 64 * 10, "noise": 4096 * 64 * 4}
 
 
 @pytest.mark.gpu

@@ -146,6 +146,18 @@ def test_half_precision_on_the_operator() -> None:
         assert torch.equal(half.x_pool[WRITTEN], single.x_pool[WRITTEN])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocities_are_read_in_the_dtype_that_they_are_kept_in(dtype: torch.dtype) -> None:
+    """The step is one in float32, of velocities as they are: nothing is rounded on the way, on either path."""
+    half, single = step(3, 8), step(3, 8)
+    half.u_pool = half.u_pool.to(dtype)
+    single.u_pool = half.u_pool.float()
+    on_device = half.on(DEVICE)
+    expected = single.reference()
+    assert torch.equal(half.reference(), expected) and torch.equal(half.x_pool[WRITTEN], single.x_pool[WRITTEN])
+    torch.testing.assert_close(on_device.triton().cpu(), expected, rtol=1e-6, atol=4e-6)
+
+
 def test_no_rows() -> None:
     empty = step(4, 8).take([])
     before = empty.x_pool.clone()
