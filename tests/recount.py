@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 LANE = ("propose", "forward", "finish", "backward", "decode")
-SPENT = ("committed", "guided", "finish", "speculative", "padding")
+SPENT = ("committed", "guided", "finish", "refresh", "speculative", "padding")
 CHORES = ("encode", "measure", "start", "peek", "other")
 IDLE = ("idle_rewards", "idle_loop", "idle_rows", "idle_nothing")
 PARTS = (*LANE, "reward", "host", "queue", *CHORES, *IDLE, "outside")

@@ -56,12 +56,14 @@ def _totals(one, kinds):
     requests, batches = one.requests, one.batches
     work, done = batches[batches.work.isin(["rows", "guided"])], requests[requests.state == "done"]
     took = (done.ended - done.submitted).dropna()
-    committed, executed = kinds["committed"] + kinds["guided"] + kinds["finish"], sum(kinds.values())
+    committed = sum(kinds[name] for name in ("committed", "guided", "finish", "refresh"))
+    executed = sum(kinds.values())
     return {
         "requests": len(requests),
         **{f"{state}_requests": int((requests.state == state).sum()) for state in STATES},
         "committed_nfe": committed,
         "executed_nfe": executed,
+        "cached_nfe": int(one.rows.nfe[one.rows.cached].sum()),
         "committed_per_second": committed / one.wall,
         "executed_per_second": executed / one.wall,
         "images": len(done),

@@ -9,7 +9,7 @@ import pytest
 from rollflow.profile import accounts
 from rollflow.profile.records import CHORES, FATES, KINDS, LANE_STAGES, STAGES, STATES, WORK
 
-SPENT = {"committed": "committed", "guided": "guided", "finish": "finish"}
+SPENT = {"committed": "committed", "guided": "guided", "finish": "finish", "refresh": "refresh"}
 
 
 def words(table, field, names):
