@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rollflow import rewards
-from rollflow.bench import geometries, kernel_bandwidth, prompt_sets
+from rollflow.bench import geometries, kernel_bandwidth, kernel_bytes, prompt_sets
 from rollflow.bench.baselines import bare_decode, bare_forward, bare_reward
 from rollflow.bench.measure import resident_memory
 from rollflow.device.cuda_graphs import Capture, Captured, cuda_capture
@@ -130,7 +130,7 @@ def bandwidth(device: torch.device, repetitions: int, quick: bool, deadline: Dea
     del copy  # its buffers are the largest of all
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     swept = kernel_bandwidth.SWEPT if device.type == "cuda" else 1
-    sizes = kernel_bandwidth.QUICK[:2] if quick else kernel_bandwidth.SIZES
+    sizes = kernel_bytes.QUICK[:2] if quick else kernel_bytes.SIZES
     for size in sorted(sizes, key=math.prod, reverse=True):
         for build in (kernel_bandwidth.proposing, kernel_bandwidth.finishing, kernel_bandwidth.drawing):
             if not deadline.allows(3.0):

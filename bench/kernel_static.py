@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from rollflow.bench.kernel_bandwidth import PATCH, STEP, Size, finish_bytes, noise_bytes, propose_bytes
+from rollflow.bench.kernel_bytes import PATCH, STEP, Size, finish_bytes, noise_bytes, propose_bytes
 from rollflow.errors import RequestError
 
 START = 2.4e-6  # seconds: of the shortest launch of a CUDA graph, and of a chain of two loads
