@@ -1,4 +1,4 @@
-"""The sizes that kernels are measured at, and the bytes that a call of one must move, whatever a cache saves or adds."""
+"""The sizes that kernels are measured at, and the bytes that a call must move, whatever a cache saves or adds."""
 
 from __future__ import annotations
 

@@ -77,9 +77,11 @@ class Request:
         cache: evaluate candidates from a cache: the first block of the transformer runs, and what the later ones add is
             taken from their parent's evaluation. A candidate is one of several children that a step of the SDE or the
             ODE leads to; what the search goes on from or returns is evaluated anew, in full. Each of both costs one
-            NFE: the budget pays for them, and what it keeps for them and they do not need stays unspent. Results
-            differ from those without. For models and methods that can do it, see `rollflow.models.Capabilities.caches`
-            and `rollflow.methods.method`; not for guided searches.
+            NFE: the budget pays for them, and what it keeps for them and they do not need stays unspent. A search that
+            is cancelled shows its best as it is. It pays where steps add little noise, such as `diffusion=0.3` on the
+            linear path, and misleads where they add much, as by default (`rollflow bench caching`). For models and
+            methods that can do it, see `rollflow.models.Capabilities.caches` and `rollflow.methods.method`; not for
+            guided searches.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
             (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1

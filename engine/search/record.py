@@ -33,7 +33,6 @@ class History:
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = labels
         self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
-        self._cached: set[int] = set()  # places of rows
         self._terms: list[tuple[float, ...] | None] = []
         self.committed = self.cached = self.executed = self.level = self.invalid = 0
         self.best = -math.inf
@@ -45,8 +44,12 @@ class History:
     @property
     def records(self) -> list[Record]:
         """A record for each committed particle, in draw order."""
+<<<<<<< HEAD
         made: Any = Record  # of a row's fields, and those after them
         records = [made(*row, None, row[0] in self._cached) for row in self._rows]
+=======
+        records = [Record(*row) for row in self._rows]
+>>>>>>> w-cache
         if not self.labels:
             return records
         return [replace(one, terms=self.named(terms)) for one, terms in zip(records, self._terms, strict=False)]
@@ -72,10 +75,9 @@ class History:
         reward = particle.reward if scored else None
         if self.labels:
             self._terms.append(particle.terms if scored else None)
-        if particle.cached:
-            self._cached.add(particle.index)
-            self.cached += nfe
-        self._rows.append((particle.index, particle.step, particle.time, reward, particle.parent, kind, nfe))
+        self.cached += nfe if particle.cached else 0
+        own = particle.index, particle.step, particle.time, reward, particle.parent, kind, nfe
+        self._rows.append((*own, None, particle.cached))
         self.committed += nfe
         self.level = particle.step
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))
