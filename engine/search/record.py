@@ -44,12 +44,7 @@ class History:
     @property
     def records(self) -> list[Record]:
         """A record for each committed particle, in draw order."""
-<<<<<<< HEAD
-        made: Any = Record  # of a row's fields, and those after them
-        records = [made(*row, None, row[0] in self._cached) for row in self._rows]
-=======
         records = [Record(*row) for row in self._rows]
->>>>>>> w-cache
         if not self.labels:
             return records
         return [replace(one, terms=self.named(terms)) for one, terms in zip(records, self._terms, strict=False)]
