@@ -333,3 +333,20 @@ def test_the_bench_counts_and_compares(tmp_path, capsys, monkeypatch):
         found, low, high = row[name]["exact_difference"]
         assert low <= found == difference <= high
     assert "svdd" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_both_kinds_of_batches_are_graphs_and_decide_alike():
+    found = []
+    for graphs in (True, False):
+        with Engine.from_pretrained("shapes", "cuda", torch.float32, buckets=(8, 16), graphs=graphs) as made:
+            given = {"method": "svdd", "nfe": 60, "cache": True, "interpolant": "linear", "diffusion": 0.3}
+            found.append(made.generate([Request("two red circles", seed=i, **given) for i in range(2)]))
+            runner = made._host.runner
+            assert bool(runner.graphs) is bool(runner.cached_graphs) is graphs
+    for one, other in zip(*found, strict=True):
+        assert one.cached_nfe == other.cached_nfe > 0
+        assert [(r.level, r.kind, r.reward) for r in one.history] == [
+            (r.level, r.kind, r.reward) for r in other.history
+        ]
+        torch.testing.assert_close(one.pixels, other.pixels, atol=0.01, rtol=0.0)
