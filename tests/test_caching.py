@@ -335,18 +335,19 @@ def test_the_bench_counts_and_compares(tmp_path, capsys, monkeypatch):
     assert "svdd" in capsys.readouterr().out
 
 
+def pixel(images, prompts):
+    """Of the same bits at every place of a batch."""
+    return images[:, 0, 32, 32]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_both_kinds_of_batches_are_graphs_and_decide_alike():
-    found = []
+    found, given = [], {"method": "svdd", "nfe": 60, "cache": True, "interpolant": "linear", "diffusion": 0.3}
     for graphs in (True, False):
-        with Engine.from_pretrained("shapes", "cuda", torch.float32, buckets=(8, 16), graphs=graphs) as made:
-            given = {"method": "svdd", "nfe": 60, "cache": True, "interpolant": "linear", "diffusion": 0.3}
-            found.append(made.generate([Request("two red circles", seed=i, **given) for i in range(2)]))
+        with Engine.from_pretrained("shapes", "cuda", torch.float32, buckets=(8,), lanes=1, graphs=graphs) as made:
+            found.append(made.generate([Request("two red circles", pixel, seed=i, **given) for i in range(2)]))
             runner = made._host.runner
             assert bool(runner.graphs) is bool(runner.cached_graphs) is graphs
     for one, other in zip(*found, strict=True):
-        assert one.cached_nfe == other.cached_nfe > 0
-        assert [(r.level, r.kind, r.reward) for r in one.history] == [
-            (r.level, r.kind, r.reward) for r in other.history
-        ]
-        torch.testing.assert_close(one.pixels, other.pixels, atol=0.01, rtol=0.0)
+        assert one.history == other.history and one.cached_nfe > 0
+        torch.testing.assert_close(one.pixels, other.pixels, atol=1e-3, rtol=0.0)
