@@ -333,3 +333,21 @@ def test_the_bench_counts_and_compares(tmp_path, capsys, monkeypatch):
         found, low, high = row[name]["exact_difference"]
         assert low <= found == difference <= high
     assert "svdd" in capsys.readouterr().out
+
+
+def pixel(images, prompts):
+    """Of the same bits at every place of a batch."""
+    return images[:, 0, 32, 32]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_both_kinds_of_batches_are_graphs_and_decide_alike():
+    found, given = [], {"method": "svdd", "nfe": 60, "cache": True, "interpolant": "linear", "diffusion": 0.3}
+    for graphs in (True, False):
+        with Engine.from_pretrained("shapes", "cuda", torch.float32, buckets=(8,), lanes=1, graphs=graphs) as made:
+            found.append(made.generate([Request("two red circles", pixel, seed=i, **given) for i in range(2)]))
+            runner = made._host.runner
+            assert bool(runner.graphs) is bool(runner.cached_graphs) is graphs
+    for one, other in zip(*found, strict=True):
+        assert one.history == other.history and one.cached_nfe > 0
+        torch.testing.assert_close(one.pixels, other.pixels, atol=1e-3, rtol=0.0)
