@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rollflow import kernels
-from rollflow.bench import outputs
+from rollflow.bench import kernel_static, outputs
 from rollflow.bench.environment import environment
 from rollflow.errors import RequestError, shown
 from rollflow.models.layout import Layout
@@ -134,11 +134,14 @@ class Kernels:
             self.json.write_text(json.dumps(report, indent=1) + "\n")
 
     def _predict(self) -> None:
-        from rollflow.bench import kernel_static  # which reads this file's sizes
-
         outputs.check_file(self.json)
         sizes, dtype = QUICK if self.quick else SIZES, DTYPES[self.dtype or "bfloat16"]
-        rows = kernel_static.rows(sizes, dtype)
+        works = [
+            kernel_static.Work(name, *size, PATCH[1:], dtype, _moved(name, size, dtype))
+            for name in ("propose", "finish", "noise")
+            for size in sizes
+        ]
+        rows = kernel_static.rows(works)
         Console(width=120).print(kernel_static.table(rows))
         if self.json:
             self.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
@@ -318,6 +321,14 @@ def finish_bytes(slot: Int64[Tensor, " row"], elements: int, dtype: torch.dtype)
     """
     live = int((slot >= 0).sum())
     return elements * (live * (2 * dtype.itemsize + 4) + len(slot) * dtype.itemsize)
+
+
+def _moved(kernel: str, size: Size, dtype: torch.dtype) -> int:
+    """Bytes that a kernel must move where every row has a parent and a child."""
+    rows, elements = torch.arange(size.rows), size.token * size.channel
+    if kernel == "propose":
+        return propose_bytes(rows, rows, torch.tensor(STEP).repeat(size.rows, 1), elements, dtype)
+    return finish_bytes(rows, elements, dtype) if kernel == "finish" else noise_bytes(size.rows, elements)
 
 
 def noise_bytes(rows: int, elements: int) -> int:

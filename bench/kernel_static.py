@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from rollflow.bench.kernel_bandwidth import PATCH, STEP, Size, finish_bytes, noise_bytes, propose_bytes
 from rollflow.errors import RequestError
 
 START = 2.4e-6  # seconds: of the shortest launch of a CUDA graph, and of a chain of two loads
@@ -38,8 +37,20 @@ CHIPS = {
 }
 
 
-def rows(sizes: Sequence[Size], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row for each kernel, size and target.
+class Work(NamedTuple):
+    """A kernel at a size, with the bytes that it must move; `patch` counts for `finish`."""
+
+    kernel: str
+    rows: int
+    token: int
+    channel: int
+    patch: tuple[int, int]
+    dtype: torch.dtype
+    bytes: int
+
+
+def rows(works: Sequence[Work]) -> list[dict[str, Any]]:
+    """A row for each target and work.
 
     Raises:
         RequestError: Triton is not installed, or runs its interpreter.
@@ -47,49 +58,45 @@ def rows(sizes: Sequence[Size], dtype: torch.dtype) -> list[dict[str, Any]]:
     try:
         from rollflow.kernels import aot
     except ImportError as error:
-        raise RequestError(
-            "static=True compiles the kernels, and Triton is not installed: pip install triton"
-        ) from error
+        raise RequestError("static=True compiles the kernels: install triton, which they are written in") from error
     found, known = [], dict[Any, Any]()
     for target, chip in CHIPS.items():
-        for kernel in ("propose", "finish", "noise"):
-            for size in sizes:
-                launch, moved = _launched(aot, kernel, size, dtype)
-                key = launch.variant, target
-                try:
-                    known[key] = known.get(key) or aot.usage(launch, target)
-                except RuntimeError as error:
-                    raise RequestError(f"static=True: {error}") from error
-                found.append(_row(kernel, size, chip, launch, known[key], moved))
+        for work in works:
+            launch = _launched(aot, work)
+            key = launch.variant, target
+            try:
+                known[key] = known.get(key) or aot.usage(launch, target)
+            except RuntimeError as error:
+                raise RequestError(f"static=True: {error}") from error
+            found.append(_row(work, chip, launch, known[key]))
     return found
 
 
-def _launched(aot: Any, kernel: str, size: Size, dtype: torch.dtype) -> tuple[Any, int]:
-    """The kernel's launch at a size, and the bytes that it must move."""
-    count, token, channel = size
-    index = torch.arange(count)
-    if kernel == "noise":
-        return aot.noise(*size), noise_bytes(count, token * channel)
-    if kernel == "propose":
-        steps = torch.tensor(STEP).repeat(count, 1)
-        return aot.propose(*size, dtype, dtype), propose_bytes(index, index, steps, token * channel, dtype)
-    side = math.isqrt(token)
-    launch = aot.finish(count, (side, side), channel, PATCH[1:], "latent", dtype, dtype)
-    return launch, finish_bytes(index, token * channel, dtype)
+def _launched(aot: Any, work: Work) -> Any:
+    """The kernel's launch at a size."""
+    size, dtype = (work.rows, work.token, work.channel), work.dtype
+    if work.kernel == "noise":
+        return aot.noise(*size)
+    if work.kernel == "propose":
+        return aot.propose(*size, dtype, dtype)
+    side = math.isqrt(work.token)
+    return aot.finish(work.rows, (side, side), work.channel, work.patch, "latent", dtype, dtype)
 
 
-def _row(kernel: str, size: Size, chip: Chip, launch: Any, use: Any, moved: int) -> dict[str, Any]:
+def _row(work: Work, chip: Chip, launch: Any, use: Any) -> dict[str, Any]:
     issued = math.prod(launch.grid) * launch.variant.warps * use.instructions
-    memory = moved / chip.memory
+    memory = work.bytes / chip.memory
     slots = issued / (chip.multiprocessors * SCHEDULERS * chip.clock)
     seconds = START + max(memory, slots)
     return {
-        "kernel": kernel, **size._asdict(), "target": f"sm_{use.target}", "device": chip.name, "bytes": moved,
+        "kernel": work.kernel, "rows": work.rows, "token": work.token, "channel": work.channel,
+        "target": f"sm_{use.target}", "device": chip.name,
+        "bytes": work.bytes,
         "instructions": use.instructions, "warps": math.prod(launch.grid) * launch.variant.warps,
         "registers": use.registers, "spills": use.spills, "shared": use.shared, "barriers": use.barriers,
         "memory_seconds": memory, "issue_seconds": slots,
         "bound": "start" if max(memory, slots) < START else "memory" if memory >= slots else "issue slots",
-        "seconds": seconds, "of_copy": moved / seconds / chip.copy,
+        "seconds": seconds, "of_copy": work.bytes / seconds / chip.copy,
     }  # fmt: skip
 
 

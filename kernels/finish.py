@@ -184,7 +184,7 @@ def launch_finish(
     tile = tile_of(channels, rows, columns, patch_y, patch_x, latents.dtype.itemsize, units)
     column_groups, channel_groups = columns // tile.TOKENS, channels // tile.CHANNELS
     across = triton.cdiv(column_groups, tile.TILE_COLUMNS) * tile.CHANNEL_TILES
-    arguments = {
+    arguments: dict[str, Tensor | int] = {
         "u": u, "x_pool": x_pool, "u_pool": u_pool, "slot": slot, "coefficients": coefficients,
         "scale": inverse_scaling, "offset": shift, "latents": latents,
         "rows": rows, "column_groups": column_groups, "channel_groups": channel_groups,

@@ -75,7 +75,7 @@ def launch_finish_flat(
     whole = run >= LEAST_RUN and numbers <= MOST_RUNS
     span, across = (run, numbers) if whole else (elements, 1)
     block = block or block_of(rows * across, span)
-    arguments = {
+    arguments: dict[str, Tensor | int] = {
         "u": u, "x_pool": x_pool, "u_pool": u_pool, "slot": slot, "coefficients": coefficients,
         "scale": scale, "offset": offset, "latents": latents, "elements": elements, "run": run,
     }  # fmt: skip

@@ -33,7 +33,7 @@ def launch_noise(
     """Fill `out`, by programs of `block` elements (by default `block_of`)."""
     rows, elements = len(out), out[0].numel()
     block = block or block_of(rows, elements)
-    arguments = {"seed": seed, "key": key, "out": out, "elements": elements}
+    arguments: dict[str, Tensor | int] = {"seed": seed, "key": key, "out": out, "elements": elements}
     launch(noise_kernel, (triton.cdiv(elements, block), rows), arguments, {"BLOCK": block}, warps_of(block))
 
 

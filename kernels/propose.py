@@ -65,7 +65,7 @@ def launch_propose(
     """Write the children into `x_pool` and `model_input`, by programs of `block` elements (by default `block_of`)."""
     rows, elements = len(parent), x_pool[0].numel()
     block = block or block_of(rows, elements)
-    arguments = {
+    arguments: dict[str, Tensor | int] = {
         "x_pool": x_pool, "u_pool": u_pool, "parent": parent, "child": child, "coefficients": coefficients,
         "seed": seed, "key": key, "model_input": model_input, "elements": elements,
     }  # fmt: skip
