@@ -53,7 +53,7 @@ def lane() -> Iterator[Lanes]:
 
 def particles(model: FluxModel) -> Storage:
     geometry = model.geometry()
-    pool = Storage(SLOTS, geometry.token, geometry.channel, model.device)
+    pool = Storage(SLOTS, geometry.token, geometry.channel, model.device, model.dtype)
     generator = torch.Generator().manual_seed(1)
     for state in (pool.x, pool.u):
         state.copy_(torch.randn(state.shape, generator=generator))
