@@ -62,7 +62,7 @@ def test_everything_in_small(tmp_path, capsys, no_compiler):
     assert all(part["error"] is None and part["rows_measured"] for part in read(tmp_path, "parts")["rows"])
     checks = read(tmp_path, "correctness")["rows"]
     assert all(row["passed"] and 0 <= row["error"] <= row["allowed"] for row in checks) and len(checks) > 25
-    assert {"propose", "finish", "noise", "a"} == {row["name"].split()[0] for row in checks}
+    assert {"propose", "finish", "finish_flat", "noise", "a"} == {row["name"].split()[0] for row in checks}
     buckets = read(tmp_path, "buckets")["rows"]
     modes = {(row["geometry"], row["mode"]) for row in buckets if row["contender"] == "bare transformer"}
     kinds = ("eager", "graph", "compiled", "compiled + graph")

@@ -209,7 +209,8 @@ def test_without_a_cache_nothing_is_kept():
         assert fingerprint(made.generate(asked(cache=False))) == found
 
 
-def test_both_kinds_of_batches_have_graphs():
+def test_both_kinds_of_batches_have_graphs(monkeypatch):
+    monkeypatch.setattr("rollflow.device.decoder.GRAPHED_PIXELS", 0)
     model, request, capture = Keeping(), asked("svdd"), FakeCapture()
     geometry = replace(SIZE, kept=model.kept)
     with engine(model) as made:
@@ -259,9 +260,10 @@ def test_what_is_kept_of_a_parent_follows_a_state_that_is_prepared():
 def test_what_is_kept_counts_where_slots_are_bounded():
     flux = replace(SIZE, token=4096, channel=64)
     kept = replace(flux, kept=3072)
-    each = 4096 * (64 * 8 + 3072 * 2)
-    assert slots_of(None, kept, 2) == KEPT_BYTES // each < slots_of(None, flux, 2)
-    assert slots_of(None, kept, 4) < slots_of(None, kept, 2) and slots_of(7, kept, 2) == 7
+    half, single = (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)  # velocities, and what is kept
+    each = 4096 * (64 * 6 + 3072 * 2)
+    assert slots_of(None, kept, *half) == KEPT_BYTES // each < slots_of(None, flux, *half)
+    assert slots_of(None, kept, *single) < slots_of(None, kept, *half) and slots_of(7, kept, *half) == 7
 
 
 @methods.method(guided=lambda options: False, parents=lambda nfe, steps, options: 0)

@@ -44,9 +44,13 @@ def latents(rows: int) -> Tensor:
     return torch.randn(rows, 4, 2, 2, generator=torch.Generator().manual_seed(rows))
 
 
+def batches(*sizes: int) -> dict[int, Tensor]:
+    return {size: latents(size) for size in sizes}
+
+
 def test_small_batches_are_captured_and_large_ones_are_not() -> None:
     capture, decoder = Capture(), of(pixels=GRAPHED_PIXELS // 4)
-    decoder.record(False, [1, 2, 4, 8], latents, capture)
+    decoder.record(False, batches(1, 2, 4, 8), capture)
     assert capture.rows == [4, 2, 1]  # the largest first
     assert decoder.total > 0
     with torch.no_grad():
@@ -59,7 +63,7 @@ def test_small_batches_are_captured_and_large_ones_are_not() -> None:
 
 def test_an_image_is_the_callers_to_keep() -> None:
     decoder = of(pixels=1)
-    decoder.record(True, [2], latents, Capture())
+    decoder.record(True, batches(2), Capture())
     with torch.no_grad():
         first = decoder(latents(2), True)
         kept = first.clone()
@@ -69,7 +73,7 @@ def test_an_image_is_the_callers_to_keep() -> None:
 
 def test_gradients_flow_through_the_decoder_itself() -> None:
     capture, decoder = Capture(), of(pixels=1)
-    decoder.record(False, [2], latents, capture)
+    decoder.record(False, batches(2), capture)
     z = latents(2).requires_grad_()
     decoder(z, False).sum().backward()
     assert capture.replays == 0 and z.grad is not None and z.grad.abs().min() > 0
@@ -78,7 +82,7 @@ def test_gradients_flow_through_the_decoder_itself() -> None:
 def test_a_decoder_that_cannot_be_captured_runs_all_the_same() -> None:
     decoder = of(pixels=1)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs: .*cannot be captured"):
-        decoder.record(False, [2], latents, Capture(fails=True))
+        decoder.record(False, batches(2), Capture(fails=True))
     with torch.no_grad():
         assert torch.equal(decoder(latents(2), False), latents(2).tanh())
 

@@ -36,10 +36,12 @@ def test_velocities_are_kept_as_they_come(model: FluxModel) -> None:
     storage = Storage(2, 4, 8, CPU, torch.bfloat16)
     u = torch.randn(2, 4, 8)
     assert storage.u.dtype == torch.bfloat16 and storage.x.dtype == storage.move.dtype == torch.float32
-    assert torch.equal(storage.kept(u.bfloat16()), u.bfloat16())
+    assert torch.equal(storage.as_kept(u.bfloat16()), u.bfloat16())
     with pytest.raises(ModelError, match=r"velocities in torch\.float32 and declares the capability rounded"):
-        storage.kept(u)
-    assert torch.equal(Storage(2, 4, 8, CPU).kept(u.bfloat16()), u.bfloat16().float())  # of one that declares nothing
+        storage.as_kept(u)
+    assert torch.equal(
+        Storage(2, 4, 8, CPU).as_kept(u.bfloat16()), u.bfloat16().float()
+    )  # of one that declares nothing
 
 
 def test_a_slot_takes_what_its_velocity_takes(model: FluxModel) -> None:

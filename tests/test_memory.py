@@ -247,7 +247,7 @@ def test_the_memory_of_cuda_graphs_is_told():
     with on_card(Card(10**6), "graphs") as made:
         made.warm_up()
         assert made.stats().graph_memory == {}
-        made._host.runner.graphs[SIZE] = SimpleNamespace(memory={1: 3 * 2**20, 2: 2**20})
+        made._host.runner.graphs[SIZE] = SimpleNamespace(total=4 * 2**20)
         assert made.stats().graph_memory == {(8, 8): 4 * 2**20}
         with made.profile() as profile:
             pass

@@ -130,9 +130,10 @@ def test_a_capture_has_no_ranges_and_a_replay_is_within_one(ranges):
         runner, geometry = made._host.runner, made.model.geometry()
         runner.allocate(geometry, made._slots_of(geometry))
         made.lanes.run(runner.record, geometry, [8], None, capture).result(PATIENCE)
-        assert made.model.seen == [[]]
+        recorded = len(made.model.seen)
+        assert recorded and not any(made.model.seen)
         made.generate(rbf(20))
-        replays = made.model.seen[1:]
+        replays = made.model.seen[recorded:]
         assert replays and all(names == ["tick", "transformer_forward"] for names in replays)
         made.close()
     assert not {"propose", "finish"} & {one.name for one in ranges.over if one.within == ["tick"]}

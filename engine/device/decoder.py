@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -45,22 +45,20 @@ class Decoder:
     def record(
         self,
         light: bool,
-        buckets: Iterable[int],
-        latents: Callable[[int], Tensor],
+        latents: Mapping[int, Tensor],
         capture: Capture | None = None,
     ) -> None:
         """Captures the decoding of those batches whose launches would take longer than their kernels.
 
         Args:
             light: whether by the light decoder.
-            buckets: batch sizes.
-            latents: of a batch of a size.
+            latents: of a batch of each size.
             capture: see `Graphs`.
         """
-        small = [bucket for bucket in buckets if bucket * self._pixels <= GRAPHED_PIXELS]
+        small = [bucket for bucket in latents if bucket * self._pixels <= GRAPHED_PIXELS]
         graphs = Graphs(self._decode(light), capture, ("latents",), rows=0)
         try:
-            graphs.record(small, lambda bucket: (latents(bucket),))
+            graphs.record(small, lambda bucket: (latents[bucket],))
         except ModelError as error:
             warnings.warn(f"the decoder runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
         else:

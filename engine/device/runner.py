@@ -95,8 +95,8 @@ class Runner:
             self._finish[geometry] = Finish(self.model, geometry)
             model: Any = self.model
             pixels = geometry.height * geometry.width * (geometry.frames or 1)
-            light = model.preview if model.capabilities.preview else None
-            self._decoders[geometry] = Decoder(model.decode, light, pixels)
+            light = partial(_preview, model) if model.capabilities.preview else None
+            self._decoders[geometry] = Decoder(partial(_decode, model), light, pixels)
             sizes, velocity = (slots, geometry.token, geometry.channel), velocity_dtype(model)
             storage = Storage(*sizes, model.device, velocity, geometry.kept, model.dtype)
             self._zeroed[geometry], self._storage[geometry] = self.streams.mark(), storage
@@ -127,7 +127,7 @@ class Runner:
         for graphs in (self.graphs, self.cached_graphs, self._decoders):
             for geometry, one in [*graphs.items()]:
                 found[geometry] = found.get(geometry, 0) + one.total
-        return found
+        return {geometry: total for geometry, total in found.items() if total}
 
     def bucket(self, rows: int, geometry: Geometry, guided: bool = False) -> int:
         """The smallest batch size that holds `rows`; of more rows than there are sizes for by now, the one they had."""
@@ -197,11 +197,10 @@ class Runner:
             graphs.record(sizes, partial(self._padding, conditioning))
             known[geometry] = graphs
 
-        def latents(bucket: int) -> Tensor:
-            return self.graphs[geometry].run(*self._padding(conditioning, bucket))
-
-        for light in (False, True) if self.preview else (False,):
-            self._decoders[geometry].record(light, sizes, latents, capture)
+        latents = {size: self.graphs[geometry].run(*self._padding(conditioning, size)) for size in sizes}
+        with self.streams.beside(*latents.values()):  # whose memory is what the replays read and write
+            for light in (False, True) if self.preview else (False,):
+                self._decoders[geometry].record(light, latents, capture)
 
     def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
         """Evaluates and decodes a batch of padding by the bucket's graphs, to time it; on a lane, between batches."""
@@ -433,6 +432,14 @@ def _when(wait: Callable[[], None], free: Callable[[], None]) -> None:
         wait()
     finally:
         free()
+
+
+def _decode(model: Any, latents: Tensor) -> Tensor:
+    return model.decode(latents)
+
+
+def _preview(model: Any, latents: Tensor) -> Tensor:
+    return model.preview(latents)
 
 
 def _nothing() -> None:

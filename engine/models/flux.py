@@ -233,7 +233,7 @@ class FluxModel(FlowModel):
     ) -> tuple[Float[Tensor, "row token channel"], Float[Tensor, "row token kept"]]:
         """`forward`, and what is kept of it; see `rollflow.models.caching`."""
         whole, inputs = self._forms.of(geometry)[0], (x, tau, *collated, guidance)
-        with self._borrowed.lent(), acceleration.attention(self.attention, self.device):
+        with self._borrowed.lent():
             return whole(*inputs, self._positions(geometry, collated[1]))
 
     def forward_cached(
@@ -247,7 +247,7 @@ class FluxModel(FlowModel):
     ) -> Float[Tensor, "row token channel"]:
         """`forward` by the first block alone, and what was kept of other evaluations."""
         cached, inputs = self._forms.of(geometry)[1], (x, tau, *collated, guidance)
-        with self._borrowed.lent(), acceleration.attention(self.attention, self.device):
+        with self._borrowed.lent():
             return cached(*inputs, self._positions(geometry, collated[1]), kept)
 
     def _positions(self, geometry: Geometry, sequence: Tensor) -> Tensor:
