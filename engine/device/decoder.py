@@ -55,7 +55,7 @@ class Decoder:
             latents: of a batch of each size.
             capture: see `Graphs`.
         """
-        small = [bucket for bucket in latents if bucket * self._pixels <= GRAPHED_PIXELS]
+        small = [bucket for bucket in latents if self.pays(bucket)]
         graphs = Graphs(self._decode(light), capture, ("latents",), rows=0)
         try:
             graphs.record(small, lambda bucket: (latents[bucket],))
@@ -63,6 +63,10 @@ class Decoder:
             warnings.warn(f"the decoder runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
         else:
             self._graphs[light] = graphs
+
+    def pays(self, bucket: int) -> bool:
+        """Whether batches of this size are captured."""
+        return bucket * self._pixels <= GRAPHED_PIXELS
 
     def __call__(self, latents: Float[Tensor, "bucket ..."], light: bool) -> Float[Tensor, "bucket ..."]:
         """Images in [0, 1]; by a replay on the current stream where one was captured and no gradients are wanted."""

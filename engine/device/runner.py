@@ -197,10 +197,11 @@ class Runner:
             graphs.record(sizes, partial(self._padding, conditioning))
             known[geometry] = graphs
 
-        latents = {size: self.graphs[geometry].run(*self._padding(conditioning, size)) for size in sizes}
+        decoder, run = self._decoders[geometry], self.graphs[geometry].run
+        latents = {size: run(*self._padding(conditioning, size)) for size in sizes if decoder.pays(size)}
         with self.streams.beside(*latents.values()):  # whose memory is what the replays read and write
             for light in (False, True) if self.preview else (False,):
-                self._decoders[geometry].record(light, latents, capture)
+                decoder.record(light, latents, capture)
 
     def replay(self, geometry: Geometry, conditioning: Any, bucket: int) -> Tensor:
         """Evaluates and decodes a batch of padding by the bucket's graphs, to time it; on a lane, between batches."""
