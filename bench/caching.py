@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rollflow.bench import geometries, intervals, outputs, prompt_sets
 from rollflow.bench.environment import environment
 from rollflow.engine import Engine
+from rollflow.errors import RequestError, shown
 from rollflow.models import caching
 from rollflow.request import Request, Result
 
@@ -60,9 +61,13 @@ class Caching:
     def __call__(self) -> None:
         """Counts and runs, prints both tables, writes the file."""
         outputs.check_file(self.json)
+        if self.model not in SIZES:
+            raise RequestError(
+                f"model={shown(self.model)}: choose one whose operations are counted, {', '.join(SIZES)}"
+            )
         where, console, counts = environment(), Console(width=120), [*map(operations, SIZES)]
         console.print(_counted(counts))
-        share = next(one["share"] for one in counts if one["size"] == "shapes")
+        share = next(one["share"] for one in counts if one["size"] == self.model)
         engine, rows = Engine.from_pretrained(self.model), list[dict[str, Any]]()
         for name in self.sets:
             for path in self.paths:

@@ -436,7 +436,7 @@ class Engine:
             **counts,
             buckets=_by_size(host.runner.buckets),
             bounds=_by_size(host.preparations.bounds),
-            graph_memory=_by_size(host.preparations.graph_memory),
+            graph_memory=_summed_by_size(host.preparations.graph_memory),
             nfe_per_second=found.nfe_per_second,
             abandoned=host.runner.threads.abandoned,
             healthy=found.dead is None and not host.closed,
@@ -483,6 +483,14 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
+
+
+def _summed_by_size(found: Mapping[Geometry, int]) -> dict[tuple[int, ...], int]:
+    """The same of what requests with a cache and without have each of their own."""
+    totals = dict[Geometry, int]()
+    for one, value in found.items():
+        totals[one.plain] = totals.get(one.plain, 0) + value
+    return _by_size(totals)
 
 
 def _by_size(found: Mapping[Geometry, T]) -> dict[tuple[int, ...], T]:

@@ -106,7 +106,7 @@ def about(name: str, runner: Runner, preparations: Preparations, traits: Traits)
         runner, preparations: the engine's.
         traits: of the model.
     """
-    model = runner.model
+    model, graphs = runner.model, preparations.graph_memory
     sizes = [
         {
             "geometry": asdict(geometry),
@@ -114,7 +114,7 @@ def about(name: str, runner: Runner, preparations: Preparations, traits: Traits)
             "seconds": {str(bucket): seconds for bucket, seconds in preparations.cost(geometry).seconds.items()},
             "measured": geometry in preparations.costs,
             "bound": preparations.bounds.get(geometry),
-            "graph_bytes": preparations.graph_memory.get(geometry, 0),
+            "graph_bytes": sum(n for one, n in graphs.items() if one.plain == geometry.plain),
         }
         for geometry in runner.geometries
         if not (geometry.kept and geometry.plain in runner.geometries)  # tables tell sizes by their pixels

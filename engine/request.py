@@ -55,8 +55,8 @@ class Request:
         stop_at: a reward that is good enough: the first particle that reaches it, where rewards can be trusted, ends
             the search, and the rest of the budget is not spent. A finish may still better it.
         judge_all: judge every particle that the method asks to be judged. By default those are left out on whose reward
-            nothing depends, neither a decision nor the end of the search: their records have none (that of an only
-            finalist has its image's), updates do not count it, and the image is the same.
+            nothing depends, neither a decision nor the end of the search: their records have none (the last of an only
+            finalist's finish has its image's), updates do not count it, and the image is the same.
         seconds: how long the search may take from when it is let in, above 0. When they are over it ends, within the
             batches that run already, with the best so far, finished; with nothing so far, with the first that comes.
         deadline: the same as a time of `time.monotonic()` (of the engine's `clock`), which waiting in the queue counts
@@ -78,10 +78,11 @@ class Request:
             taken from their parent's evaluation. A candidate is one of several children that a step of the SDE or the
             ODE leads to; what the search goes on from or returns is evaluated anew, in full. Each of both costs one
             NFE: the budget pays for them, and what it keeps for them and they do not need stays unspent. A search that
-            is cancelled shows its best as it is. It pays where steps add little noise, such as `diffusion=0.3` on the
-            linear path, and misleads where they add much, as by default (`rollflow bench caching`). For models and
-            methods that can do it, see `rollflow.models.Capabilities.caches` and `rollflow.methods.method`; not for
-            guided searches.
+            is cancelled shows its best as it is. Updates and `stop_at` take the rewards of candidates as they are: a
+            search that ends by `stop_at` may give an image whose own reward is below it. It pays where steps add little
+            noise, such as `diffusion=0.3` on the linear path, and misleads where they add much, as by default
+            (`rollflow bench caching`). For models and methods that can do it, see `rollflow.models.Capabilities.caches`
+            and `rollflow.methods.method`; not for guided searches.
         priority: requests of a higher one go first where they compete for the device; it changes no result.
         guidance: guidance scale, by default the model's own: an embedded one for guidance-distilled models
             (FLUX.1-dev), or that of classifier-free guidance, which takes two rows of the network an evaluation; at 1

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is: two processes share the cores, none may spin
 
 import torch
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rollflow.device.cuda_graphs import Captured
 from rollflow.device.decoder import GRAPHED_PIXELS, Decoder
-from rollflow.models.norms import FusedNorms, fused
+from rollflow.models import norms
+from rollflow.models.norms import LEAST, FusedNorms, fused
 
 
 class Capture:
@@ -105,6 +106,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         launch(*args)
 
     monkeypatch.setattr(group_norm, "launch_group_norm", counted)
+    monkeypatch.setattr(norms, "LEAST", 0)
     return found
 
 
@@ -144,6 +146,15 @@ def test_what_our_kernels_do_not_take_runs_as_ever(launched: list[bool]) -> None
         y = F.silu(nn.GroupNorm(4, 12)(x))
     assert not launched
     torch.testing.assert_close(y, F.silu(F.group_norm(x, 4)))
+
+
+@torch.no_grad()
+def test_small_images_are_left_to_torch(launched: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "LEAST", LEAST)
+    channels, side = 16, math.isqrt(LEAST // 16) // 2  # a quarter of it
+    with FusedNorms():
+        nn.GroupNorm(4, channels)(torch.randn(1, channels, side, side).to(memory_format=torch.channels_last))
+    assert not launched
 
 
 def test_a_cpu_and_gradients_keep_torchs_own() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rollflow.errors import ModelError
 
+_CAPTURING = Lock()
 WARM_UPS = 3  # runs before a capture, as many as torch's own graphed callables make
 
 
@@ -154,6 +156,11 @@ def cuda_capture(function: Callable[[], Tensor], pool: Any) -> Captured:
     Raises:
         RuntimeError: something that the function does cannot be captured, or memory runs out.
     """
+    with _CAPTURING:  # on streams that all engines of a device share
+        return _captured(function, pool)
+
+
+def _captured(function: Callable[[], Tensor], pool: Any) -> Captured:
     preparing, capturing = _streams(torch.cuda.current_device())
     preparing.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(preparing):  # around the capture too: one that fails would leave the thread on its stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float
@@ -60,7 +61,8 @@ class Decoder:
         try:
             graphs.record(small, lambda bucket: (latents[bucket],))
         except ModelError as error:
-            warnings.warn(f"the decoder runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            with suppress(RuntimeWarning):  # where warnings are errors, this thread is nobody's to raise it to
+                warnings.warn(f"the decoder runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
         else:
             self._graphs[light] = graphs
 

@@ -188,7 +188,7 @@ class Runner:
         def step(from_cache: bool, integers: Tensor, floats: Tensor, *collated: Tensor) -> Tensor:
             tables = Tables(integers, floats)
             x = self.propose(tables, storage)
-            u = self._forward(tables, x, collated, geometry, from_cache)
+            u = self._forward(tables, x, collated, geometry, storage, from_cache)
             return self._finish[geometry](u, storage, integers[1], tables.posterior)
 
         sizes = [*buckets]
@@ -278,7 +278,14 @@ class Runner:
         unjudged = [row for i, row in enumerate(rows) if i not in kept]  # until here, an error is one of all rows
         if unjudged:
             report(Landed(unjudged, [None] * len(unjudged)))
-        return None if images is None else partial(self._judge_rows, [rows[i] for i in judged], images, report)
+        if images is not None:
+            return partial(self._judge_rows, [rows[i] for i in judged], images, report)
+        done = self.streams.mark()
+        return None if done is None else partial(self._free_after, done)
+
+    def _free_after(self, done: Any, free: Callable[[], None]) -> None:
+        """Frees the lane of a batch without images when the device has done it: what comes next may be more urgent."""
+        self.threads.watch(_when, done.synchronize, free)
 
     def _run_guided(self, rows: Sequence[Row], report: Report, attempt: int) -> None:
         assert isinstance(report, guided.Answers)
@@ -325,17 +332,23 @@ class Runner:
         with self.ledger.span("forward", self.model.device):
             if geometry.kept:
                 collated = self.model.collate(conditioning)  # type: ignore[attr-defined]
-                u = self._forward(tables, x, collated, geometry, from_cache)
+                u = self._forward(tables, x, collated, geometry, storage, from_cache)
             else:
                 u = self.model.velocity(x, tables.tau, conditioning, tables.guidance, geometry)
         with self.ledger.span("finish"):
             return self._finish[geometry](u, storage, tables.integers[1], tables.posterior)
 
     def _forward(
-        self, tables: Tables, x: Tensor, collated: tuple[Tensor, ...], geometry: Geometry, from_cache: bool
+        self,
+        tables: Tables,
+        x: Tensor,
+        collated: tuple[Tensor, ...],
+        geometry: Geometry,
+        storage: Storage,
+        from_cache: bool,
     ) -> Tensor:
         if geometry.kept:
-            return cached.forward(self.model, self.storage(geometry), tables, x, collated, geometry, from_cache)
+            return cached.forward(self.model, storage, tables, x, collated, geometry, from_cache)
         return self.model.forward(x, tables.tau, collated, tables.guidance, geometry)  # type: ignore[attr-defined]
 
     def tables(self, rows: Sequence[Row]) -> tuple[Tables, list[Any]]:

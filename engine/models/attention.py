@@ -28,6 +28,10 @@ _WITHOUT = "any but cuDNN"
 def _flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         raise ModelError("attention='flash': its kernel takes no mask; choose efficient, cudnn or math")
+    if query.shape[-1] % 8:
+        raise ModelError(
+            f"attention='flash': its kernel takes heads of a multiple of 8, these have {query.shape[-1]}; choose math"
+        )
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
@@ -48,7 +52,7 @@ def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
 def _without_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """The first of torch's other kernels that can do it, in torch's order."""
     asked = SDPAParams(query, key, value, mask, 0.0, False, False)
-    if can_use_flash_attention(asked):
+    if can_use_flash_attention(asked) and query.shape[-1] % 8 == 0:  # torch would pad others
         return _flash(query, key, value, mask)
     return (_efficient if can_use_efficient_attention(asked) else _math)(query, key, value, mask)
 

@@ -127,8 +127,8 @@ class Borrowed:
     def borrow(self) -> None:
         """An engine begins to work with them."""
         with _LOCK:
-            self._engines += 1
             self._take()
+            self._engines += 1
 
     def give_back(self) -> None:
         """An engine is done with them, or whoever made the model."""
@@ -155,7 +155,11 @@ class Borrowed:
             for reference, laid_out in self._networks:
                 if (network := reference()) is not None:
                     _LENT.setdefault(network, _Lent()).take(network, laid_out)
-            self._handles = [] if self._hooks is None else list(self._hooks())
+            try:
+                self._handles = [] if self._hooks is None else list(self._hooks())
+            except BaseException:
+                self._return()
+                raise
 
     def _return(self) -> None:
         with _LOCK, torch.inference_mode(False):  # a model may be collected anywhere
@@ -164,6 +168,7 @@ class Borrowed:
             self.held = False
             for handle in self._handles:
                 handle.remove()
+            self._handles = []
             for reference, _ in self._networks:
                 network = reference()
                 if network is not None and network in _LENT and _LENT[network].give_back():

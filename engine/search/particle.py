@@ -74,20 +74,21 @@ class Particle:
         arrival: the step that led to it: its time, and the coefficients of its posterior mean.
         slot: its place in the pool.
         cached: whether it was evaluated from a cache, and not anew since.
+        guessed: whether its reward is that of an evaluation from a cache.
         moved: whether its children's velocity is moved by its reward's gradient.
         kept: whether the method may still draw from it or return it; see `rollflow.draw.Draw.keep`.
         number: of the row that made it.
     """
 
     __slots__ = (
-        "__weakref__", "arrival", "cached", "index", "kept", "moved", "number", "parent", "reward", "slot", "step",
-        "terms", "value",
+        "__weakref__", "arrival", "cached", "guessed", "index", "kept", "moved", "number", "parent", "reward", "slot",
+        "step", "terms", "value",
     )  # fmt: skip
 
     def __init__(
         self, step: int, arrival: Step, slot: Slot, moved: bool = False, number: int = -1, cached: bool = False
     ):
-        self.cached = cached
+        self.cached = self.guessed = cached
         self.step, self.arrival, self.slot, self.moved = step, arrival, slot, moved
         self.index, self.kept, self.number = -1, True, number
         self.parent: int | None = None

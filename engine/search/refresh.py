@@ -59,6 +59,7 @@ class Refresh:
         particle.slot, particle.number, particle.cached = anew.slot, anew.number, False
         if self.scored:
             particle.reward, particle.value, particle.terms = anew.reward, anew.value, anew.terms
+            particle.guessed = False
         return len(self._back) == len(self._particles)
 
     def back(self) -> list[tuple[Particle, Flight]]:

@@ -259,7 +259,7 @@ class Search:
         """Its image was judged: of an only finalist that is the reward, where it was finished without one."""
         assert self._finals, "only a search that is over has an image"
         final = self._finals[0]
-        if len(self._finals) == 1 and final.flights and final.particle.reward is None:
+        if len(self._finals) == 1 and final.flights and final.particle.reward is None and final.particle.index >= 0:
             self.history.judge(final.particle.index, outcome.reward, outcome.terms)
 
     def discard(self) -> None:
@@ -455,13 +455,20 @@ class Search:
             self._compete(particle)
             if self._finals is not None:
                 return
-        elif not self._best:
-            before, self._latest = self._latest, particle
-            self._let_go(before)
+        elif not self._best or self._leads(flight, particle):
+            before, self._best, self._bar = [*self._best, self._latest], [], (-math.inf, 0)
+            self._latest = particle
+            for other in before:
+                self._let_go(other)
         dismissed = flight.turn.draws[flight.draw].dismissed(particle)
         if dismissed is not None:
             dismissed.kept = False
             self._let_go(dismissed)
+
+    def _leads(self, flight: Flight, particle: Particle) -> bool:
+        """Whether the method went on to it from the best so far without its being judged: nothing compares them."""
+        asked = flight.turn is not None and flight.turn.draws[flight.draw].draw.scored
+        return asked and particle.reward is None and not self._compares and particle.step > self._best[0].step
 
     def _compete(self, particle: Particle) -> None:
         """A trusted reward: the particle may become a finalist, or be good enough to end the search."""
@@ -507,7 +514,7 @@ class Search:
     def _end(self, finalists: Sequence[Particle], finish: Sequence[int], reason: str, anew: bool = True) -> None:
         """Ends the search proper: each of those who compete is finished by as many evaluations as `finish` says.
 
-        Before that, those that were evaluated from a cache are evaluated `anew`.
+        Before that, those whose rewards are of evaluations from a cache are evaluated and judged `anew`.
         """
         self._wait_no_longer()
         self._finals = [
@@ -524,7 +531,7 @@ class Search:
             turn.close()
         self._best, self._latest = [], None
         self._method.close()
-        if anew and (stale := [particle for particle in dict.fromkeys(finalists) if particle.cached]):
+        if anew and (stale := [particle for particle in dict.fromkeys(finalists) if particle.guessed]):
             self._refresh = Refresh(stale, True, _nothing)
 
 

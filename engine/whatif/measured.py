@@ -232,7 +232,8 @@ def measure(recording: Recording) -> Measured:
         RequestError: no batch of rows is in it.
     """
     alone, about = Alone(recording), recording.about
-    batches = recording.batches[~np.isnan(recording.batches["ended"])]
+    rows, batches = recording.rows, recording.batches[~np.isnan(recording.batches["ended"])]
+    batches = batches[~np.isin(batches["batch"], rows["batch"][rows["cached"]])]  # their requests are not replayed
     plain = batches[batches["work"] == WORK.index("rows")]
     if not len(plain) and not (batches["work"] == WORK.index("guided")).any():
         raise RequestError("nothing ran in this recording: record at least one request")
