@@ -12,6 +12,7 @@ from itertools import count
 
 import pytest
 import torch
+from test_caching import Keeping
 from test_graphs import FakeCapture
 from tiny import SIZE, Tiny, brightness
 from torch.cuda._sanitizer import EventHandler
@@ -27,7 +28,7 @@ from rollflow.draw import Guide
 from rollflow.models import Capabilities
 from rollflow.profile.ledger import Ledger
 from rollflow.rewards import FunctionReward
-from rollflow.row import NONE, Brief, Candidate, Failed, Landed, Mixture, Row, Show, Shown
+from rollflow.row import NONE, Brief, Candidate, Failed, Free, Landed, Mixture, Row, Show, Shown
 from rollflow.sde import Step
 
 HOST = 0  # the stream that is current on every thread that chose none
@@ -248,6 +249,50 @@ def test_an_order_that_is_missing_is_a_race(monkeypatch, without, graphs):
         monkeypatch.setattr(Download, "wait", lambda self: self._host)
     search(gpu, graphs)
     assert gpu.races
+
+
+def test_a_lane_without_images_is_free_when_the_device_has_done_its_batch(monkeypatch):
+    gpu, lanes, events = Gpu(monkeypatch), ByHand(), []
+    runner = Runner(Graphed(), (4,), Ledger(), lanes)
+    runner.streams = Streams(torch.device("cuda"))
+    runner.use(lanes)
+    with gpu:
+        runner.allocate(SIZE, 16)
+        runner.submit(rows(range(4), scored=False), events.append)
+        work, args = lanes._lanes.work.popleft()
+        work(*args)
+        assert [type(event) for event in events] == [Landed] and not gpu.waited
+        lanes.work()
+    assert [type(event) for event in events] == [Landed, Free] and gpu.waited
+
+
+def test_a_capture_waits_for_nothing_outside_of_it(monkeypatch):
+    """An event of another stream that was recorded before would make CUDA refuse it, with a cache too."""
+    gpu, lanes = Gpu(monkeypatch), ByHand()
+    size, capturing = replace(SIZE, kept=12), []
+    model = Keeping()
+    runner = Runner(model, (4,), Ledger(), lanes)
+    runner.streams = Streams(torch.device("cuda"))
+    runner.use(lanes)
+    after = runner.streams.after
+
+    def watched(mark):
+        assert not capturing, "a wait inside of a capture"
+        after(mark)
+
+    class Capture(FakeCapture):
+        def __call__(self, function, pool):
+            capturing.append(True)
+            try:
+                return super().__call__(function, pool)
+            finally:
+                capturing.clear()
+
+    monkeypatch.setattr(runner.streams, "after", watched)
+    with gpu:
+        runner.allocate(size, 16)
+        runner.record(size, [4], None, Capture())
+    assert size in runner.graphs and size in runner.cached_graphs
 
 
 def test_decoding_and_rewards_go_first_and_waits_leave_the_core_to_others(monkeypatch):
