@@ -17,7 +17,7 @@ def test_a_version_against_itself(tmp_path, capsys, monkeypatch):
     side = tmp_path / "side.py"  # it measures the host's work over thousands of rows
     side.write_text(re.sub(r"LEAST_ROWS = \d+", "LEAST_ROWS = 100", versus.SIDE.read_text()))
     monkeypatch.setattr(versus, "SIDE", side)
-    small = ["--live", "2", "--prompts", "1", "--methods", "bon", "--nfe", "20", "--repetitions", "2", "--lanes", "1"]
+    small = ["--live", "2", "--prompts", "1", "--methods", "bon", "--nfe", "20", "--repetitions", "1", "--lanes", "1"]
     code = main(["versus", sys.executable, *small, "--threshold", "9", "--json", str(file)])
     assert code == 0, capsys.readouterr()
     rows = json.loads(file.read_text())["rows"]

@@ -177,7 +177,7 @@ def test_a_clip_is_saved_frame_by_frame(engine, tmp_path):
 
 
 def test_guidance_makes_samples_better(engine):
-    prompts = [moving.random_prompt(np.random.default_rng(i)) for i in range(40)]
+    prompts = [moving.random_prompt(np.random.default_rng(i)) for i in range(20)]
     found = {g: [r.reward for r in ask(engine, prompts, **ODE, nfe=6, guidance=g)] for g in (1.0, 3.0)}
     exact = {guidance: sum(reward == 0 for reward in rewards) for guidance, rewards in found.items()}
     assert exact[3.0] > exact[1.0] and np.mean(found[3.0]) > np.mean(found[1.0]), (exact, found)
