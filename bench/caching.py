@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from rollflow.bench import geometries, intervals, outputs, prompt_sets
 from rollflow.bench.environment import environment
 from rollflow.engine import Engine
 from rollflow.errors import RequestError, shown
 from rollflow.models import caching
+from rollflow.profile.operations import flops
 from rollflow.request import Request, Result
 
 SIZES = ("flux", "shapes")  # of `rollflow.bench.geometries`, whose operations are counted
@@ -120,11 +119,7 @@ def operations(size: str) -> dict[str, Any]:
         def cached() -> Any:
             return caching.cached(network, caching.entered(network, x, *times, positions), kept)
 
-        counts = []
-        for work in (full, cached):
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows products alone
-                work()
-            counts.append(counter.get_total_flops())
+        counts = [flops(work, x.device) for work in (full, cached)]
     return {
         "size": size, "full": counts[0], "cached": counts[1], "share": counts[1] / counts[0], "bytes": 2 * kept.numel(),
     }  # fmt: skip

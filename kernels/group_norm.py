@@ -28,6 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @triton.jit
 @no_type_check
 def moments_kernel(x, moments, pixels, chunk, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """Means, and sums of squares about them, of each chunk's groups."""
     # Program = (chunk, image). Sums of the values and of their squares, by group; float32 holds those of a chunk.
     place, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel, line = tl.arange(0, CHANNELS), tl.arange(0, PIXELS)
@@ -56,6 +57,7 @@ def affine_kernel(
     moments, weight, bias, affine, pixels, chunk, chunks,
     EPS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
+    """A factor and a shift of each channel, of the moments of all chunks."""
     # Program = (group, image). Moments about the mean of all, whose differences are exact where chunks agree.
     group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     width: tl.constexpr = CHANNELS // GROUPS
@@ -86,6 +88,7 @@ def affine_kernel(
 @triton.jit
 @no_type_check
 def apply_kernel(x, affine, out, pixels, SILU: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """What is returned, of factors and shifts."""
     # Program = (tile of pixels, image).
     image, channel = tl.program_id(1).to(tl.int64), tl.arange(0, CHANNELS)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)

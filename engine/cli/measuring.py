@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import CellType
@@ -13,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from rollflow.models import Geometry
+from rollflow.profile.operations import flops
 
 SECONDS = 0.3  # that the matrix product is timed for, and a copy
 SIDE = {"cpu": 1024, "cuda": 8192}  # of its matrices
@@ -150,16 +148,6 @@ def _cost(make: Callable[[int], Work], device: torch.device) -> Cost:
     first, second = _peak(one), _peak(two)
     slope = max(0, second - first)
     return Cost(first - slope, slope, operations, min(seconds(one, device) for _ in range(2)))
-
-
-def flops(work: Work, device: torch.device) -> int:
-    """Floating-point operations of what work does: matrix products, convolutions and attention, two for each product of
-    numbers that are added up."""
-    # The counter knows the matrix products, and of attention's own kernels those of a GPU.
-    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with plain, FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def _peak(work: Work) -> int:

@@ -175,14 +175,15 @@ def point(part: str, rows: int, work: Callable[[], Any], device: torch.device) -
     import torch
 
     from rollflow.cli import measuring, traffic
+    from rollflow.profile.operations import flops
 
     with torch.no_grad():
         least, most = traffic.bytes_of(work)  # it also loads what is loaded at the first call
-        flops = measuring.flops(work, device)
+        counted = flops(work, device)
         times = [measuring.seconds(work, device)]
         while len(times) < 2 or (sum(times) < LONG and len(times) < TIMES):
             times.append(measuring.seconds(work, device))
-    counts = {"flops": flops, "least_bytes": least, "most_bytes": most}
+    counts = {"flops": counted, "least_bytes": least, "most_bytes": most}
     return {"part": part, "rows": rows, **counts, "seconds": min(times)}
 
 
