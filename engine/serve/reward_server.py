@@ -1,0 +1,383 @@
+"""`rollflow reward-server`: rewards over HTTP, for the reward `http` of engines on other machines.
+
+    POST /score/{name}   a call in the wire format of `rollflow.rewards.http`; /score is the first reward's
+    GET  /health         200 while calls of the rewards come back, else 503
+    GET  /ready          200 until it drains, then 503
+    GET  /metrics        for Prometheus
+    GET  /docs           OpenAPI
+
+Rewards are those of the command line alone: a caller names one, and sends neither code nor paths.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import torch
+
+from rollflow import __version__, rewards
+from rollflow.errors import RequestError, said, shown
+from rollflow.rewards import Reward
+from rollflow.serve.reward_bodies import Asked, Limits, Refused, read
+from rollflow.serve.scoring import Judged, Scorer
+
+READERS = 4  # threads that unpack bodies
+try:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from starlette.exceptions import HTTPException
+except ImportError as error:
+    raise RequestError(f"the reward server takes more packages ({error}): pip install 'rollflow[serve]'") from error
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How a reward server works.
+
+    Attributes:
+        keys: one of them must come along as `Authorization: Bearer KEY`; none: no key is asked for.
+        limits: of one call.
+        queued: calls that are there at a time, being read included; more are refused with 503.
+        batch: the most images of a call of a reward.
+        wait: seconds that a call waits for others to be judged with it, where its reward is idle.
+        patience: seconds without a byte of a body after which it is given up (408).
+        stuck: seconds of one call of a reward after which the server is not healthy.
+        device: where the images are judged; None: on the CPU, or where a reward itself says.
+    """
+
+    keys: Sequence[str] = ()
+    limits: Limits = field(default_factory=Limits)
+    queued: int = 256
+    batch: int = 64
+    wait: float = 0.005
+    patience: float = 30.0
+    stuck: float = 600.0
+    device: torch.device | None = None
+
+
+class _Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        made: dict[str, Any] = {"registry": self.registry}
+        name = "rollflow_reward_server"
+        self.answers = Counter(f"{name}_requests", "Calls by reward and status of HTTP.", ["reward", "status"], **made)
+        self.images = Counter(f"{name}_images", "Images that were judged.", ["reward"], **made)
+        self.errors = Counter(f"{name}_errors", "Calls of the reward that raised.", ["reward"], **made)
+        self.rows = Histogram(
+            f"{name}_batch_images", "Images of one call of the reward.", ["reward"],
+            buckets=[2**i for i in range(10)], **made,
+        )  # fmt: skip
+        self.callers = Histogram(
+            f"{name}_batch_requests", "Calls over HTTP that one call of the reward answers.", ["reward"],
+            buckets=[2**i for i in range(8)], **made,
+        )  # fmt: skip
+        times = [0.001 * 2.5**i for i in range(13)]
+        self.call_seconds = Histogram(
+            f"{name}_reward_seconds", "One call of the reward.", ["reward"], buckets=times, **made
+        )
+        self.seconds = Histogram(
+            f"{name}_request_seconds", "A call over HTTP, from its first byte to its answer.", ["reward"],
+            buckets=times, **made,
+        )  # fmt: skip
+
+    def watch(self, scorers: Mapping[str, Scorer]) -> None:
+        """Reads the queues whenever it is asked."""
+        waiting = Gauge(
+            "rollflow_reward_server_waiting_images", "Images that wait.", ["reward"], registry=self.registry
+        )
+        busy = Gauge(
+            "rollflow_reward_server_busy_seconds", "Age of the oldest running call of the reward.", ["reward"],
+            registry=self.registry,
+        )  # fmt: skip
+        for name, scorer in scorers.items():
+            waiting.labels(name).set_function(partial(getattr, scorer, "waiting"))
+            busy.labels(name).set_function(partial(getattr, scorer, "busy_seconds"))
+
+    def judged(self, name: str) -> Callable[[Judged], None]:
+        """Takes what a scorer tells."""
+
+        def take(one: Judged) -> None:
+            self.images.labels(name).inc(0 if one.failed else one.images)
+            self.errors.labels(name).inc(one.failed)
+            self.rows.labels(name).observe(one.images)
+            self.callers.labels(name).observe(one.callers)
+            self.call_seconds.labels(name).observe(one.seconds)
+
+        return take
+
+
+class RewardServer:
+    """The rewards of one server, and how a call comes to its scores.
+
+    Args:
+        named: the rewards by the names that callers use; the first is that of /score.
+        settings: see `RewardSettings`.
+
+    Attributes:
+        draining: whether new calls are refused.
+    """
+
+    def __init__(self, named: Mapping[str, Reward], settings: RewardSettings):
+        self.settings, self.draining = settings, False
+        self.metrics, self._open = _Metrics(), 0
+        self._closed = asyncio.Event()  # whenever the last open call is over
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reward bodies")
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        turns: dict[int, Lock] = {}  # of what two names may call
+        self.scorers: dict[str, Scorer] = {}
+        for name, reward in named.items():
+            alone = {id(term) for term in rewards.terms_of(reward) if not rewards.concurrent(term)}
+            self.scorers[name] = Scorer(
+                reward,
+                name,
+                device=settings.device,
+                batch=settings.batch,
+                wait=settings.wait,
+                turns=[turns.setdefault(one, Lock()) for one in sorted(alone)],
+                told=self.metrics.judged(name),
+            )
+        self.metrics.watch(self.scorers)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether calls of the rewards come back."""
+        return all(scorer.busy_seconds < self.settings.stuck for scorer in self.scorers.values())
+
+    def start(self) -> None:
+        """Begins, on the running loop."""
+        for scorer in self.scorers.values():
+            scorer.start()
+
+    async def drain(self, grace: float) -> None:
+        """Refuses new calls, and waits until those that are there are answered, at most `grace` seconds."""
+        self.draining = True
+        if self._open:
+            self._closed.clear()
+            await asyncio.wait([asyncio.ensure_future(self._closed.wait())], timeout=grace)
+
+    async def close(self) -> None:
+        """Ends; what is left is refused with 503."""
+        self.draining = True
+        for scorer in self.scorers.values():
+            await scorer.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _key(self, request: Request) -> None:
+        """Compares with every key, each in constant time."""
+        if not self._keys:
+            return
+        kind, _, key = request.headers.get("Authorization", "").partition(" ")
+        given = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
+        fits = [hmac.compare_digest(given, one) for one in self._keys]
+        if kind.lower() != "bearer" or not any(fits):
+            raise Refused(401, "this server takes a key: send it as Authorization: Bearer KEY")
+
+    def _scorer(self, name: str | None) -> Scorer:
+        if name is None:
+            return next(iter(self.scorers.values()))
+        if name not in self.scorers:
+            raise Refused(404, f"there is no reward {shown(name)} here: it has {', '.join(self.scorers)}")
+        return self.scorers[name]
+
+    async def answer(self, request: Request, name: str | None) -> list[float]:
+        """The scores of a call to the reward of a name.
+
+        Raises:
+            Refused: it cannot be answered.
+        """
+        body = _Body(request, self.settings.limits.body, self.settings.patience)
+        try:
+            return await self._answer(request, body, name)
+        except Refused:
+            await body.discard()
+            raise
+
+    async def _answer(self, request: Request, body: _Body, name: str | None) -> list[float]:
+        self._key(request)
+        scorer = self._scorer(name)
+        if self.draining:
+            raise Refused(503, "the server is about to end: call again", max(1.0, scorer.seconds))
+        if self._open >= self.settings.queued:
+            raise Refused(503, f"{self._open} calls wait already: call again", max(1.0, scorer.seconds))
+        self._open += 1
+        try:
+            kind, sent = request.headers.get("Content-Type", ""), await body.read()
+            scoring = asyncio.ensure_future(self._scores(scorer, kind, sent))
+            gone = asyncio.ensure_future(_gone(request))
+            try:
+                await asyncio.wait([scoring, gone], return_when=asyncio.FIRST_COMPLETED)
+                if not scoring.done():
+                    raise Refused(499, "the caller is gone")
+                return scoring.result()
+            finally:
+                scoring.cancel()
+                gone.cancel()
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._closed.set()
+
+    async def _scores(self, scorer: Scorer, kind: str, body: bytes) -> list[float]:
+        def made() -> Asked:
+            asked = read(kind, body, self.settings.limits)
+            scorer.check(asked)
+            return asked
+
+        return await scorer.score(await asyncio.get_running_loop().run_in_executor(self._readers, made))
+
+
+class _Body:
+    """The body of a call, whose length is bounded whatever its head says."""
+
+    def __init__(self, request: Request, most: int, patience: float):
+        self.request, self.most, self.patience = request, most, patience
+        self.over = False
+
+    async def _part(self) -> bytes:
+        message = await self.request.receive()
+        if message["type"] == "http.disconnect":
+            self.over = True
+            raise Refused(499, "the caller is gone")
+        self.over = not message.get("more_body", False)
+        return message.get("body", b"")
+
+    async def read(self) -> bytes:
+        """All of it; raises `Refused` where it is too long or does not come."""
+        too_long = Refused(413, f"the body has more than {self.most} bytes: send fewer images in a call")
+        declared = self.request.headers.get("Content-Length", "0")
+        if declared.isdecimal() and int(declared[:20]) > self.most:
+            raise too_long
+        parts, length = list[bytes](), 0
+        while not self.over:
+            try:
+                parts.append(await asyncio.wait_for(self._part(), self.patience))
+            except asyncio.TimeoutError as error:
+                raise Refused(408, f"no byte of the body came for {self.patience:g} s") from error
+            length += len(parts[-1])
+            if length > self.most:
+                raise too_long
+        return b"".join(parts)
+
+    async def discard(self) -> None:
+        """Reads on for a while: a client that still sends would not see an answer otherwise, but a broken pipe."""
+        left = 4 * self.most
+
+        async def rest() -> None:
+            nonlocal left
+            while not self.over and left > 0:
+                left -= len(await self._part())
+
+        with suppress(asyncio.TimeoutError, Refused):
+            await asyncio.wait_for(rest(), self.patience)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the caller has hung up; its body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["prompts", "images"],
+                    "properties": {
+                        "prompts": {"type": "array", "items": {"type": "string"}},
+                        "images": {
+                            "type": "array",
+                            "description": "base64 texts of PNG files; a clip is the list of its frames",
+                            "items": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+                        },
+                    },
+                }
+            },
+            "application/x-safetensors": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def create_app(server: RewardServer) -> FastAPI:
+    """The server as an ASGI application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.start()
+        try:
+            yield
+        finally:
+            await server.close()
+
+    app = FastAPI(title="rollflow reward-server", version=__version__, lifespan=lifespan, redoc_url=None)
+
+    async def score(request: Request, name: str | None) -> JSONResponse:
+        start, status = time.monotonic(), 500
+        known = next(iter(server.scorers)) if name is None else name if name in server.scorers else ""
+        try:
+            scores = await server.answer(request, name)
+            status = 200
+            return JSONResponse({"scores": scores})
+        except Refused as refused:
+            status = refused.status
+            return _refusal(refused)
+        except Exception as error:
+            return _refusal(Refused(500, f"an error of the server ({said(error)})"))
+        finally:
+            server.metrics.answers.labels(known, status).inc()
+            server.metrics.seconds.labels(known).observe(time.monotonic() - start)
+
+    @app.post("/score", openapi_extra=BODY, summary="Scores of the first reward")
+    async def first(request: Request) -> JSONResponse:
+        return await score(request, None)
+
+    @app.post("/score/{name:path}", openapi_extra=BODY, summary="Scores of a reward by its name")
+    async def by_name(name: str, request: Request) -> JSONResponse:
+        return await score(request, name)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        busy = {name: round(scorer.busy_seconds, 3) for name, scorer in server.scorers.items()}
+        state = {"status": "ok" if server.healthy else "stuck", "rewards": [*busy], "busy_seconds": busy}
+        return JSONResponse(state, 200 if server.healthy else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        return JSONResponse({"ready": not server.draining}, 503 if server.draining else 200)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {shown(request.url.path)}: {error.detail}: POST /score/NAME gives scores"
+        return _refusal(Refused(error.status_code, message), error.headers)
+
+    return app
+
+
+def _refusal(refused: Refused, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    given = {**(headers or {})}
+    if refused.seconds is not None:
+        given["Retry-After"] = str(math.ceil(min(60.0, refused.seconds)))
+    if refused.status == 401:
+        given["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": {"message": str(refused)}}, refused.status, given)
