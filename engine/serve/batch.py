@@ -1,0 +1,177 @@
+"""Runs the lines of a file through a desk, a window of them at a time, and writes what becomes of each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RollflowError
+from rollflow.serve.formats import COLUMNS
+from rollflow.serve.lines import Line, asked, lines
+from rollflow.serve.messages import raised
+from rollflow.serve.shards import Counts, Shards
+
+LEAVES = 1000  # finished lines that are passed over before the loop may do something else
+FINISHING = 2  # shards that are written at a time while searches go on
+
+
+class Search(Protocol):
+    """One search at a desk, see `rollflow.serve.desk`."""
+
+    status: Any
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+    async def over(self) -> None:
+        """Waits for its end."""
+        ...
+
+    async def image(self) -> bytes | None:
+        """The file of its image."""
+        ...
+
+
+class Desk(Protocol):
+    """What runs searches, see `rollflow.serve.desk`."""
+
+    async def submit(self, request: dict[str, Any]) -> Any:
+        """Takes a request, and returns a `Search`."""
+        ...
+
+
+class State(NamedTuple):
+    """How far a batch is.
+
+    Attributes:
+        counts: of all lines that are over, also those of before.
+        total: lines of the batch.
+        nfe_per_second, left: since this process began; NFE/s, and the seconds that the rest will take; None: not known.
+    """
+
+    counts: Counts
+    total: int
+    nfe_per_second: float | None
+    left: float | None
+
+
+async def run(
+    desk: Desk,
+    shards: Shards,
+    defaults: Mapping[str, Any],
+    *,
+    window: int = 64,
+    strict: bool = False,
+    told: Callable[[State], None] = lambda state: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Counts:
+    """Does every line of the shards' source that is not done, and returns the counts of all.
+
+    Args:
+        desk: runs the searches.
+        shards: what is done, and what becomes of the rest.
+        defaults: fields of requests that lines leave out.
+        window: searches that are there at a time.
+        strict: the first line that fails ends the batch; it does not count as done.
+        told: is called when a line is over.
+        clock: seconds.
+
+    Raises:
+        RequestError: a line failed, and it is `strict`.
+        EngineClosed, EngineDead: the desk takes no more searches; what was done until then is kept.
+        OSError: a file cannot be written.
+    """
+    disk, packing = ThreadPoolExecutor(1, "batch-disk"), ThreadPoolExecutor(FINISHING, "batch-shards")
+    loop, start, before = asyncio.get_running_loop(), clock(), shards.counts
+    finishing = asyncio.Semaphore(FINISHING)
+
+    async def one(line: Line) -> None:
+        row, image, kind = await _done(desk, line, defaults)
+        if strict and row["error"] is not None:
+            raise RequestError(f"line {line.number}: {row['error']}: mend it, or leave --strict out")
+        place = await loop.run_in_executor(disk, shards.put, row, image, kind)
+        seconds, new = clock() - start, shards.counts.lines - before.lines
+        total = shards.source.total
+        rate = (shards.counts.nfe - before.nfe) / seconds if seconds > 0 else None
+        left = seconds * (total - shards.counts.lines) / new if new else None
+        told(State(shards.counts, total, rate, left))
+        if place is not None:
+            async with finishing:  # the disk does not keep up: fewer searches go on meanwhile
+                await loop.run_in_executor(packing, shards.finish, place)
+
+    pending = set[asyncio.Task[None]]()
+    try:
+        async for line in _missing(shards):
+            pending.add(asyncio.ensure_future(one(line)))
+            while len(pending) >= window:
+                pending = await _some(pending)
+        while pending:
+            pending = await _some(pending)
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for threads in (disk, packing):  # what is being written is whole before the folder is anybody else's
+            await asyncio.to_thread(threads.shutdown)
+    return shards.counts
+
+
+async def _missing(shards: Shards) -> AsyncIterator[Line]:
+    """The lines that are not done."""
+    for i, line in enumerate(lines(shards.source.path)):
+        if i % LEAVES == 0:
+            await asyncio.sleep(0)
+        if not shards.has(line.number):
+            yield line
+
+
+async def _some(pending: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+    """Waits until one is over; returns the others, and raises what one raised."""
+    done, others = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    return others
+
+
+async def _done(desk: Desk, line: Line, defaults: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None, str | None]:
+    """The row of a line, its image and what kind of file that is."""
+    row = dict[str, Any].fromkeys(COLUMNS) | {"line": line.number, "id": str(line.number)}
+    try:
+        row["id"], request = asked(line, defaults)
+        row["prompt"], row["seed"] = _text(request.get("prompt")), _seed(request.get("seed", 0))
+        search = await _submitted(desk, request)
+        await search.over()
+        if search.status == "done" and search.result is not None:
+            found = search.result
+            image = await search.image()
+            for name in ("reward", "held_out", "nfe", "seed", "method", "stopped", "seconds", "width", "height", "frames"):
+                row[name] = found.get(name)
+            terms = found.get("terms")
+            row["terms"] = None if terms is None else json.dumps(terms)
+            return row, image, found.get("format", "png")
+        raise raised(search.error or {"type": "EngineClosed", "message": f"the search was {search.status}"})
+    except (EngineClosed, EngineDead):
+        raise  # no fault of the line's
+    except RollflowError as error:
+        row |= {"error_type": type(error).__name__, "error": str(error)}
+        return row, None, None
+
+
+async def _submitted(desk: Desk, request: dict[str, Any]) -> Any:
+    """Hands in a request, as often as the desk says that it is to come again."""
+    while True:
+        try:
+            return await desk.submit(request)
+        except EngineBusy as busy:
+            await asyncio.sleep(min(10.0, max(0.05, busy.seconds)))
+
+
+def _text(prompt: object) -> str | None:
+    return prompt.encode(errors="replace").decode() if isinstance(prompt, str) else None
+
+
+def _seed(seed: object) -> int | None:
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63 else None
