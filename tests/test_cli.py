@@ -214,9 +214,11 @@ GROUPS = {
     "what-if": [],
     "study": [],
     "bench": [],
+    "batch": [options.ModelOptions, options.SearchOptions, options.MethodOptions],
+    "reward-server": [],
 }
 
-POSITIONAL = {"profile-diff": ("before", "after", "a", "b"), "what-if": ("recording",)}
+POSITIONAL = {"profile-diff": ("before", "after", "a", "b"), "what-if": ("recording",), "batch": ("lines",)}
 
 
 def test_every_command_has_a_help():

@@ -1,5 +1,5 @@
 """The command line: `rollflow generate | demo | probe | plan | models | rewards | fetch | profile | what-if | study |
-bench | reward-server`.
+bench | batch | reward-server`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2; a pipeline that
@@ -160,6 +160,7 @@ class Bench:
 def commands() -> dict[str, Callable[..., Any]]:
     """The commands by name."""
     from rollflow.bench.study import Study
+    from rollflow.cli.batch import Batch
     from rollflow.cli.catalogue import Models
     from rollflow.cli.comparing import ProfileDiff
     from rollflow.cli.fetching import Fetch
@@ -173,7 +174,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     return {
         "generate": Generate, "demo": Demo, "probe": Probe, "plan": Plan, "models": Models, "rewards": Rewards,
         "fetch": Fetch, "profile": Profile, "profile-diff": ProfileDiff, "what-if": WhatIf, "study": Study,
-        "bench": Bench, "reward-server": RewardServing,
+        "bench": Bench, "batch": Batch, "reward-server": RewardServing,
     }  # fmt: skip
 
 

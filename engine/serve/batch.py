@@ -16,6 +16,7 @@ from rollflow.serve.messages import raised
 from rollflow.serve.shards import Counts, Shards
 
 LEAVES = 1000  # finished lines that are passed over before the loop may do something else
+FOUND = ("reward", "held_out", "nfe", "seed", "method", "stopped", "seconds", "width", "height", "frames")
 FINISHING = 2  # shards that are written at a time while searches go on
 
 
@@ -147,7 +148,18 @@ async def _done(desk: Desk, line: Line, defaults: Mapping[str, Any]) -> tuple[di
         if search.status == "done" and search.result is not None:
             found = search.result
             image = await search.image()
-            for name in ("reward", "held_out", "nfe", "seed", "method", "stopped", "seconds", "width", "height", "frames"):
+            for name in (
+                "reward",
+                "held_out",
+                "nfe",
+                "seed",
+                "method",
+                "stopped",
+                "seconds",
+                "width",
+                "height",
+                "frames",
+            ):
                 row[name] = found.get(name)
             terms = found.get("terms")
             row["terms"] = None if terms is None else json.dumps(terms)

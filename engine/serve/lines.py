@@ -102,7 +102,9 @@ def asked(line: Line, defaults: Mapping[str, Any]) -> Asked:
         text = line.text.decode("utf-8-sig" if line.number == 1 else "utf-8")
         found = json.loads(text) if text.startswith("{") else {"prompt": text}
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the line {shown(line.text.decode(errors='replace'))} cannot be read ({said(error)})") from error
+        raise RequestError(
+            f"the line {shown(line.text.decode(errors='replace'))} cannot be read ({said(error)})"
+        ) from error
     id = found.pop("id", line.number)
     if isinstance(id, bool) or not isinstance(id, str | int):
         raise RequestError(f"id={shown(id)}: it must be a text or a whole number")
@@ -112,4 +114,4 @@ def asked(line: Line, defaults: Mapping[str, Any]) -> Asked:
     own = found.get("options")
     if isinstance(own, dict) and "options" in given:
         found = {**found, "options": {**given["options"], **own}}
-    return Asked(str(id), {**given, **found})
+    return Asked(str(id).encode(errors="replace").decode(), {**given, **found})

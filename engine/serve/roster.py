@@ -10,7 +10,6 @@ from typing import Any, Literal
 from rollflow.serve.messages import Channel
 from rollflow.serve.orders import Ordered
 
-
 State = Literal["starting", "ready", "dead", "unfit"]
 
 

@@ -50,7 +50,7 @@ class _Open:
     """A shard that is not whole."""
 
     done: set[int] = field(default_factory=set)
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
 
 
 class Shards:
@@ -198,7 +198,9 @@ class Shards:
         file, now = self.out / "batch.json", {"version": VERSION, "input": given, "options": options}
         if not file.exists():
             if any((self.out / "shards").iterdir()):
-                raise RequestError(f"the folder {shown(str(self.out))} has shards of something else: choose another --out")
+                raise RequestError(
+                    f"the folder {shown(str(self.out))} has shards of something else: choose another --out"
+                )
             write(file, json.dumps(now, indent=2).encode() + b"\n")
             return
         before = json.loads(file.read_bytes())
