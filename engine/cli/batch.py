@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rollflow.cli.options import ModelOptions, SearchOptions, by_default
-from rollflow.errors import RequestError, shown
+from rollflow.errors import BudgetError, RequestError, shown
 
 if TYPE_CHECKING:
+    from rollflow.request import Request
     from rollflow.serve.batch import State
     from rollflow.serve.shards import Counts, Shards
 
@@ -70,7 +71,7 @@ class Batch:
         if self.format not in WRITERS:
             raise RequestError(f"--format {shown(self.format)}: choose one of {', '.join(WRITERS)}")
         WRITERS[self.format].check()
-        defaults = wire.to_json(self.search.request(""))
+        defaults = wire.to_json(self._checked())
         del defaults["prompt"]
         options = {"shard": self.shard, **self._model(), **defaults}
         shards = Shards(self.out, source(self.lines, self.shard), options, self.format)
@@ -84,6 +85,19 @@ class Batch:
         failed = f", {counts.failed} failed" if counts.failed else ""
         print(f"{counts.lines} lines{failed}, {counts.nfe} NFE: {self.out}")
         return 1 if counts.failed else 0
+
+    def _checked(self) -> Request:
+        """What the options ask for, of any prompt; raises `RequestError` for what would fail every line."""
+        from rollflow.cli.judging import check_weights
+        from rollflow.models import traits
+        from rollflow.plan import plan
+
+        request = self.search.request("two red circles")
+        check_weights([request])
+        if request.grid != "model":
+            with suppress(BudgetError):  # lines may have their own
+                plan(request, traits(self.runtime.model), self.runtime.preview)
+        return request
 
     def _model(self) -> dict[str, Any]:
         """What the results depend on, besides the lines."""

@@ -77,13 +77,17 @@ class Shards:
             for name in ("state", "shards"):
                 (out / name).mkdir(parents=True, exist_ok=True)
             self._lock = _locked(out / "state" / "lock")
-            self._same({"sha256": source.digest, "lines": source.total}, {**options, "format": kind})
-            self._whole = bytearray(len(source.counts))
-            self._resume()
         except OSError as error:
             raise RequestError(
                 f"the folder {shown(str(out))} cannot be used for a batch ({said(error)}): choose another --out"
             ) from error
+        try:
+            self._same({"sha256": source.digest, "lines": source.total}, {**options, "format": kind})
+            self._whole = bytearray(len(source.counts))
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Lets another process have the folder."""
