@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.entries import Replay, read, written
 
@@ -30,6 +30,7 @@ class Scored(NamedTuple):
     anew: bool
 
 
+@runtime_checkable
 class Front(Protocol):
     """What a search needs of its desk."""
 
