@@ -178,13 +178,13 @@ class Ordered:
         known = self.replay.entries
         overlap = known[start : start + len(found.entries)]
         new, scales = found.entries[len(overlap) :], found.scales or self.replay.scales
-        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))
+        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))  # where NaN equals NaN
         if not anew and not new and scales == self.replay.scales:
             return None
         entries = (*known[:start], *found.entries) if anew else (*known, *new)
-        self.replay = Replay(entries, scales)
+        self.replay = found._replace(entries=entries, scales=scales)
         first = 0 if anew else len(known)
-        return Scored(first, Replay(entries[first:], scales), anew)
+        return Scored(first, self.replay._replace(entries=entries[first:]), anew)
 
     def _since(self, after: int) -> list[Progress]:
         return [one for one in self._better if one.nfe > after]
