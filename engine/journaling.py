@@ -134,7 +134,8 @@ class Journaling:
             with self._lock:
                 jobs = [one for id in changed if (one := self._followed.get(id)) is not None]
             for followed in jobs:
-                self._keep(followed)
+                if not followed.job.done():
+                    self._keep(followed)
             if not self._closing:
                 time.sleep(PACE)
 
@@ -152,6 +153,8 @@ class Journaling:
                 self.journal.log(job.id, followed.start, new)
                 followed.start += len(new.entries)
         except RollflowError as error:
+            if job.done():  # and its scores are gone already
+                return
             LOG.warning(
                 "scores of the job %s could not be kept (%s): they would be computed again", job.id, said(error)
             )
