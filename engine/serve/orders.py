@@ -58,7 +58,7 @@ class Ordered:
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
         progress: how far it is.
-        result: what it found, see `rollflow.serve.pictures.described`; of a cancelled one the best until then, if any.
+        result: what it found, see `rollflow.pictures.described`; of a cancelled one the best until then, if any.
         error: why it failed: its "type", a name of `rollflow.errors`, and its "message".
     """
 
