@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.entries import Replay, read, written
+from rollflow.journal import Kept
 
+USUAL = 100  # NFE of a request that leaves its budget open
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 
 
@@ -54,7 +56,7 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
-        created, ended: in seconds since 1970; None before the end.
+        created, started, ended: in seconds since 1970; `started` is when an engine had let it in, as it was heard.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
         progress: how far it is.
@@ -65,6 +67,7 @@ class Ordered:
     def __init__(self, id: str, request: dict[str, Any], owner: str, key: str | None, front: Front, budget: int = 0):
         self.id, self.request, self.owner, self.key, self.budget = id, request, owner, key, budget
         self.created = time.time()
+        self.started: float | None = None
         self.ended: float | None = None
         self.status: Status = "queued"
         self.progress = Progress()
@@ -139,7 +142,7 @@ class Ordered:
     def heard(self, news: dict[str, Any]) -> Scored | None:
         """Takes news of a worker's; returns the scores that are new."""
         if news["status"] == "running" and self.status == "queued":
-            self.status = "running"
+            self.status, self.started = "running", time.time()
         self._progressed(news, anew=False)
         added = None
         if "entries" in news:
@@ -192,3 +195,19 @@ class Ordered:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def recalled(kept: Kept, front: Front) -> Ordered:
+    """A search of a journal, from before a restart; its budget is a guess where the request leaves it open."""
+    budget = kept.request.get("nfe")
+    order = Ordered(kept.id, kept.request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
+    order.created, order.replay = kept.created, kept.replay
+    if kept.status != "accepted":
+        result = dict(kept.result or {})
+        better = result.pop("improvements", [])
+        outcome: dict[str, Any] = {"result": result or None, "error": kept.error, "better": better}
+        if better:
+            nfe, reward, level, seconds = better[-1]
+            outcome |= {"nfe": result.get("nfe", nfe), "best": reward, "level": level, "seconds": seconds}
+        order.end(kept.status, outcome, None, kept.ended or kept.created)
+    return order
