@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from rollflow.errors import EngineBusy, EngineClosed, RequestError, RollflowError, shown
@@ -143,8 +144,7 @@ class Desk:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:  # nobody will know of the search, unless by its key
-            if key is None:
-                task.add_done_callback(self._forsake)
+            task.add_done_callback(partial(self._forsake, key))
             raise
 
     async def _submit(self, request: dict[str, Any], key: str | None, owner: str) -> Ordered:
@@ -335,9 +335,10 @@ class Desk:
                 continue
             await self._idle.wait()
 
-    def _forsake(self, task: asyncio.Task[Ordered]) -> None:
-        if not task.cancelled() and task.exception() is None and not (order := task.result()).done:
-            self._do(self.cancel(order))
+    def _forsake(self, key: str | None, task: asyncio.Task[Ordered]) -> None:
+        """Who handed it in has gone."""
+        if not task.cancelled() and task.exception() is None and key is None:
+            self._do(self.cancel(task.result()))
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

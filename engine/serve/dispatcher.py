@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from rollflow.entries import written
-from rollflow.errors import EngineBusy, EngineDead, RollflowError
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RollflowError
 from rollflow.serve.messages import Channel, Message, raised, told
 from rollflow.serve.orders import Ordered
 from rollflow.serve.roster import WorkerState
@@ -86,7 +86,7 @@ class Dispatcher:
         while not any(worker.state == "ready" for worker in self.workers):
             if all(worker.state == "unfit" or worker.failed_starts >= STARTS for worker in self.workers):
                 raise self._unfit or EngineDead("no worker could be started: what they wrote says why")
-            await self._next_change()
+            await self._changed.wait()
 
     @property
     def ready(self) -> bool:
@@ -123,6 +123,7 @@ class Dispatcher:
 
         Raises:
             EngineBusy: no worker was ready in time.
+            EngineClosed: it was closed.
             RollflowError: what the answer says; of a question that two workers died of, that.
         """
         for _ in range(2):
@@ -150,7 +151,8 @@ class Dispatcher:
         if self._watching is not None:
             self._watching.cancel()
         for worker in self.workers:
-            worker.life += 1  # nothing is heard of them any more
+            worker.life, worker.state = worker.life + 1, "dead"  # nothing is heard of them any more
+        self._at.clear()
         for _, future in [*self._asked.values()]:
             if not future.done():
                 future.set_exception(Died("the service ends"))
@@ -195,10 +197,12 @@ class Dispatcher:
         """The least loaded worker that is ready, as soon as there is one."""
         until = self._clock() + PATIENCE
         while not self.ready:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._next_change(), 1.0)
-            if self._closed or self._clock() > until:
+            if self._closed:
+                raise EngineClosed("the service has ended: ask again later")
+            if self._clock() > until:
                 raise EngineBusy("no worker is ready: they are being started again; come again", 5.0)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
         return min((one for one in self.workers if one.state == "ready"), key=lambda one: (one.reserved, one.nfe))
 
     # What workers say; on the event loop.
@@ -287,9 +291,6 @@ class Dispatcher:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-    async def _next_change(self) -> None:
-        await self._changed.wait()
 
 
 def _cancelled(order: Ordered) -> dict[str, Any]:

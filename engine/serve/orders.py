@@ -56,7 +56,7 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
-        created, started, ended: in seconds since 1970; `started` is when an engine had let it in, as it was heard.
+        created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
         progress: how far it is.
@@ -142,7 +142,9 @@ class Ordered:
     def heard(self, news: dict[str, Any]) -> Scored | None:
         """Takes news of a worker's; returns the scores that are new."""
         if news["status"] == "running" and self.status == "queued":
-            self.status, self.started = "running", time.time()
+            self.status = "running"
+        if self.started is None and "seconds" in news:
+            self.started = time.time() - news["seconds"]
         self._progressed(news, anew=False)
         added = None
         if "entries" in news:
@@ -154,6 +156,8 @@ class Ordered:
         """It is over; what waits for it goes on."""
         self.status, self.result, self.error = status, outcome.get("result"), outcome.get("error")
         self.file, self.ended, self.replay = file, ended, Replay(())
+        if self.started is None and "seconds" in outcome:
+            self.started = ended - outcome["seconds"]
         self._progressed(outcome, anew=True)
         self.leave()
 
@@ -186,6 +190,7 @@ class Ordered:
             return None
         entries = (*known[:start], *found.entries) if anew else (*known, *new)
         self.replay = found._replace(entries=entries, scales=scales)
+        self.budget = found.nfe or self.budget  # of a limited time it is settled when it is let in
         first = 0 if anew else len(known)
         return Scored(first, self.replay._replace(entries=entries[first:]), anew)
 
