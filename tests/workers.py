@@ -1,7 +1,4 @@
-"""What the tests of workers share: an engine of almost no cost that any process can make, and rewards with names.
-
-It must not be imported by a process that has not imported rollflow the way it wants to.
-"""
+"""What the tests of workers share: an engine of almost no cost that any process can make, and rewards with names."""
 
 import os
 import signal
@@ -10,7 +7,9 @@ import time
 
 from tiny import Tiny
 
+from rollflow import wire
 from rollflow.engine import Engine
+from rollflow.errors import EngineDead as EngineDead
 from rollflow.rewards import Reward, catalog
 from rollflow.serve.messages import Message
 
@@ -45,7 +44,7 @@ def bright():
 
 
 def slow():
-    return Named("slow", 0.02)
+    return Named("slow", 0.005)
 
 
 def gated():
@@ -66,12 +65,18 @@ for one in (bright, slow, gated):
 
 def engine():
     """An engine whose results depend on no other request, bit for bit."""
+    print("what is printed must not get between the frames")
     return Engine(Tiny(), lanes=1, threads=1, buckets=(8,))
 
 
 def ask(seed=0, **options):
     """A request of many batches, as JSON."""
     return {"prompt": "a", "reward": "bright", "method": "rbf", "steps": 4, "nfe": 12, "seed": seed, **options}
+
+
+def request(found):
+    """The same as a `rollflow.Request`."""
+    return wire.from_json(found)
 
 
 class Told:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RollflowError
 from rollflow.serve.formats import COLUMNS
@@ -20,6 +20,7 @@ FOUND = ("reward", "held_out", "nfe", "seed", "method", "stopped", "seconds", "w
 FINISHING = 2  # shards that are written at a time while searches go on
 
 
+@runtime_checkable
 class Search(Protocol):
     """One search at a desk, see `rollflow.serve.desk`."""
 
@@ -36,6 +37,7 @@ class Search(Protocol):
         ...
 
 
+@runtime_checkable
 class Desk(Protocol):
     """What runs searches, see `rollflow.serve.desk`."""
 

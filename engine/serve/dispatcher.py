@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from rollflow.entries import written
-from rollflow.errors import EngineBusy, EngineDead, RollflowError
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RollflowError
 from rollflow.serve.messages import Channel, Message, raised, told
 from rollflow.serve.orders import Ordered
 from rollflow.serve.roster import WorkerState
@@ -29,6 +29,7 @@ WINDOW = 64  # searches of a worker at a time
 TRIES = 3  # deaths of workers that a search may be part of, the last one alone
 HUNG = 60.0  # seconds without a tick after which a worker counts as dead
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead worker is started again; doubles with each failure
+STARTING = 600.0  # seconds that a start may take before it counts as a failure of the whole
 STARTS = 3  # failed starts in a row of every worker, after which a start of the whole has failed
 PATIENCE = 30.0  # seconds that a question waits for a worker
 LOG = logging.getLogger("rollflow")
@@ -46,7 +47,7 @@ class Dispatcher:
         on_news: takes a search and news of it.
         on_over: takes a search, its outcome and the file of its image; once for each search.
         clock: seconds.
-        window, tries, hung: see above.
+        window, tries, hung, pause: see above.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Dispatcher:
         window: int = WINDOW,
         tries: int = TRIES,
         hung: float = HUNG,
+        pause: float = FIRST_PAUSE,
     ):
         self.workers = [WorkerState(channel, number) for number, channel in enumerate(channels)]
         self._on_news, self._on_over, self._clock = on_news, on_over, clock
-        self._window, self._tries, self._hung = window, tries, hung
+        self._window, self._tries, self._hung, self._pause = window, tries, hung, pause
         self._waiting: list[tuple[int, int, Ordered]] = []  # a heap: the highest priority, then the first
         self._suspects: deque[Ordered] = deque()
         self._at: dict[str, WorkerState] = {}
@@ -84,7 +86,7 @@ class Dispatcher:
         while not any(worker.state == "ready" for worker in self.workers):
             if all(worker.state == "unfit" or worker.failed_starts >= STARTS for worker in self.workers):
                 raise self._unfit or EngineDead("no worker could be started: what they wrote says why")
-            await self._next_change()
+            await self._changed.wait()
 
     @property
     def ready(self) -> bool:
@@ -95,7 +97,8 @@ class Dispatcher:
     def alive(self) -> bool:
         """Whether the loop of a worker's engine has ticked of late, or a worker is being started."""
         now = self._clock()
-        return any(w.state in ("ready", "starting") and w.tick_age(now) < self._hung for w in self.workers)
+        bound = {"ready": self._hung, "starting": STARTING}
+        return any(worker.tick_age(now) < bound.get(worker.state, 0.0) for worker in self.workers)
 
     def give(self, order: Ordered) -> None:
         """Takes a search; its outcome comes by `on_over`."""
@@ -120,6 +123,7 @@ class Dispatcher:
 
         Raises:
             EngineBusy: no worker was ready in time.
+            EngineClosed: it was closed.
             RollflowError: what the answer says; of a question that two workers died of, that.
         """
         for _ in range(2):
@@ -147,7 +151,8 @@ class Dispatcher:
         if self._watching is not None:
             self._watching.cancel()
         for worker in self.workers:
-            worker.life += 1  # nothing is heard of them any more
+            worker.life, worker.state = worker.life + 1, "dead"  # nothing is heard of them any more
+        self._at.clear()
         for _, future in [*self._asked.values()]:
             if not future.done():
                 future.set_exception(Died("the service ends"))
@@ -192,10 +197,12 @@ class Dispatcher:
         """The least loaded worker that is ready, as soon as there is one."""
         until = self._clock() + PATIENCE
         while not self.ready:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._next_change(), 1.0)
-            if self._closed or self._clock() > until:
+            if self._closed:
+                raise EngineClosed("the service has ended: ask again later")
+            if self._clock() > until:
                 raise EngineBusy("no worker is ready: they are being started again; come again", 5.0)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
         return min((one for one in self.workers if one.state == "ready"), key=lambda one: (one.reserved, one.nfe))
 
     # What workers say; on the event loop.
@@ -217,7 +224,8 @@ class Dispatcher:
         if life != worker.life:  # of a worker that counts as dead: its searches are with others
             return
         header = message.header
-        worker.heard, worker.age = self._clock(), float(header.get("age", 0.0))
+        if "age" in header:  # of the tick of the engine's loop; other messages are of other threads
+            worker.heard, worker.age = self._clock(), float(header["age"])
         if "stats" in header:
             worker.stats = header["stats"]
         if header["op"] == "news":
@@ -234,15 +242,18 @@ class Dispatcher:
             if future is not None and not future.done():
                 future.set_result(message)
         elif header["op"] == "ready":
-            worker.state, worker.failed_starts = "ready", 0
+            worker.state, worker.failed_starts, worker.proven = "ready", 0, True
+            worker.heard, worker.age = self._clock(), 0.0
             self._wake()
             self._spread()
+        elif header["op"] == "unfit" and worker.proven:  # what it lacks now may come back
+            self._died(worker, life, str(header["error"].get("message")))
         elif header["op"] == "unfit":
             worker.state, self._unfit = "unfit", self._unfit or raised(header["error"])
             self._wake()
 
     def _died(self, worker: WorkerState, life: int, reason: str) -> None:
-        if life != worker.life:
+        if life != worker.life or worker.state == "unfit":
             return
         LOG.warning("the worker %s died (%s); its %d searches go on elsewhere", worker, reason, len(worker.orders))
         worker.failed_starts += worker.state != "ready"
@@ -262,7 +273,9 @@ class Dispatcher:
                 self._on_over(order, _killer(order, reason), b"")
             else:
                 self._queue(order)
-        self._loop.call_later(min(LONGEST_PAUSE, FIRST_PAUSE * 2**worker.failed_starts), self._launch, worker)
+        self._loop.call_later(
+            min(LONGEST_PAUSE, self._pause * 2 ** min(worker.failed_starts, 10)), self._launch, worker
+        )
         self._wake()
         self._spread()
 
@@ -278,9 +291,6 @@ class Dispatcher:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-    async def _next_change(self) -> None:
-        await self._changed.wait()
 
 
 def _cancelled(order: Ordered) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rollflow.errors import RequestError
 from rollflow.serve.durable import appearing, write
@@ -37,6 +37,7 @@ COLUMNS = {
 }
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Writes shards.
 

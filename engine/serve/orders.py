@@ -6,10 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.entries import Replay, read, written
+from rollflow.journal import Kept
 
+USUAL = 100  # NFE of a request that leaves its budget open
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 
 
@@ -30,6 +32,7 @@ class Scored(NamedTuple):
     anew: bool
 
 
+@runtime_checkable
 class Front(Protocol):
     """What a search needs of its desk."""
 
@@ -53,17 +56,18 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
-        created, ended: in seconds since 1970; None before the end.
+        created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
         progress: how far it is.
-        result: what it found, see `rollflow.serve.pictures.described`; of a cancelled one the best until then, if any.
+        result: what it found, see `rollflow.pictures.described`; of a cancelled one the best until then, if any.
         error: why it failed: its "type", a name of `rollflow.errors`, and its "message".
     """
 
     def __init__(self, id: str, request: dict[str, Any], owner: str, key: str | None, front: Front, budget: int = 0):
         self.id, self.request, self.owner, self.key, self.budget = id, request, owner, key, budget
         self.created = time.time()
+        self.started: float | None = None
         self.ended: float | None = None
         self.status: Status = "queued"
         self.progress = Progress()
@@ -139,6 +143,8 @@ class Ordered:
         """Takes news of a worker's; returns the scores that are new."""
         if news["status"] == "running" and self.status == "queued":
             self.status = "running"
+        if self.started is None and "seconds" in news:
+            self.started = time.time() - news["seconds"]
         self._progressed(news, anew=False)
         added = None
         if "entries" in news:
@@ -150,6 +156,8 @@ class Ordered:
         """It is over; what waits for it goes on."""
         self.status, self.result, self.error = status, outcome.get("result"), outcome.get("error")
         self.file, self.ended, self.replay = file, ended, Replay(())
+        if self.started is None and "seconds" in outcome:
+            self.started = ended - outcome["seconds"]
         self._progressed(outcome, anew=True)
         self.leave()
 
@@ -177,13 +185,14 @@ class Ordered:
         known = self.replay.entries
         overlap = known[start : start + len(found.entries)]
         new, scales = found.entries[len(overlap) :], found.scales or self.replay.scales
-        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))
+        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))  # where NaN equals NaN
         if not anew and not new and scales == self.replay.scales:
             return None
         entries = (*known[:start], *found.entries) if anew else (*known, *new)
-        self.replay = Replay(entries, scales)
+        self.replay = found._replace(entries=entries, scales=scales)
+        self.budget = found.nfe or self.budget  # of a limited time it is settled when it is let in
         first = 0 if anew else len(known)
-        return Scored(first, Replay(entries[first:], scales), anew)
+        return Scored(first, self.replay._replace(entries=entries[first:]), anew)
 
     def _since(self, after: int) -> list[Progress]:
         return [one for one in self._better if one.nfe > after]
@@ -191,3 +200,19 @@ class Ordered:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def recalled(kept: Kept, front: Front) -> Ordered:
+    """A search of a journal, from before a restart; its budget is a guess where the request leaves it open."""
+    budget = kept.request.get("nfe")
+    order = Ordered(kept.id, kept.request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
+    order.created, order.replay = kept.created, kept.replay
+    if kept.status != "accepted":
+        result = dict(kept.result or {})
+        better = result.pop("improvements", [])
+        outcome: dict[str, Any] = {"result": result or None, "error": kept.error, "better": better}
+        if better:
+            nfe, reward, level, seconds = better[-1]
+            outcome |= {"nfe": result.get("nfe", nfe), "best": reward, "level": level, "seconds": seconds}
+        order.end(kept.status, outcome, None, kept.ended or kept.created)
+    return order

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,7 +53,7 @@ class WorkerState:
         life: counts its starts: what an earlier life sends is dropped.
         orders: searches that it has, by id.
         reserved: whether it takes nothing more, until it is empty and takes one search alone.
-        failed_starts: deaths in a row before it was ready.
+        failed_starts: deaths in a row before it was ready; proven: whether it was ever ready.
     """
 
     def __init__(self, channel: Channel, number: int):
@@ -62,10 +61,13 @@ class WorkerState:
         self.state: State = "dead"
         self.life = self.deaths = self.failed_starts = 0
         self.orders: dict[str, Ordered] = {}
-        self.reserved = False
+        self.reserved = self.proven = False
         self.heard, self.age = 0.0, 0.0  # when the last message came, and how old the loop's tick was then
         self.stats: dict[str, Any] = {}
         self._before: dict[str, Counter[str]] = {}  # counters of earlier lives
+
+    def __str__(self) -> str:
+        return f"{self.number} ({self.channel!r})"
 
     @property
     def nfe(self) -> int:
@@ -75,10 +77,6 @@ class WorkerState:
     def tick_age(self, now: float) -> float:
         """Seconds since the last known tick of its engine's loop."""
         return self.age + max(0.0, now - self.heard)
-
-    def count(self, stats: Mapping[str, Any]) -> None:
-        """Takes the counters that a message brought."""
-        self.stats = dict(stats)
 
     def bury(self) -> None:
         """Keeps what a life has counted; the next one counts from 0."""
@@ -101,7 +99,7 @@ class WorkerState:
     def now(self, clock: float) -> WorkerStats:
         """It as others may see it."""
         return WorkerStats(
-            f"{self.number} {self.channel!r}",
+            str(self),
             self.state,
             self.tick_age(clock),
             len(self.orders),
