@@ -14,12 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rollflow import calls, checks
-from rollflow.calls import Progress
+from rollflow.calls import Progress, left_of
 from rollflow.device import calibrate
 from rollflow.device.memory import CudaMemory
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
-from rollflow.door import Checked, Door
+from rollflow.door import Checked, Door, as_request
+from rollflow.entries import Replay
 from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
@@ -27,6 +28,7 @@ from rollflow.loop import Loop
 from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt, loading, own_size, velocity_dtype
 from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
+from rollflow.plan import Plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.profiling import Profiling, about, check_installed, write
@@ -209,7 +211,17 @@ class Engine:
 
     # Requests.
 
-    def submit(self, request: str | Request, *, id: Any = None, **options: Any) -> Job:
+    def check(self, request: str | Request, **options: Any) -> Plan:
+        """What `submit` would run: the request with what it leaves to the method and the model, and its coefficients.
+
+        The first one of a size of a learned pipeline takes seconds.
+
+        Raises:
+            RequestError: a request that cannot be honoured.
+        """
+        return self._door.check(request, options).plan
+
+    def submit(self, request: str | Request, *, id: Any = None, replay: Replay | None = None, **options: Any) -> Job:
         """Hands in a request, from any thread, at any time, and returns at once.
 
         The first request of a size of a learned pipeline waits until the size is learned, which may take seconds: on an
@@ -218,6 +230,10 @@ class Engine:
         Args:
             request: a prompt or a `Request`.
             id: what the job is called in messages, anything; by default a number. Nothing looks at it.
+            replay: what `Job.entries` gave of the same request in an engine that is gone: the search goes on from
+                there, after it has evaluated again what it still holds, and of a request without a time limit the
+                result is the same (bit for bit, where both engines are `reproducible`). A replay that does not fit is
+                left aside with a warning, and the search begins anew. Of a limited time what was used up is gone.
             options: as of `generate`, with a prompt.
 
         Raises:
@@ -225,13 +241,14 @@ class Engine:
             EngineBusy: `max_queued` requests wait already; its `seconds` say when to come again.
             EngineClosed, EngineDead: the engine takes no more requests.
         """
-        return self._submit(self._door.check(request, options), id)
+        asked = as_request(request, options)
+        return self._submit(self._door.check(left_of(asked, replay), {}), id, replay=replay)
 
-    def _submit(self, checked: Checked, id: Any = None, force: bool = False) -> Job:
+    def _submit(self, checked: Checked, id: Any = None, force: bool = False, replay: Replay | None = None) -> Job:
         self._host.start()
         job = Job(next(_NUMBERS) if id is None else id, checked.plan.request, self._host, self._render, self)
         loop = self._host.loop
-        job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize))
+        job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize, replay))
         return job
 
     @overload

@@ -37,15 +37,19 @@ class Replay(NamedTuple):
     Attributes:
         entries: one for each, in order.
         scales: mean and deviation of each normalised term of the reward, once they are known.
+        nfe: the search's budget, once it is settled; 0 before.
+        seconds: how long it has run.
     """
 
     entries: tuple[Entry, ...] = ()
     scales: tuple[tuple[float, float], ...] = ()
+    nfe: int = 0
+    seconds: float = 0.0
 
 
 def written(replay: Replay) -> str:
     """As JSON; every number comes back as it was, with those that are not finite as Python's `json` has them."""
-    return json.dumps([replay.scales, replay.entries], separators=(",", ":"))
+    return json.dumps([replay.scales, replay.nfe, replay.seconds, replay.entries], separators=(",", ":"))
 
 
 def read(text: str) -> Replay:
@@ -55,8 +59,9 @@ def read(text: str) -> Replay:
         RequestError: it is something else.
     """
     try:
-        scales, entries = json.loads(text)
-        return Replay(tuple(starmap(_entry, entries)), tuple((float(mean), float(over)) for mean, over in scales))
+        scales, nfe, seconds, entries = json.loads(text)
+        normalised = tuple((float(mean), float(over)) for mean, over in scales)
+        return Replay(tuple(starmap(_entry, entries)), normalised, int(nfe), float(seconds))
     except (ValueError, TypeError) as error:
         raise RequestError(f"a replay of {len(text)} characters: rollflow did not write it ({said(error)})") from error
 

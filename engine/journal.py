@@ -292,15 +292,15 @@ class Journal:
         if kept.status != "accepted":
             return kept
         entries: list[Entry] = []
-        scales: tuple[tuple[float, float], ...] = ()
+        found = Replay()
         question = "SELECT start, replay FROM scores WHERE id = ? ORDER BY start"
         for start, text in self._reader.execute(question, (kept.id,)).fetchall():
             if start != len(entries):  # a commit failed between
                 break
             part = read(text)
             entries += part.entries
-            scales = part.scales or scales
-        return replace(kept, replay=Replay((*entries,), scales))
+            found = part._replace(scales=part.scales or found.scales)
+        return replace(kept, replay=found._replace(entries=(*entries,)))
 
     def _end(self, to: sqlite3.Connection, id: str, status: Status, name: str, value: dict[str, Any]) -> None:
         """The first end of a search counts."""
