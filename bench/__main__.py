@@ -15,6 +15,7 @@ from rollflow.bench.adapters import Adapters
 from rollflow.bench.caching import Caching
 from rollflow.bench.compare import Compare
 from rollflow.bench.gpu import Gpu
+from rollflow.bench.journal import JournalCost
 from rollflow.bench.judged import Judged
 from rollflow.bench.kernel_bandwidth import Kernels
 from rollflow.bench.latency import Latency
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "throughput": Throughput,
     "scaling": Scaling,
     "overhead": Overhead,
+    "journal": JournalCost,
     "latency": Latency,
     "preview": Preview,
     "caching": Caching,

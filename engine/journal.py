@@ -143,6 +143,8 @@ class Journal:
         def work(to: sqlite3.Connection) -> None:
             if key is not None and (other := _by_key(to, owner, key)) is not None:
                 raise KeyTaken(f"the idempotency key {shown(key)} is that of the search {other}", other)
+            if to.execute("SELECT 1 FROM searches WHERE id = ?", (id,)).fetchone():
+                raise RequestError(f"id={shown(id)}: the journal has a search of that id; give another one")
             to.execute(
                 "INSERT INTO searches (id, owner, key, request, created, status) VALUES (?, ?, ?, ?, ?, 'accepted')",
                 values,
