@@ -213,6 +213,7 @@ GROUPS = {
     "profile-diff": [],
     "what-if": [],
     "study": [],
+    "serve": [options.ModelOptions],
     "jobs": [],
     "bench": [],
     "batch": [options.ModelOptions, options.SearchOptions, options.MethodOptions],

@@ -1,5 +1,6 @@
 """`rollflow reward-server` against the real client, the reward `http`, and against callers that send anything."""
 
+import asyncio
 import base64
 import http.client
 import io
@@ -25,10 +26,9 @@ from rollflow import RequestError, RewardUnavailable, rewards
 from rollflow.rewards.http import HttpReward, written
 
 pytest.importorskip("fastapi")
-import uvicorn
-
 from rollflow.cli import main
-from rollflow.cli.reward_serving import listening
+from rollflow.cli.serving import listening, quiet
+from rollflow.serve.keys import Keys
 from rollflow.serve.reward_bodies import Limits
 from rollflow.serve.reward_server import RewardServer, RewardSettings, create_app
 
@@ -68,10 +68,14 @@ class Serving:
         self.listening = listening("127.0.0.1", 0)
         at = self.listening.__enter__()
         self.port = at.getsockname()[1]
-        config = uvicorn.Config(create_app(self.server), log_level="warning", timeout_graceful_shutdown=1)
-        self.http, self.at = uvicorn.Server(config), at
-        self.thread = threading.Thread(target=self.http.run, args=([at],), daemon=True)
+        self.http = quiet(create_app(self.server))
+        self.thread = threading.Thread(target=asyncio.run, args=(self.run(at),), daemon=True)
         self.thread.start()
+
+    async def run(self, at):
+        self.server.start()
+        await self.http.serve([at])
+        await self.server.close()
 
     def close(self):
         self.http.should_exit = True
@@ -361,12 +365,13 @@ def test_addresses_and_methods(serve):
     assert "/score/{name}" in server.ask("/openapi.json", method="GET")[2]["paths"]
 
 
-def test_keys(serve, monkeypatch):
-    server = serve(keys=("one-key", "another-key"))
-    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic one-key"}):
+def test_keys(serve, monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text("one-key-of-some-length\nsomebody another-key-of-some-length\n")
+    server = serve(keys=Keys(tmp_path / "keys"))
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic one-key-of-some-length"}):
         status, headers, found = server.ask(body=call("a"), **header)
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer") and "takes a key" in found["error"]["message"]
-    monkeypatch.setenv("MY_KEY", "another-key")
+    monkeypatch.setenv("MY_KEY", "another-key-of-some-length")
     assert len(HttpReward(server.url(), key="MY_KEY")(images(1), ["a"])) == 1
     assert server.ask("/health", method="GET")[0] == 200
 
@@ -379,8 +384,8 @@ def test_keys(serve, monkeypatch):
     ("arguments", "part"),
     [
         ([], "name at least one reward"),
-        (["jpeg", "--host", "0.0.0.0"], "without --api-key-file only this machine"),
-        (["jpeg", "--host", "example.org"], "without --api-key-file only this machine"),
+        (["jpeg", "--host", "0.0.0.0"], "without API keys"),
+        (["jpeg", "--host", "example.org"], "without API keys"),
         (["jpeg", "--api-key-file", "/nowhere"], "'/nowhere' cannot be read"),
         (["no-such-reward"], "no-such-reward"),
         (["jpeg", "jpeg"], "two rewards are called 'jpeg'"),

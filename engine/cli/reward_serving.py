@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import signal
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rollflow.cli.options import by_default
-from rollflow.errors import RequestError, said, shown
+from rollflow.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from rollflow.serve.reward_server import RewardServer
@@ -58,7 +56,7 @@ class RewardServing:
     max_pixels: int = 1 << 26
     """The most pixels of a call, all its images together."""
     api_key_file: KeyFile = None
-    """A file with a key a line, one of which callers must send."""
+    """A file with a key a line, as KEY or NAME KEY, one of which callers must send."""
     grace: float = 30.0
     """Seconds after SIGTERM in which what was sent is answered."""
 
@@ -71,8 +69,11 @@ class RewardServing:
         for name in ("wait", "grace"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise RequestError(f"--{name} {getattr(self, name):g}: it must be seconds, at least 0")
-        keys = read_keys(self.api_key_file)
-        check_host(self.host, keys)
+        from rollflow.serve.keys import Keys, check_host
+
+        keys = Keys(self.api_key_file)
+        check_host(self.host, bool(keys))
+        from rollflow.cli.serving import listening
         from rollflow.serve import reward_server
         from rollflow.serve.reward_bodies import Limits
 
@@ -125,88 +126,21 @@ class RewardServing:
         return made
 
 
-def read_keys(file: Path | None) -> tuple[str, ...]:
-    """The keys of a file: one a line; empty lines and those that begin with # are none.
-
-    Raises:
-        RequestError: it cannot be read, or has none.
-    """
-    if file is None:
-        return ()
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--api-key-file {shown(str(file))} cannot be read ({said(error)})") from error
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise RequestError(f"--api-key-file {shown(str(file))} has no keys: write one a line")
-    return keys
-
-
-def check_host(host: str, keys: tuple[str, ...]) -> None:
-    """Raises `RequestError` for an address that others can reach, where no key is asked for."""
-    try:
-        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        here = False
-    if not here and not keys:
-        raise RequestError(
-            f"--host {shown(host)}: without --api-key-file only this machine may call (127.0.0.1, ::1 or localhost); "
-            "give a file with keys, or leave --host out"
-        )
-
-
-@contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens.
-
-    Raises:
-        RequestError: the address cannot be had.
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        at = socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
-        raise RequestError(f"cannot listen at {shown(host)}, port {port} ({said(error)}): choose another") from error
-    with at:
-        yield at
-
-
 async def _serve(server: RewardServer, at: socket.socket, grace: float) -> None:
     """Serves until a signal, then drains; a second signal ends it at once."""
-    import uvicorn
-
+    from rollflow.cli.serving import address, quiet
     from rollflow.serve.reward_server import create_app
 
-    class Quiet(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # they are ours
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            host, port = at.getsockname()[:2]
-            place = f"[{host}]" if ":" in host else host
-            for name in server.scorers:
-                print(f"serving {name} at http://{place}:{port}/score/{name}", flush=True)
-
-    config = uvicorn.Config(create_app(server), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    http, stop, loop = Quiet(config), asyncio.Event(), asyncio.get_running_loop()
-
-    def end() -> None:
-        http.should_exit = http.force_exit = stop.is_set() or http.force_exit
-        stop.set()
-
+    http, signals, loop = quiet(create_app(server)), asyncio.Queue[int](), asyncio.get_running_loop()
     for one in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(one, end)
-
-    async def drained() -> None:
-        await stop.wait()
-        await server.drain(grace)
-        http.should_exit = True
-
-    draining = asyncio.ensure_future(drained())
-    try:
-        await http.serve([at])
-    finally:
-        draining.cancel()
+        loop.add_signal_handler(one, signals.put_nowait, one)
+    server.start()
+    serving = loop.create_task(http.serve([at]))
+    for name in server.scorers:  # the socket listens already
+        print(f"serving {name} at {address(at)}/score/{name}", flush=True)
+    await signals.get()
+    ends = [loop.create_task(server.drain(grace)), loop.create_task(signals.get())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    await server.close()
+    http.should_exit = True
+    await serving

@@ -13,42 +13,47 @@ if TYPE_CHECKING:
     from rollflow.serve.messages import Channel
 
 
-def channels(runtime: ModelOptions, workers: int, ray: bool) -> Sequence[Channel]:
+def channels(runtime: ModelOptions, workers: int, ray: bool = False, cores: int | None = None) -> Sequence[Channel]:
     """A channel to each of `workers` engines, none of which is started yet.
 
+    Args:
+        runtime: the model, and where it runs.
+        workers: how many; one that is not Ray's is in this process.
+        ray: whether they are actors of a Ray cluster.
+        cores: of each one, on a CPU; None: its share of this machine's.
+
     Raises:
-        RequestError: there can be none, or Ray is not installed.
+        RequestError: there can be none.
     """
     if workers < 1:
         raise RequestError(f"--workers {workers}: it must be at least 1")
     if ray:
         from rollflow.serve.ray_actor import RayChannel
 
-        return [RayChannel(engine_options(runtime, workers, number)) for number in range(workers)]
+        return [RayChannel(_engine(runtime, workers, None, cores)) for _ in range(workers)]
     if workers == 1:
         from rollflow.serve.local import LocalChannel
 
         return [LocalChannel(runtime.load)]
     from rollflow.serve.process import ProcessChannel
 
-    return [ProcessChannel(engine_options(runtime, workers, number)) for number in range(workers)]
+    return [ProcessChannel(_engine(runtime, workers, number, cores)) for number in range(workers)]
 
 
-def engine_options(runtime: ModelOptions, workers: int, number: int) -> dict[str, Any]:
-    """Options of `Engine.from_pretrained`, plain JSON, for one of several workers: with its GPU, or its share of the
-    cores."""
+def _engine(runtime: ModelOptions, workers: int, number: int | None, cores: int | None) -> dict[str, Any]:
+    """Options of `Engine.from_pretrained`, plain JSON, for one of several workers: its GPU, or its share of the cores.
+
+    `number` is the worker's, None on a cluster, where a device of another machine is not looked for here.
+    """
     import torch
 
-    device, dtype = runtime.chosen()
+    dtype = runtime.dtype if number is None else runtime.chosen()[1]
     given: dict[str, Any] = {
-        name: getattr(runtime, name) for name in ("preview", "reproducible", "compile", "pipeline")
-    } | {
-        "name_or_path": runtime.model,
-        "device": None if device is None else str(device),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        name: getattr(runtime, name) for name in ("preview", "reproducible", "compile", "pipeline", "device")
     }
-    if runtime.device in (None, "cuda") and torch.cuda.is_available():
+    given |= {"name_or_path": runtime.model, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    if number is not None and runtime.device in (None, "cuda") and torch.cuda.is_available():
         given["device"] = f"cuda:{number % torch.cuda.device_count()}"
-    elif device is None or device.type == "cpu":
-        given |= {"lanes": 1, "threads": max(1, (os.cpu_count() or 1) // workers)}
+    if not str(given["device"] or "cpu").startswith("cuda"):
+        given |= {"device": "cpu", "lanes": 1, "threads": cores or max(1, (os.cpu_count() or 1) // workers)}
     return {name: value for name, value in given.items() if value is not None}

@@ -12,13 +12,11 @@ Rewards are those of the command line alone: a caller names one, and sends neith
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -29,6 +27,7 @@ import torch
 from rollflow import __version__, rewards
 from rollflow.errors import RequestError, said, shown
 from rollflow.rewards import Reward
+from rollflow.serve.keys import Keys
 from rollflow.serve.reward_bodies import Asked, Limits, Refused, read
 from rollflow.serve.scoring import Judged, Scorer
 
@@ -47,7 +46,7 @@ class RewardSettings:
     """How a reward server works.
 
     Attributes:
-        keys: one of them must come along as `Authorization: Bearer KEY`; none: no key is asked for.
+        keys: one of them must come along as `Authorization: Bearer KEY`, if there are any.
         limits: of one call.
         queued: calls that are there at a time, being read included; more are refused with 503.
         batch: the most images of a call of a reward.
@@ -57,7 +56,7 @@ class RewardSettings:
         device: where the images are judged; None: on the CPU, or where a reward itself says.
     """
 
-    keys: Sequence[str] = ()
+    keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
     queued: int = 256
     batch: int = 64
@@ -136,7 +135,6 @@ class RewardServer:
         self.metrics, self._open = _Metrics(), 0
         self._closed = asyncio.Event()  # whenever the last open call is over
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reward bodies")
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
         turns: dict[int, Lock] = {}  # of what two names may call
         self.scorers: dict[str, Scorer] = {}
         for name, reward in named.items():
@@ -176,16 +174,6 @@ class RewardServer:
             await scorer.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def _key(self, request: Request) -> None:
-        """Compares with every key, each in constant time."""
-        if not self._keys:
-            return
-        kind, _, key = request.headers.get("Authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
-        fits = [hmac.compare_digest(given, one) for one in self._keys]
-        if kind.lower() != "bearer" or not any(fits):
-            raise Refused(401, "this server takes a key: send it as Authorization: Bearer KEY")
-
     def _scorer(self, name: str | None) -> Scorer:
         if name is None:
             return next(iter(self.scorers.values()))
@@ -207,7 +195,8 @@ class RewardServer:
             raise
 
     async def _answer(self, request: Request, body: _Body, name: str | None) -> list[float]:
-        self._key(request)
+        if self.settings.keys.owner(request.headers.get("Authorization")) is None:
+            raise Refused(401, "this server takes a key: send it as Authorization: Bearer KEY")
         scorer = self._scorer(name)
         if self.draining:
             raise Refused(503, "the server is about to end: call again", max(1.0, scorer.seconds))
@@ -316,17 +305,8 @@ BODY = {
 
 
 def create_app(server: RewardServer) -> FastAPI:
-    """The server as an ASGI application."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.start()
-        try:
-            yield
-        finally:
-            await server.close()
-
-    app = FastAPI(title="rollflow reward-server", version=__version__, lifespan=lifespan, redoc_url=None)
+    """The server as an ASGI application; the caller starts and closes the server, on the same loop."""
+    app = FastAPI(title="rollflow reward-server", version=__version__, redoc_url=None)
 
     async def score(request: Request, name: str | None) -> JSONResponse:
         start, status = time.monotonic(), 500
