@@ -57,8 +57,8 @@ class Search:
 class Desk:
     """Ends searches the last first, when `most` of them are there or a moment is over."""
 
-    def __init__(self, most=3, busy=0):
-        self.most, self.busy, self.there, self.asked, self.peak = most, busy, [], [], 0
+    def __init__(self, most=3, busy=0, moment=0.005):
+        self.most, self.busy, self.moment, self.there, self.asked, self.peak = most, busy, moment, [], [], 0
 
     async def submit(self, request):
         if self.busy:
@@ -70,7 +70,7 @@ class Desk:
         self.there.append(search)
         self.asked.append(request)
         self.peak = max(self.peak, len(self.there))
-        asyncio.get_running_loop().call_later(0.0 if len(self.there) >= self.most else 0.005, self.end)
+        asyncio.get_running_loop().call_later(0.0 if len(self.there) >= self.most else self.moment, self.end)
         return search
 
     def end(self):
@@ -192,7 +192,7 @@ def test_no_more_searches_are_there_than_asked_for(tmp_path):
     file = tmp_path / "lines"
     file.write_text("\n".join(f"line {i}" for i in range(60)))
     states, ticks = [], iter(range(10**6))
-    desk = Desk(most=5, busy=3)
+    desk = Desk(most=5, busy=3, moment=PATIENCE)
     batch(file, tmp_path / "out", desk=desk, window=5, told=states.append, clock=lambda: float(next(ticks)))
     assert desk.peak == 5 and len(desk.asked) == len(states) == 60
     done = [state.counts.lines for state in states]
@@ -319,7 +319,7 @@ def test_another_batch_does_not_fit(source, tmp_path):
     with pytest.raises(RequestError, match="other lines, or its file was changed"):
         batch(source, out, options={"nfe": 4})
     (out / "batch.json").unlink()
-    with pytest.raises(RequestError, match="has other shards"):
+    with pytest.raises(RequestError, match="has shards of something else"):
         batch(source, out)
 
 

@@ -23,21 +23,22 @@ import numpy as np
 from rollflow import rewards
 from rollflow.engine import Engine
 from rollflow.errors import EngineClosed, EngineDead, RequestError, RollflowError, shown
+from rollflow.pictures import described, written
 from rollflow.request import Request, Result
-from rollflow.serve.pictures import described, written
 from rollflow.values import plain
 
 FOUND = ("reward", "held_out", "nfe", "stopped", "seconds", "width", "height")
 TEXTS = ("stopped", "error")
-_FIELDS = tuple(one.name for one in fields(Request))
+_FIELDS = {one.name: str(one.type) for one in fields(Request)}
 
 
 class SearchBatches:
     """One engine of one actor.
 
     A batch has a column "prompt", and may have others that are called as fields of `rollflow.Request`; a value of None
-    or NaN in one leaves the field out. Columns of other names stay as they are. What is found is added: "image", the
-    bytes of its file, the columns `FOUND`, and "error", which says why a row has none of these, or is empty.
+    or NaN in one leaves the field out. Columns of other names stay as they are. What is found is added, or replaces a
+    column of its name: "image", the bytes of its file, the columns `FOUND`, and "error", which says why a row has none
+    of these, or is empty.
 
     Args:
         model: as of `Engine.from_pretrained`.
@@ -52,7 +53,8 @@ class SearchBatches:
     def __init__(self, model: str = "shapes", engine: Mapping[str, Any] | Engine | None = None, **defaults: Any):
         self._engine = engine if isinstance(engine, Engine) else Engine.from_pretrained(model, **dict(engine or {}))
         self._defaults = defaults
-        Request("", **defaults)  # an option that there is not is found here, once
+        if unknown := [name for name in defaults if name not in _FIELDS]:
+            raise RequestError(f"{unknown[0]}: a request has no such field; a method's own options go into options=...")
         rewards.make(defaults.get("reward", "count"))
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -75,7 +77,7 @@ class SearchBatches:
         yield {**batch, **{name: _column(name, [row.get(name) for row in rows]) for name in ("image", *FOUND, "error")}}
 
     def _request(self, batch: Mapping[str, Any], row: int) -> Request | RollflowError:
-        own = {name: plain(batch[name][row]) for name in _FIELDS if name in batch}
+        own = {name: _value(name, batch[name][row]) for name in _FIELDS if name in batch}
         try:
             return Request(**{**self._defaults, **{name: value for name, value in own.items() if not _nothing(value)}})
         except RollflowError as error:
@@ -99,6 +101,14 @@ def _column(name: str, values: Sequence[Any]) -> np.ndarray:
     if name in TEXTS:
         return np.array([value or "" for value in values], dtype=object)
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _value(name: str, value: Any) -> Any:
+    """A cell of a column; of a column of whole numbers that has gaps, and so is one of floats, a whole number."""
+    found = plain(value)
+    if isinstance(found, float) and found.is_integer() and _FIELDS[name] in ("int", "int | None"):
+        return int(found)
+    return found
 
 
 def _nothing(value: object) -> bool:
