@@ -407,12 +407,15 @@ def test_a_restart_goes_on_and_knows_what_was(shared, tmp_path):
 
     async def second(journal, done, slow, image):
         desk = Desk([LocalChannel(shared)], journal=journal)
-        await desk.start()
+        starting = asyncio.ensure_future(desk.start())
+        await asyncio.sleep(0)
+        assert desk.get(slow.id).status == "queued"  # it is known while workers are being started
         assert (await desk.submit(ask(seed=1), key="done")).id == done.id
         again = await desk.submit(ask(reward="slow", nfe=60), key="slow")
         assert again.id == slow.id
         with pytest.raises(KeyReused):
             await desk.submit(ask(seed=2), key="done")
+        await starting
         await again.over()
         known = desk.get(done.id)
         assert alike(known) == alike(done) and await known.image() == image
