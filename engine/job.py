@@ -285,6 +285,10 @@ class Job:
         """Inside of the context, `wake` is called whenever something changes, on any thread; it returns at once."""
         return self._watchers.watched(wake)
 
+    def rewards(self, start: int = 0) -> list[tuple[int, int, float | None]]:
+        """Of each committed evaluation from an index on its NFE, its level and its reward; of any thread."""
+        return [] if self._history is None else self._history.rewards(start)
+
     def _check(self) -> None:
         if (owner := self._owner) is not None and not self._future.done():
             owner.check_waiting()

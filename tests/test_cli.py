@@ -213,6 +213,7 @@ GROUPS = {
     "profile-diff": [],
     "what-if": [],
     "study": [],
+    "jobs": [],
     "bench": [],
 }
 

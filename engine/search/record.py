@@ -98,6 +98,10 @@ class History:
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))
         self.best = max(self.best, particle.value)
 
+    def rewards(self, start: int = 0) -> list[tuple[int, int, float | None]]:
+        """Of each record from an index on its NFE, its level and its reward; of any thread."""
+        return [(row[6], row[1], row[3]) for row in self._rows[start:]]
+
     def judge(self, index: int, reward: float, terms: Sequence[float] | None) -> None:
         """A committed particle that was not judged has a reward after all: its image's."""
         before = self._rows[index]
