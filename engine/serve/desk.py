@@ -73,21 +73,19 @@ class Desk:
     # Its life.
 
     async def start(self) -> None:
-        """Starts the workers; returns when one is ready, and searches that the journal has left go on.
+        """Starts the workers; returns when one is ready. Searches that the journal has left go on.
 
         Raises:
             RollflowError: no worker could be started.
         """
+        for kept in [] if self._journal is None else self._journal.unfinished():  # before anybody can ask for them
+            order = self._active[kept.id] = recalled(kept, self)
+            self._dispatcher.give(order)
         try:
             await self._dispatcher.start()
         except BaseException:
             await self._dispatcher.close()
             raise
-        if self._journal is not None:
-            for kept in await asyncio.to_thread(self._journal.unfinished):
-                order = recalled(kept, self)
-                self._active[order.id] = order
-                self._dispatcher.give(order)
         self._pruning = self._do(self._prune())
 
     async def close(self, grace: float = 0.0) -> None:

@@ -2,8 +2,8 @@
 
 It lives on one event loop; what workers send comes there from their channels' threads. A search goes to the worker with
 the least outstanding NFE, so many to each as keep its batches full; the rest wait here, higher priorities first. When a
-worker dies, its searches go on elsewhere from the rewards that they had. One that was on dead workers twice runs alone,
-so that it fails by itself if it is what kills them.
+worker dies, its searches go on elsewhere from the rewards that they had. One that was on dead workers twice runs alone
+from then on, and is given up when two more die that run nothing else: others, and what is killed from outside, are not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rollflow.serve.orders import Ordered
 from rollflow.serve.roster import WorkerState
 
 WINDOW = 64  # searches of a worker at a time
-TRIES = 3  # deaths of workers that a search may be part of, the last one alone
+SHARED, ALONE = 2, 2  # deaths of workers that a search may be part of among others, and by itself
 HUNG = 60.0  # seconds without a tick after which a worker counts as dead
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead worker is started again; doubles with each failure
 STARTING = 600.0  # seconds that a start may take before it counts as a failure of the whole
@@ -47,7 +47,7 @@ class Dispatcher:
         on_news: takes a search and news of it.
         on_over: takes a search, its outcome and the file of its image; once for each search.
         clock: seconds.
-        window, tries, hung, pause: see above.
+        window, hung, pause: see above.
     """
 
     def __init__(
@@ -57,13 +57,12 @@ class Dispatcher:
         on_over: Callable[[Ordered, dict[str, Any], bytes], None],
         clock: Callable[[], float] = time.monotonic,
         window: int = WINDOW,
-        tries: int = TRIES,
         hung: float = HUNG,
         pause: float = FIRST_PAUSE,
     ):
         self.workers = [WorkerState(channel, number) for number, channel in enumerate(channels)]
         self._on_news, self._on_over, self._clock = on_news, on_over, clock
-        self._window, self._tries, self._hung, self._pause = window, tries, hung, pause
+        self._window, self._hung, self._pause = window, hung, pause
         self._waiting: list[tuple[int, int, Ordered]] = []  # a heap: the highest priority, then the first
         self._suspects: deque[Ordered] = deque()
         self._at: dict[str, WorkerState] = {}
@@ -161,7 +160,7 @@ class Dispatcher:
     # Who gets what.
 
     def _queue(self, order: Ordered) -> None:
-        if order.deaths >= self._tries - 1:
+        if order.deaths >= SHARED:
             self._suspects.append(order)
             return
         priority = order.request.get("priority", 0)
@@ -259,17 +258,17 @@ class Dispatcher:
         worker.failed_starts += worker.state != "ready"
         worker.life, worker.deaths = worker.life + 1, worker.deaths + 1
         worker.state, orders, worker.orders = "dead", [*worker.orders.values()], {}
-        alone, worker.reserved = worker.reserved and len(orders) == 1, False
+        alone, worker.reserved = worker.reserved and len(orders) == 1 and orders[0].deaths >= SHARED, False
         worker.bury()
         for _, future in [one for one in self._asked.values() if one[0] is worker]:
             if not future.done():
                 future.set_exception(Died(reason))
         for order in orders:
             del self._at[order.id]
-            order.deaths += 1
+            order.deaths, order.alone = order.deaths + 1, order.alone + alone
             if order.cancelling:
                 self._on_over(order, _cancelled(order), b"")
-            elif alone and order.deaths >= self._tries:
+            elif order.alone >= ALONE:
                 self._on_over(order, _killer(order, reason), b"")
             else:
                 self._queue(order)
@@ -299,7 +298,7 @@ def _cancelled(order: Ordered) -> dict[str, Any]:
 
 def _killer(order: Ordered, reason: str) -> dict[str, Any]:
     message = (
-        f"{order.deaths} workers died while they ran this search, the last one with nothing else ({reason}): it is "
+        f"{order.deaths} workers died while they ran this search, the last {ALONE} with nothing else ({reason}): it is "
         "given up; try a smaller size or budget, or another reward"
     )
     return {"status": "failed", "error": told(EngineDead(message))}

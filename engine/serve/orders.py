@@ -75,7 +75,8 @@ class Ordered:
         self.error: dict[str, Any] | None = None
         self.file: bytes | None = None  # of the image, where no journal has it
         self.replay = Replay(())  # its scores so far, for another worker
-        self.place, self.deaths, self.cancelling, self.ending = 0, 0, False, False  # the dispatcher's and the desk's
+        self.place = self.deaths = self.alone = 0  # the dispatcher's: its turn, and deaths of its workers
+        self.cancelling = self.ending = False
         self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
 
     def __repr__(self) -> str:

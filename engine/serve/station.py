@@ -22,7 +22,7 @@ from rollflow.job import Job
 from rollflow.serve.flight import Flight
 from rollflow.serve.messages import Message, told
 
-PACE = 0.02  # seconds between messages of news, at least
+PACE = 0.05  # seconds between messages of news, at least
 BEAT = 0.5  # seconds between messages of news, at most, and between looks at the engine
 PATIENCE = 30.0  # seconds that an image may take
 LOG = logging.getLogger("rollflow")
