@@ -291,7 +291,8 @@ class Engine:
         named = next(_NUMBERS) if id is None else id
         if keeping is not None and kept is None:
             named = keeping.named(id)
-        job = Job(named, checked.plan.request, self._host, self._render, self)
+        spent = 0.0 if replay is None else replay.seconds
+        job = Job(named, checked.plan.request, self._host, self._render, self, spent)
         job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize, replay))
         if keeping is not None:
             keeping.accept(job, values) if values is not None else keeping.follow(job, kept)

@@ -95,7 +95,13 @@ class Job:
     """
 
     def __init__(
-        self, identity: Any, request: Request, owner: Owner, render: Callable[[Finished], Result], keep: object = None
+        self,
+        identity: Any,
+        request: Request,
+        owner: Owner,
+        render: Callable[[Finished], Result],
+        keep: object = None,
+        spent: float = 0.0,
     ):
         self.id, self.request = identity, request
         self._keep = keep  # the engine, which would end its work if nobody referred to it
@@ -110,6 +116,7 @@ class Job:
         self._lock = threading.Lock()
         self._history: History | None = None
         self._started, self._ended, self._nfe = 0.0, 0.0, 0
+        self._spent = spent  # seconds that other processes have run it
         self._watchers = Watchers()
 
     def __repr__(self) -> str:
@@ -273,7 +280,7 @@ class Job:
         history, update = self._history, self.update
         if history is None or update is None:
             return Replay()
-        return Replay(history.entries(start), history.scales, self._nfe, update.seconds)
+        return Replay(history.entries(start), history.scales, self._nfe, self._spent + update.seconds)
 
     @property
     def resumed(self) -> int | None:

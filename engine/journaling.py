@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rollflow import wire
 from rollflow.errors import EngineClosed, EngineDead, RollflowError, said
@@ -57,7 +57,8 @@ class Journaling:
 
     def unfinished(self) -> list[tuple[Kept, Request]]:
         """What was begun by another engine and is not over."""
-        found = [kept for kept in self.journal.unfinished() if kept.id not in self._followed]
+        own = {*self._followed}  # looked at first: one is gone from them only when its end is in the journal
+        found = [kept for kept in self.journal.unfinished() if kept.id not in own]
         return [(kept, wire.from_json(kept.request, self._clock)) for kept in found]
 
     def accept(self, job: Job, request: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ class Journaling:
                 kind, file = written(result)
                 promise = self.journal.finish(job.id, described(result, kind), file)
             else:
-                status = "cancelled" if job.cancelled() else "failed"
+                status: Literal["failed", "cancelled"] = "cancelled" if job.cancelled() else "failed"
                 promise = self.journal.fail(job.id, status, {"type": type(error).__name__, "message": str(error)})
             promise.add_done_callback(lambda _: self._followed.pop(job.id, None))
         except EngineClosed:  # the journal was closed meanwhile: the job is still to be done

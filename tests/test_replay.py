@@ -138,6 +138,7 @@ def test_of_a_limited_time_what_was_used_is_gone(shared):
     job = shared.submit(request, replay=replay)
     assert job.request.nfe == 12 and job.request.seconds == pytest.approx(1.0)
     assert job.result(PATIENCE).committed_nfe <= 12
+    assert job.entries().seconds >= 999.0  # should it be resumed once more
 
 
 def test_slots_of_ancestors_are_counted():

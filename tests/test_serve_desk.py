@@ -260,8 +260,8 @@ def test_a_search_that_kills_its_workers_is_given_up_and_its_neighbours_are_not(
             if deadly.done and good.done:
                 break
         assert (deadly.status, good.status) == ("failed", "done")
-        assert deadly.error["type"] == "EngineDead" and "3 workers died" in deadly.error["message"]
-        assert given.count(deadly.id) == 3
+        assert deadly.error["type"] == "EngineDead" and "4 workers died" in deadly.error["message"]
+        assert given.count(deadly.id) == 4 and given.count(good.id) <= 3
         await desk.close()
 
     run(main())
@@ -388,7 +388,55 @@ def test_a_closing_desk_finishes_what_it_can_and_takes_nothing():
     run(main())
 
 
+def test_a_worker_that_cannot_be_made_leaves_the_others_to_work():
+    async def main():
+        a, b = Told(), Told()
+        desk = Desk([a, b])
+        starting = asyncio.ensure_future(desk.start())
+        await asyncio.sleep(0)
+        a.say(op="unfit", error={"type": "ModelError", "message": "no such model"})
+        a.on_death("it ended with code 2")
+        b.say(op="ready", stats={})
+        await starting
+        order = await desk.submit(ask())
+        assert b.ran() == [order.id] and [worker.state for worker in desk.stats().workers] == ["unfit", "ready"]
+        assert a.starts == 1
+        await desk.close()
+
+    run(main())
+
+
 # With a journal.
+
+
+def test_scores_that_another_worker_gives_otherwise_replace_those_before(tmp_path):
+    """As of a replay that does not fit, or of engines that are not reproducible."""
+
+    def scored(*scores):
+        return written(Replay(tuple(Entry("committed", 0, score) for score in scores)))
+
+    def news(start, scores):
+        return {"status": "running", "start": start, "entries": scored(*scores)}
+
+    async def main(journal):
+        a, b = Told(), Told()
+        desk = await opened(a, b, journal=journal)
+        order = await desk.submit(ask())
+        for start, scores in ((0, (0.1, math.nan)), (2, (0.3,))):
+            a.say(op="news", age=0, searches={order.id: news(start, scores)})
+        a.on_death("kill -9")
+        await settled()
+        kept = []
+        for start, scores in ((0, (0.1, math.nan)), (2, (0.4, 0.5))):  # the same at first
+            b.say(op="news", age=0, searches={order.id: news(start, scores)})
+            await settled()
+            await asyncio.to_thread(journal.flush, PATIENCE)
+            kept.append(str([entry.score for entry in journal.get(order.id).replay.entries]))
+        assert kept == ["[0.1, nan, 0.3]", "[0.1, nan, 0.4, 0.5]"]
+        await desk.close()
+
+    with Journal(tmp_path) as journal:
+        run(main(journal))
 
 
 def test_a_restart_goes_on_and_knows_what_was(shared, tmp_path):
@@ -407,12 +455,15 @@ def test_a_restart_goes_on_and_knows_what_was(shared, tmp_path):
 
     async def second(journal, done, slow, image):
         desk = Desk([LocalChannel(shared)], journal=journal)
-        await desk.start()
+        starting = asyncio.ensure_future(desk.start())
+        await asyncio.sleep(0)
+        assert desk.get(slow.id).status == "queued"  # it is known while workers are being started
         assert (await desk.submit(ask(seed=1), key="done")).id == done.id
         again = await desk.submit(ask(reward="slow", nfe=60), key="slow")
         assert again.id == slow.id
         with pytest.raises(KeyReused):
             await desk.submit(ask(seed=2), key="done")
+        await starting
         await again.over()
         known = desk.get(done.id)
         assert alike(known) == alike(done) and await known.image() == image

@@ -3,12 +3,16 @@
 import asyncio
 import os
 import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import workers
 from workers import ask
 
+from rollflow.serve import worker
 from rollflow.serve.desk import Desk
 from rollflow.serve.local import LocalChannel
 from rollflow.serve.messages import Message, pack, read, unpack
@@ -67,6 +71,7 @@ def test_kill_9_under_load_loses_nothing_and_answers_nothing_twice(monkeypatch):
             assert of(order) == of(one) and await one.image() == image
         await desk.close()
         made.close()
+        assert away._process.poll() is not None, "a worker outlived its desk"
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
@@ -87,3 +92,56 @@ def test_frames_are_what_they_were():
 
     pipe = Pieces()
     assert read(pipe) == message and read(pipe) is None
+
+
+@pytest.fixture
+def pipes():
+    """A worker's loop on a thread of this process; gives what sends, what hears, and its exit codes."""
+    (there, to), (away, back) = os.pipe(), os.pipe()
+    source, sink, put, get = (
+        os.fdopen(end, mode) for end, mode in ((there, "rb"), (back, "wb"), (to, "wb"), (away, "rb"))
+    )
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(worker.run(source, sink)))
+    thread.start()
+
+    def say(**header):
+        put.write(pack(Message(header)))
+        put.flush()
+
+    def hear(op):
+        while (message := read(get)) is not None and message.header["op"] != op:
+            pass
+        return message.header
+
+    yield say, hear, codes
+    put.close()
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and codes  # it ends when its input does
+    for end in (source, sink, get):
+        end.close()
+
+
+def test_a_worker_says_what_it_lacks(pipes):
+    say, hear, _ = pipes
+    say(op="start", engine="rollflow.serve.worker:pretrained", options={"dtype": "float3"})
+    error = hear("unfit")["error"]
+    assert error["type"] == "RequestError" and "float3" in error["message"]
+
+
+def test_a_worker_whose_engine_is_dead_ends_its_process(pipes, monkeypatch):
+    made, died = [], threading.Event()
+    monkeypatch.setattr(workers, "engine", lambda build=workers.engine: made.append(build()) or made[0])
+    monkeypatch.setattr(os, "_exit", lambda code: died.set() if code == worker.DEAD else None)
+    say, hear, _ = pipes
+    say(op="start", engine="workers:engine")
+    assert hear("ready")["stats"]["free"] >= 0
+    workers.GATE.clear()
+    say(op="run", id="a", request=ask(reward="gated"))
+    while not made[0].stats().running:
+        time.sleep(0.01)
+    loop = made[0]._host.loop
+    loop.call(loop.fail, workers.EngineDead("the device is gone"))
+    assert "the device is gone" in hear("dead")["reason"] and died.wait(PATIENCE)
+    workers.GATE.set()
+    made[0].close(drain=False)

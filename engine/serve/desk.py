@@ -6,75 +6,31 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from rollflow.errors import EngineBusy, EngineClosed, RequestError, RollflowError, shown
-from rollflow.journal import Journal, Kept, KeyTaken
+from rollflow.journal import Journal, KeyTaken
 from rollflow.serve.dispatcher import Dispatcher
+from rollflow.serve.ended import Ended
 from rollflow.serve.messages import Channel, told
 from rollflow.serve.orders import Ordered as Ordered
 from rollflow.serve.orders import Progress as Progress
+from rollflow.serve.orders import recalled
 from rollflow.serve.roster import WorkerStats as WorkerStats
+from rollflow.serve.tallies import DeskStats as DeskStats
+from rollflow.serve.tallies import RewardCounts as RewardCounts
+from rollflow.serve.tallies import tallied
 
 KEEP = 86400.0  # seconds that what is over can be asked for
-MOST_KEPT, MOST_BYTES = 100_000, 1 << 30  # searches that are over, and their images, in memory
-USUAL_NFE = 100  # of a request that leaves its budget open
 LOG = logging.getLogger("rollflow")
 
 
 class KeyReused(RequestError):
     """An idempotency key that was used with another request."""
-
-
-@dataclass(frozen=True)
-class RewardCounts:
-    """Calls of a reward so far, images that they judged, seconds that they took, and searches that failed by it."""
-
-    calls: int
-    images: int
-    seconds: float
-    errors: int
-
-
-@dataclass(frozen=True)
-class DeskStats:
-    """What the desk and its workers hold at a moment, and counters since its start.
-
-    Attributes:
-        queued, running: searches that wait, and that an engine has let in.
-        outstanding_nfe: what they have left to spend.
-        nfe: rows that the workers' devices ran by kind, padding included; see `rollflow.profile.ledger.Ledger`.
-        nfe_per_second: of all workers, over the last ten seconds.
-        rows, slots: of all batches so far, rows with a purpose, and rows with padding: their ratio is the occupancy.
-        free: slots of particles that are not in use.
-        rewards: by name.
-        workers: each one.
-        ended: searches that ended, by status.
-        ready, draining: whether it takes searches; whether it is closing.
-    """
-
-    queued: int
-    running: int
-    outstanding_nfe: int
-    nfe: dict[str, int]
-    nfe_per_second: float
-    rows: int
-    slots: int
-    free: int
-    rewards: dict[str, RewardCounts]
-    workers: tuple[WorkerStats, ...]
-    ended: dict[str, int]
-    ready: bool
-    draining: bool
-
-    @property
-    def occupancy(self) -> float:
-        """How full batches were, 0 to 1; 1 before the first."""
-        return self.rows / self.slots if self.slots else 1.0
 
 
 class Desk:
@@ -86,8 +42,7 @@ class Desk:
             memory alone.
         max_queued: searches that may wait.
         max_queued_nfe: NFE of those that wait; None: any number.
-        keep: seconds that a search can be asked for after its end. In memory there are at most `MOST_KEPT` of them, and
-            `MOST_BYTES` of their images.
+        keep: seconds that a search can be asked for after its end; see `rollflow.serve.ended` for what memory holds.
         clock: seconds.
     """
 
@@ -106,8 +61,7 @@ class Desk:
         self._journal, self._keep, self._clock = journal, keep, clock
         self._max_queued, self._max_nfe = max_queued, max_queued_nfe
         self._active: dict[str, Ordered] = {}
-        self._ended: OrderedDict[str, tuple[float, Ordered]] = OrderedDict()
-        self._bytes, self._entering = 0, 0
+        self._ended, self._entering = Ended(keep, clock, self._forget), 0
         self._by_key: dict[tuple[str, str], str] = {}
         self._entering_keys: dict[tuple[str, str], asyncio.Future[None]] = {}
         self._counts, self._errors = Counter[str](), Counter[str]()
@@ -119,21 +73,19 @@ class Desk:
     # Its life.
 
     async def start(self) -> None:
-        """Starts the workers; returns when one is ready, and searches that the journal has left go on.
+        """Starts the workers; returns when one is ready. Searches that the journal has left go on.
 
         Raises:
             RollflowError: no worker could be started.
         """
+        for kept in [] if self._journal is None else self._journal.unfinished():  # before anybody can ask for them
+            order = self._active[kept.id] = recalled(kept, self)
+            self._dispatcher.give(order)
         try:
             await self._dispatcher.start()
         except BaseException:
             await self._dispatcher.close()
             raise
-        if self._journal is not None:
-            for kept in await asyncio.to_thread(self._journal.unfinished):
-                order = self._as_ordered(kept)
-                self._active[order.id] = order
-                self._dispatcher.give(order)
         self._pruning = self._do(self._prune())
 
     async def close(self, grace: float = 0.0) -> None:
@@ -190,8 +142,7 @@ class Desk:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:  # nobody will know of the search, unless by its key
-            if key is None:
-                task.add_done_callback(self._forsake)
+            task.add_done_callback(partial(self._forsake, key))
             raise
 
     async def _submit(self, request: dict[str, Any], key: str | None, owner: str) -> Ordered:
@@ -231,52 +182,25 @@ class Desk:
 
     def get(self, id: str) -> Ordered | None:
         """A search by its id, also one of before a restart if there is a journal; None if there is none."""
-        found = self._active.get(id)
-        if found is None and id in self._ended:
-            found = self._ended[id][1]
+        found = self._active.get(id) or self._ended.get(id)
         if found is None and self._journal is not None and (kept := self._journal.get(id)) is not None:
-            found = self._as_ordered(kept)
+            found = recalled(kept, self)
         return found
 
     def listed(self, owner: str = "", limit: int = 100) -> list[Ordered]:
         """The last searches of an owner, the last first."""
-        here = [*self._active.values(), *(order for _, order in self._ended.values())]
+        here = [*self._active.values(), *self._ended.orders()]
         found = {order.id: order for order in here if order.owner == owner}
         if self._journal is not None:
             for kept in self._journal.jobs(limit=limit if not owner else 10 * limit):
                 if kept.owner == owner and kept.id not in found:
-                    found[kept.id] = self._as_ordered(kept)
+                    found[kept.id] = recalled(kept, self)
         return sorted(found.values(), key=lambda order: -order.created)[:limit]
 
     def stats(self) -> DeskStats:
         """What it holds now."""
-        now, active = self._clock(), [*self._active.values()]
-        counted: dict[str, Counter[str]] = {}
-        for worker in self._dispatcher.workers:
-            for name, counts in worker.counted().items():
-                counted[name] = counted.get(name, Counter()) + counts
-        ran, names = counted["ran"], {*counted["calls"], *self._errors}
-        workers = tuple(worker.now(now) for worker in self._dispatcher.workers)
-        return DeskStats(
-            queued=sum(order.status == "queued" for order in active),
-            running=sum(order.status == "running" for order in active),
-            outstanding_nfe=sum(order.left for order in active),
-            nfe=dict(ran),
-            nfe_per_second=sum(worker.nfe_per_second for worker in workers),
-            rows=sum(ran.values()) - ran["padding"],
-            slots=sum(ran.values()),
-            free=sum(worker.free for worker in workers),
-            rewards={
-                name: RewardCounts(
-                    counted["calls"][name], counted["images"][name], float(counted["seconds"][name]), self._errors[name]
-                )
-                for name in names
-            },
-            workers=workers,
-            ended=dict(self._counts),
-            ready=self.ready,
-            draining=self.draining,
-        )
+        active, workers = [*self._active.values()], self._dispatcher.workers
+        return tallied(active, workers, self._counts, self._errors, self.ready, self.draining, self._clock())
 
     # What searches ask of their desk.
 
@@ -337,9 +261,7 @@ class Desk:
             self._errors[str(order.request.get("reward", "count"))] += 1
         order.end(status, outcome, file, time.time())
         self._active.pop(order.id, None)
-        self._ended[order.id] = self._clock(), order
-        self._bytes += len(file or b"")
-        self._trim()
+        self._ended.add(order)
         if not self._active:
             self._idle.set()
 
@@ -392,40 +314,14 @@ class Desk:
             )
         return known
 
-    def _as_ordered(self, kept: Kept) -> Ordered:
-        """A search of the journal."""
-        budget = kept.request.get("nfe")
-        order = Ordered(
-            kept.id, kept.request, kept.owner, kept.key, self, budget if isinstance(budget, int) else USUAL_NFE
-        )
-        order.created, order.replay = kept.created, kept.replay
-        if kept.status != "accepted":
-            result = dict(kept.result or {})
-            better = result.pop("improvements", [])
-            outcome: dict[str, Any] = {"result": result or None, "error": kept.error, "better": better}
-            if better:
-                nfe, reward, level, seconds = better[-1]
-                outcome |= {"nfe": result.get("nfe", nfe), "best": reward, "level": level, "seconds": seconds}
-            status: Literal["done", "failed", "cancelled"] = kept.status
-            order.end(status, outcome, None, kept.ended or kept.created)
-        return order
-
-    def _trim(self) -> None:
-        """Forgets what is over for too long, or too much of it."""
-        before = self._clock() - self._keep
-        while self._ended:
-            id, (ended, order) = next(iter(self._ended.items()))
-            if ended >= before and len(self._ended) <= MOST_KEPT and self._bytes <= MOST_BYTES:
-                return
-            del self._ended[id]
-            self._bytes -= len(order.file or b"")
-            if order.key is not None:
-                self._by_key.pop((order.owner, order.key), None)
+    def _forget(self, order: Ordered) -> None:
+        if order.key is not None:
+            self._by_key.pop((order.owner, order.key), None)
 
     async def _prune(self) -> None:
         while True:
             await asyncio.sleep(min(60.0, max(0.05, self._keep / 4)))
-            self._trim()
+            self._ended.trim()
             if self._journal is not None:
                 self._journal.prune(self._keep)
 
@@ -437,9 +333,10 @@ class Desk:
                 continue
             await self._idle.wait()
 
-    def _forsake(self, task: asyncio.Task[Ordered]) -> None:
-        if not task.cancelled() and task.exception() is None and not (order := task.result()).done:
-            self._do(self.cancel(order))
+    def _forsake(self, key: str | None, task: asyncio.Task[Ordered]) -> None:
+        """Who handed it in has gone."""
+        if not task.cancelled() and task.exception() is None and key is None:
+            self._do(self.cancel(task.result()))
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -2,8 +2,8 @@
 
 It lives on one event loop; what workers send comes there from their channels' threads. A search goes to the worker with
 the least outstanding NFE, so many to each as keep its batches full; the rest wait here, higher priorities first. When a
-worker dies, its searches go on elsewhere from the rewards that they had. One that was on dead workers twice runs alone,
-so that it fails by itself if it is what kills them.
+worker dies, its searches go on elsewhere from the rewards that they had. One that was on dead workers twice runs alone
+from then on, and is given up when two more die that run nothing else: others, and what is killed from outside, are not.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any
 
 from rollflow.entries import written
-from rollflow.errors import EngineBusy, EngineDead, RollflowError
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RollflowError
 from rollflow.serve.messages import Channel, Message, raised, told
 from rollflow.serve.orders import Ordered
 from rollflow.serve.roster import WorkerState
 
 WINDOW = 64  # searches of a worker at a time
-TRIES = 3  # deaths of workers that a search may be part of, the last one alone
+SHARED, ALONE = 2, 2  # deaths of workers that a search may be part of among others, and by itself
 HUNG = 60.0  # seconds without a tick after which a worker counts as dead
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead worker is started again; doubles with each failure
 STARTING = 600.0  # seconds that a start may take before it counts as a failure of the whole
@@ -47,7 +47,7 @@ class Dispatcher:
         on_news: takes a search and news of it.
         on_over: takes a search, its outcome and the file of its image; once for each search.
         clock: seconds.
-        window, tries, hung, pause: see above.
+        window, hung, pause: see above.
     """
 
     def __init__(
@@ -57,13 +57,12 @@ class Dispatcher:
         on_over: Callable[[Ordered, dict[str, Any], bytes], None],
         clock: Callable[[], float] = time.monotonic,
         window: int = WINDOW,
-        tries: int = TRIES,
         hung: float = HUNG,
         pause: float = FIRST_PAUSE,
     ):
         self.workers = [WorkerState(channel, number) for number, channel in enumerate(channels)]
         self._on_news, self._on_over, self._clock = on_news, on_over, clock
-        self._window, self._tries, self._hung, self._pause = window, tries, hung, pause
+        self._window, self._hung, self._pause = window, hung, pause
         self._waiting: list[tuple[int, int, Ordered]] = []  # a heap: the highest priority, then the first
         self._suspects: deque[Ordered] = deque()
         self._at: dict[str, WorkerState] = {}
@@ -86,7 +85,7 @@ class Dispatcher:
         while not any(worker.state == "ready" for worker in self.workers):
             if all(worker.state == "unfit" or worker.failed_starts >= STARTS for worker in self.workers):
                 raise self._unfit or EngineDead("no worker could be started: what they wrote says why")
-            await self._next_change()
+            await self._changed.wait()
 
     @property
     def ready(self) -> bool:
@@ -123,6 +122,7 @@ class Dispatcher:
 
         Raises:
             EngineBusy: no worker was ready in time.
+            EngineClosed: it was closed.
             RollflowError: what the answer says; of a question that two workers died of, that.
         """
         for _ in range(2):
@@ -150,7 +150,8 @@ class Dispatcher:
         if self._watching is not None:
             self._watching.cancel()
         for worker in self.workers:
-            worker.life += 1  # nothing is heard of them any more
+            worker.life, worker.state = worker.life + 1, "dead"  # nothing is heard of them any more
+        self._at.clear()
         for _, future in [*self._asked.values()]:
             if not future.done():
                 future.set_exception(Died("the service ends"))
@@ -159,7 +160,7 @@ class Dispatcher:
     # Who gets what.
 
     def _queue(self, order: Ordered) -> None:
-        if order.deaths >= self._tries - 1:
+        if order.deaths >= SHARED:
             self._suspects.append(order)
             return
         priority = order.request.get("priority", 0)
@@ -195,10 +196,12 @@ class Dispatcher:
         """The least loaded worker that is ready, as soon as there is one."""
         until = self._clock() + PATIENCE
         while not self.ready:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._next_change(), 1.0)
-            if self._closed or self._clock() > until:
+            if self._closed:
+                raise EngineClosed("the service has ended: ask again later")
+            if self._clock() > until:
                 raise EngineBusy("no worker is ready: they are being started again; come again", 5.0)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
         return min((one for one in self.workers if one.state == "ready"), key=lambda one: (one.reserved, one.nfe))
 
     # What workers say; on the event loop.
@@ -255,17 +258,17 @@ class Dispatcher:
         worker.failed_starts += worker.state != "ready"
         worker.life, worker.deaths = worker.life + 1, worker.deaths + 1
         worker.state, orders, worker.orders = "dead", [*worker.orders.values()], {}
-        alone, worker.reserved = worker.reserved and len(orders) == 1, False
+        alone, worker.reserved = worker.reserved and len(orders) == 1 and orders[0].deaths >= SHARED, False
         worker.bury()
         for _, future in [one for one in self._asked.values() if one[0] is worker]:
             if not future.done():
                 future.set_exception(Died(reason))
         for order in orders:
             del self._at[order.id]
-            order.deaths += 1
+            order.deaths, order.alone = order.deaths + 1, order.alone + alone
             if order.cancelling:
                 self._on_over(order, _cancelled(order), b"")
-            elif alone and order.deaths >= self._tries:
+            elif order.alone >= ALONE:
                 self._on_over(order, _killer(order, reason), b"")
             else:
                 self._queue(order)
@@ -288,9 +291,6 @@ class Dispatcher:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _next_change(self) -> None:
-        await self._changed.wait()
-
 
 def _cancelled(order: Ordered) -> dict[str, Any]:
     return {"status": "cancelled", "error": {"type": "Cancelled", "message": f"the search {order.id} was cancelled"}}
@@ -298,7 +298,7 @@ def _cancelled(order: Ordered) -> dict[str, Any]:
 
 def _killer(order: Ordered, reason: str) -> dict[str, Any]:
     message = (
-        f"{order.deaths} workers died while they ran this search, the last one with nothing else ({reason}): it is "
+        f"{order.deaths} workers died while they ran this search, the last {ALONE} with nothing else ({reason}): it is "
         "given up; try a smaller size or budget, or another reward"
     )
     return {"status": "failed", "error": told(EngineDead(message))}

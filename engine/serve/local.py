@@ -11,6 +11,7 @@ from rollflow.errors import RollflowError, said
 from rollflow.serve.messages import Message, told
 from rollflow.serve.station import Station
 
+GRACE = 10.0  # seconds that a closed engine has to end
 LOG = logging.getLogger("rollflow")
 
 
@@ -72,7 +73,7 @@ class LocalChannel:
         with self._lock:
             station, self._station, self._on_death = self._station, None, None
         if station is not None:
-            self._end(station)
+            self._ending(station).join(GRACE)
 
     def _dead(self, reason: str, on_death: Callable[[str], None]) -> None:
         with self._lock:
@@ -80,8 +81,14 @@ class LocalChannel:
                 return
             station, self._station, self._on_death = self._station, None, None
         if station is not None:
-            threading.Thread(target=self._end, args=(station,), name="rollflow-end", daemon=True).start()
+            self._ending(station)
         on_death(reason)
+
+    def _ending(self, station: Station) -> threading.Thread:
+        """Ends a station on a thread: a call of a reward or a method may not come back."""
+        thread = threading.Thread(target=self._end, args=(station,), name="rollflow-end", daemon=True)
+        thread.start()
+        return thread
 
     def _end(self, station: Station) -> None:
         if isinstance(self._given, Engine):

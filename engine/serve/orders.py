@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.entries import Replay, read, written
+from rollflow.journal import Kept
 
+USUAL = 100  # NFE of a request that leaves its budget open
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 
 
@@ -54,7 +56,7 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
-        created, ended: in seconds since 1970; None before the end.
+        created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
         progress: how far it is.
@@ -65,6 +67,7 @@ class Ordered:
     def __init__(self, id: str, request: dict[str, Any], owner: str, key: str | None, front: Front, budget: int = 0):
         self.id, self.request, self.owner, self.key, self.budget = id, request, owner, key, budget
         self.created = time.time()
+        self.started: float | None = None
         self.ended: float | None = None
         self.status: Status = "queued"
         self.progress = Progress()
@@ -72,7 +75,8 @@ class Ordered:
         self.error: dict[str, Any] | None = None
         self.file: bytes | None = None  # of the image, where no journal has it
         self.replay = Replay(())  # its scores so far, for another worker
-        self.place, self.deaths, self.cancelling, self.ending = 0, 0, False, False  # the dispatcher's and the desk's
+        self.place = self.deaths = self.alone = 0  # the dispatcher's: its turn, and deaths of its workers
+        self.cancelling = self.ending = False
         self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
 
     def __repr__(self) -> str:
@@ -140,6 +144,8 @@ class Ordered:
         """Takes news of a worker's; returns the scores that are new."""
         if news["status"] == "running" and self.status == "queued":
             self.status = "running"
+        if self.started is None and "seconds" in news:
+            self.started = time.time() - news["seconds"]
         self._progressed(news, anew=False)
         added = None
         if "entries" in news:
@@ -151,6 +157,8 @@ class Ordered:
         """It is over; what waits for it goes on."""
         self.status, self.result, self.error = status, outcome.get("result"), outcome.get("error")
         self.file, self.ended, self.replay = file, ended, Replay(())
+        if self.started is None and "seconds" in outcome:
+            self.started = ended - outcome["seconds"]
         self._progressed(outcome, anew=True)
         self.leave()
 
@@ -183,6 +191,7 @@ class Ordered:
             return None
         entries = (*known[:start], *found.entries) if anew else (*known, *new)
         self.replay = found._replace(entries=entries, scales=scales)
+        self.budget = found.nfe or self.budget  # of a limited time it is settled when it is let in
         first = 0 if anew else len(known)
         return Scored(first, self.replay._replace(entries=entries[first:]), anew)
 
@@ -192,3 +201,19 @@ class Ordered:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def recalled(kept: Kept, front: Front) -> Ordered:
+    """A search of a journal, from before a restart; its budget is a guess where the request leaves it open."""
+    budget = kept.request.get("nfe")
+    order = Ordered(kept.id, kept.request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
+    order.created, order.replay = kept.created, kept.replay
+    if kept.status != "accepted":
+        result = dict(kept.result or {})
+        better = result.pop("improvements", [])
+        outcome: dict[str, Any] = {"result": result or None, "error": kept.error, "better": better}
+        if better:
+            nfe, reward, level, seconds = better[-1]
+            outcome |= {"nfe": result.get("nfe", nfe), "best": reward, "level": level, "seconds": seconds}
+        order.end(kept.status, outcome, None, kept.ended or kept.created)
+    return order
