@@ -17,6 +17,8 @@ from PIL import Image
 from serving import Served
 from tiny import PATIENCE
 
+from rollflow.journal import Journal
+from rollflow.serve import sse
 from rollflow.serve.desk import Desk
 from rollflow.serve.limits import ServeSettings
 from rollflow.serve.local import LocalChannel
@@ -193,6 +195,26 @@ def test_a_client_that_goes_cancels_its_search(http, served, gate, stream):
     until(lambda: active(served) == (0, before + 2))
 
 
+def test_a_client_that_goes_before_the_first_event_is_heard_of():
+    sent, heard = [], []
+
+    async def never():
+        await asyncio.Event().wait()
+        yield b""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    async def closed():
+        heard.append(True)
+
+    asyncio.run(asyncio.wait_for(sse.EventStream(never(), 60, closed)({}, receive, send), PATIENCE))
+    assert heard == [True] and len(sent) <= 2
+
+
 def test_a_job_stays_when_who_watches_it_goes(http, gate):
     id = http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"]
     with http.stream("GET", f"{SEARCHES}/{id}/events") as answer:
@@ -277,6 +299,7 @@ BODIES = [  # a body, its headers, the status and a word of the message
     (b"{", {}, 400, "JSON"),
     (b"[1]", {}, 400, "object"),
     (b'{"prompt": "a", "nfe": NaN}', {}, 400, "NaN"),
+    (b'{"prompt": "a", "stop_at": 1e999}', {}, 400, "too large"),
     (b'{"prompt": "a", "prompt": "b"}', {}, 400, "twice"),
     (b'{"prompt": "\\ud800"}', {}, 400, "UTF-8"),
     (b'"\xff"', {}, 400, "UTF-8"),
@@ -352,3 +375,25 @@ def test_a_server_that_drains_tells_new_requests_to_come_again(engine, gate):
             gate.set()
             closing.result(PATIENCE)
             assert http.get(f"{SEARCHES}/{id}").json()["status"] == "done"
+
+
+def test_what_a_restart_leaves_goes_on_for_those_who_come_again(engine, gate, tmp_path):
+    settings, body = ServeSettings(model="tiny", rewards=REWARDS), {**ASK, "reward": "gated"}
+    journal = Journal(tmp_path)
+    with Served([LocalChannel(engine)], settings, journal=journal) as served:
+        http = httpx.Client(base_url=served.url, timeout=PATIENCE)
+        id = http.post(SEARCHES, json=body, headers={"Idempotency-Key": "k"}).json()["id"]
+        with http.stream("GET", f"{SEARCHES}/{id}/events") as answer:
+            served.call(served.desk.close, 0)
+            assert events("".join(answer.iter_text())) == []  # it has not ended
+        assert http.get(f"{SEARCHES}/{id}").json()["error"]["type"] == "EngineClosed"
+    journal.close()
+    gate.set()
+    journal = Journal(tmp_path)
+    with Served([LocalChannel(engine)], settings, journal=journal) as served:
+        http = httpx.Client(base_url=served.url, timeout=PATIENCE)
+        found = events(http.get(f"{SEARCHES}/{id}/events").text)
+        assert found[-1][0] == "search.done" and found[-1][2]["result"]["nfe"] == 12
+        assert http.post(SEARCHES, json=body, headers={"Idempotency-Key": "k"}).json()["id"] == id
+        assert http.get(f"{SEARCHES}/{id}/image").headers["content-type"] == "image/png"
+    journal.close()

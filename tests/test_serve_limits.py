@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from rollflow import cli
 from rollflow.errors import EngineBusy, EngineDead, OutOfTime, RequestError
 from rollflow.serve import fields
 from rollflow.serve.desk import RewardCounts
@@ -150,3 +151,22 @@ def test_no_spans_without_a_collector(monkeypatch):
     assert tracing.begin({"prompt": "a"}, None) is None
     tracing.end(None, "done", None, None)
     tracing.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host", "0.0.0.0"], "--api-key-file"),
+        (["--api-key-file", "missing"], "cannot be read"),
+        (["--rewards", "cuont"], "did you mean count"),
+        (["--max-nfe", "0"], "max_nfe=0"),
+        (["--workers", "0"], "--workers 0"),
+        (["--grace", "-1"], "--grace"),
+        (["--port", "70000"], "choose another"),
+        (["--host", "::1", "--model", "nowhere"], "there is no model"),
+    ],
+)
+def test_a_command_that_cannot_serve_says_why(words, said, capsys):
+    assert cli.main(["serve", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

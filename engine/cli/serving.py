@@ -248,7 +248,12 @@ def quiet(app: Any) -> uvicorn.Server:
             yield
 
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_OF_ANSWERS
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=GRACE_OF_ANSWERS,
     )
     return Server(config)
 

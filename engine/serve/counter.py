@@ -35,7 +35,7 @@ class Counter:
     def __init__(self, desk: Desk, settings: ServeSettings, keys: Keys):
         self.desk, self.settings, self.keys = desk, settings, keys
         self.rate, self.metrics, self.tracing = Rate(settings.requests_per_minute), Metrics(desk), Tracing()
-        self._followed: set[asyncio.Task[None]] = set()
+        self._followed: dict[str, asyncio.Task[None]] = {}  # by id: an idempotency key may find one again
 
     async def place(
         self, asked: fields.Asked, owner: str, key: str | None = None, parent: str | None = None
@@ -68,10 +68,10 @@ class Counter:
 
     def _follow(self, one: Ordered, parent: str | None) -> None:
         """Counts a search when it is over, once."""
-        if not one.done:
-            task = asyncio.ensure_future(self._over(one, time.monotonic(), self.tracing.begin(one.request, parent)))
-            self._followed.add(task)
-            task.add_done_callback(self._followed.discard)
+        if not one.done and one.id not in self._followed:
+            span = self.tracing.begin(one.request, parent)
+            task = self._followed[one.id] = asyncio.ensure_future(self._over(one, time.monotonic(), span))
+            task.add_done_callback(lambda _: self._followed.pop(one.id))
 
     async def _over(self, one: Ordered, begun: float, span: Any) -> None:
         await one.over()

@@ -7,6 +7,7 @@ import base64
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as Call
@@ -37,7 +38,8 @@ async def generate(call: Call, counter: Counter, owner: str) -> Response:
     asked = fields.images(body, counter.settings, call.headers.get(TIMEOUT))
     orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"))
     if asked.stream:  # every refusal came before this: a stream that has begun has been let in
-        return sse.EventStream(_events(call, counter, asked, orders), counter.settings.heartbeat)
+        events = _events(call, counter, asked, orders)
+        return sse.EventStream(events, counter.settings.heartbeat, partial(cancel, orders))
     try:
         told = await sse.unless_gone(call.receive, _all(call, counter, asked, orders))
     finally:
@@ -88,7 +90,7 @@ def _shape(order: Ordered) -> dict[str, Any]:
 async def _events(
     call: Call, counter: Counter, asked: fields.Asked, orders: Sequence[Ordered]
 ) -> AsyncGenerator[bytes, None]:
-    """The events of all searches as they come, those that fail included; cancels them where it is closed early."""
+    """The events of all searches as they come, those that fail included."""
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(1)  # a slow client's events are made when it can take them
 
     async def tell(index: int, order: Ordered) -> None:
@@ -113,7 +115,6 @@ async def _events(
         yield sse.END
     finally:
         await sse.ended(*tasks)
-        await cancel(orders)
 
 
 async def _of_one(

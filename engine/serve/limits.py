@@ -113,7 +113,7 @@ async def read_json(call: Call, most: int) -> dict[str, Any]:
 def parsed(body: bytes) -> dict[str, Any]:
     """A JSON object out of bytes; raises `Failure` (400) for what is none."""
     try:
-        found = json.loads(body.decode(), parse_constant=_constant, object_pairs_hook=_object)
+        found = json.loads(body.decode(), parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
         json.dumps(found, ensure_ascii=False).encode()  # a half of a surrogate pair is no character
     except UnicodeError:
         raise Failure("the body is no UTF-8 text: send JSON in UTF-8", 400, None, "invalid_json") from None
@@ -141,6 +141,13 @@ async def _read(call: Call, most: int) -> bytes:
 
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON's")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(text)} is too large a number")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -118,7 +118,8 @@ async def _told(call: Call, counter: Counter, order: Ordered, after: int, every:
             better, best = one.best_reward > best, max(best, one.best_reward)
             about = finite(one._asdict()) | {"id": order.id, "status": order.status}
             yield sse.event("search.improved" if better else "search.progress", about, one.nfe if better else None)
-    yield sse.event(f"search.{order.status}", told(order, call, counter), order.progress.nfe)
+    if order.status not in ("queued", "running"):  # of one that goes on after a restart the client asks again
+        yield sse.event(f"search.{order.status}", told(order, call, counter), order.progress.nfe)
 
 
 def _order(call: Call, counter: Counter, owner: str) -> Ordered:

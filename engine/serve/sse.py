@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -49,14 +49,21 @@ class EventStream(Response):
     """Sends the events of a generator, and closes it at its end, or as soon as the client is gone.
 
     Args:
-        events: what is sent; its `finally` hears of the end, however it comes.
+        events: what is sent.
         heartbeat: seconds without an event after which a comment is sent.
+        closed: is called at the end, however it comes; also where the client has gone before the first event, of which
+            a generator that was never started would not hear.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], heartbeat: float):
-        self._events, self._heartbeat = events, heartbeat
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        heartbeat: float,
+        closed: Callable[[], Awaitable[None]] | None = None,
+    ):
+        self._events, self._heartbeat, self._closed = events, heartbeat, closed
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
@@ -67,6 +74,8 @@ class EventStream(Response):
             await unless_gone(receive, self._send(send))
         finally:
             await self._events.aclose()
+            if self._closed is not None:
+                await self._closed()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
