@@ -220,7 +220,12 @@ GROUPS = {
     "reward-server": [],
 }
 
-POSITIONAL = {"profile-diff": ("before", "after", "a", "b"), "what-if": ("recording",), "batch": ("lines",)}
+POSITIONAL = {
+    "profile-diff": ("before", "after", "a", "b"),
+    "what-if": ("recording",),
+    "batch": ("lines",),
+    "reward-server": ("rewards",),
+}
 
 
 def test_every_command_has_a_help():

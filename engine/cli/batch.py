@@ -25,6 +25,7 @@ EVERY = 60.0  # seconds between lines of progress where standard error is no ter
 Lines = Annotated[Path, tyro.conf.arg(metavar="FILE")]
 Out = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 Form = Annotated[str, tyro.conf.arg(metavar="parquet|embedded|webdataset")]
+Cores = Annotated[int | None, by_default("all, divided by the workers")]
 Window = Annotated[int | None, by_default("64 for each worker")]
 
 
@@ -50,6 +51,8 @@ class Batch:
     """Engines; more than one are processes of their own, which share the cores, or have a GPU each."""
     ray: bool = False
     """Run the workers as actors of a Ray cluster."""
+    cores: Cores = None
+    """Cores of each of several workers, where they have no GPU."""
     window: Window = None
     """Searches that are there at a time."""
     strict: bool = False
@@ -65,7 +68,7 @@ class Batch:
         from rollflow.serve.lines import source
         from rollflow.serve.shards import Shards
 
-        for name in ("shard", "workers", "window"):
+        for name in ("shard", "workers", "cores", "window"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise RequestError(f"--{name} {given}: it must be at least 1")
         if self.format not in WRITERS:
@@ -110,7 +113,7 @@ class Batch:
         from rollflow.serve.desk import Desk
 
         window = self.window or 64 * self.workers
-        desk = Desk(channels(self.runtime, self.workers, self.ray), max_queued=2 * window, keep=0.0)
+        desk = Desk(channels(self.runtime, self.workers, self.ray, self.cores), max_queued=2 * window, keep=0.0)
         await desk.start()
         try:
             return await run(desk, shards, defaults, window=window, strict=self.strict, told=told)

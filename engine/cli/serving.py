@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from rollflow.serve.desk import Desk
     from rollflow.serve.limits import ServeSettings
-    from rollflow.serve.messages import Channel
 
 GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
@@ -112,13 +110,14 @@ class Serve:
         return ServeSettings(model=self.runtime.model, rewards=self.rewards or None, keys=keys, **given)
 
     async def _serve(self, settings: ServeSettings, at: socket.socket) -> int:
+        from rollflow.cli.workers import channels
         from rollflow.journal import Journal
         from rollflow.serve.desk import Desk
 
         journal = None if self.journal is None else Journal(self.journal)
         try:
             desk = Desk(
-                self._channels(),
+                channels(self.runtime, self.workers, self.ray, self.cores),
                 journal=journal,
                 max_queued=self.max_queued,
                 max_queued_nfe=self.max_queued_nfe,
@@ -128,38 +127,6 @@ class Serve:
         finally:
             if journal is not None:
                 await asyncio.to_thread(journal.close)
-
-    def _channels(self) -> Sequence[Channel]:
-        from rollflow.serve.local import LocalChannel
-
-        if self.workers == 1 and not self.ray:
-            return [LocalChannel(self.runtime.load)]
-        if self.ray:
-            from rollflow.serve.ray_actor import RayChannel
-
-            return [RayChannel(self._engine(None)) for _ in range(self.workers)]
-        from rollflow.serve.process import ProcessChannel
-
-        return [ProcessChannel(self._engine(number)) for number in range(self.workers)]
-
-    def _engine(self, number: int | None) -> dict[str, Any]:
-        """How the engine of one of several workers is made: on its GPU, or on its share of the cores.
-
-        `number` is the worker's, None on a cluster, where a device of another machine is not looked for here.
-        """
-        dtype = self.runtime.dtype if number is None else self.runtime.chosen()[1]
-        same = ("preview", "reproducible", "compile", "pipeline", "device")
-        given = {name: getattr(self.runtime, name) for name in same}
-        given |= {"name_or_path": self.runtime.model}
-        given |= {"dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
-        import torch
-
-        if number is not None and self.runtime.device in (None, "cuda") and torch.cuda.is_available():
-            given["device"] = f"cuda:{number % torch.cuda.device_count()}"
-        if not str(given["device"] or "cpu").startswith("cuda"):
-            cores = self.cores or max(1, (os.cpu_count() or 1) // self.workers)
-            given |= {"device": "cpu", "lanes": 1, "threads": cores}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @contextmanager

@@ -14,13 +14,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Lock
-from typing import Any
 
 import torch
 
@@ -29,14 +27,15 @@ from rollflow.errors import RequestError, said, shown
 from rollflow.rewards import Reward
 from rollflow.serve.keys import Keys
 from rollflow.serve.reward_bodies import Asked, Limits, Refused, read
-from rollflow.serve.scoring import Judged, Scorer
+from rollflow.serve.scoring import Scorer
 
 READERS = 4  # threads that unpack bodies
 try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.exceptions import HTTPException
+
+    from rollflow.serve.reward_metrics import RewardMetrics
 except ImportError as error:
     raise RequestError(f"the reward server takes more packages ({error}): pip install 'rollflow[serve]'") from error
 
@@ -66,59 +65,6 @@ class RewardSettings:
     device: torch.device | None = None
 
 
-class _Metrics:
-    """What /metrics shows."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry}
-        name = "rollflow_reward_server"
-        self.answers = Counter(f"{name}_requests", "Calls by reward and status of HTTP.", ["reward", "status"], **made)
-        self.images = Counter(f"{name}_images", "Images that were judged.", ["reward"], **made)
-        self.errors = Counter(f"{name}_errors", "Calls of the reward that raised.", ["reward"], **made)
-        self.rows = Histogram(
-            f"{name}_batch_images", "Images of one call of the reward.", ["reward"],
-            buckets=[2**i for i in range(10)], **made,
-        )  # fmt: skip
-        self.callers = Histogram(
-            f"{name}_batch_requests", "Calls over HTTP that one call of the reward answers.", ["reward"],
-            buckets=[2**i for i in range(8)], **made,
-        )  # fmt: skip
-        times = [0.001 * 2.5**i for i in range(13)]
-        self.call_seconds = Histogram(
-            f"{name}_reward_seconds", "One call of the reward.", ["reward"], buckets=times, **made
-        )
-        self.seconds = Histogram(
-            f"{name}_request_seconds", "A call over HTTP, from its first byte to its answer.", ["reward"],
-            buckets=times, **made,
-        )  # fmt: skip
-
-    def watch(self, scorers: Mapping[str, Scorer]) -> None:
-        """Reads the queues whenever it is asked."""
-        waiting = Gauge(
-            "rollflow_reward_server_waiting_images", "Images that wait.", ["reward"], registry=self.registry
-        )
-        busy = Gauge(
-            "rollflow_reward_server_busy_seconds", "Age of the oldest running call of the reward.", ["reward"],
-            registry=self.registry,
-        )  # fmt: skip
-        for name, scorer in scorers.items():
-            waiting.labels(name).set_function(partial(getattr, scorer, "waiting"))
-            busy.labels(name).set_function(partial(getattr, scorer, "busy_seconds"))
-
-    def judged(self, name: str) -> Callable[[Judged], None]:
-        """Takes what a scorer tells."""
-
-        def take(one: Judged) -> None:
-            self.images.labels(name).inc(0 if one.failed else one.images)
-            self.errors.labels(name).inc(one.failed)
-            self.rows.labels(name).observe(one.images)
-            self.callers.labels(name).observe(one.callers)
-            self.call_seconds.labels(name).observe(one.seconds)
-
-        return take
-
-
 class RewardServer:
     """The rewards of one server, and how a call comes to its scores.
 
@@ -132,7 +78,7 @@ class RewardServer:
 
     def __init__(self, named: Mapping[str, Reward], settings: RewardSettings):
         self.settings, self.draining = settings, False
-        self.metrics, self._open = _Metrics(), 0
+        self.metrics, self._open = RewardMetrics(), 0
         self._closed = asyncio.Event()  # whenever the last open call is over
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reward bodies")
         turns: dict[int, Lock] = {}  # of what two names may call
@@ -344,7 +290,7 @@ def create_app(server: RewardServer) -> FastAPI:
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(server.metrics.text(), media_type=server.metrics.KIND)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
