@@ -260,6 +260,18 @@ def test_a_full_queue_and_a_server_that_drains(serve):
     assert answers[0].result()[0] == 200  # what was there before is answered
 
 
+def test_calls_that_would_fill_the_memory_come_again(serve):
+    gate = Gate()
+    server = serve(gate, memory=3 * 64 * 64 * 4 * 3)
+    assert len(server.ask(body=call(*"abcd", size=(64, 64)))[2]["scores"]) == 4  # the only one may be larger
+    gate.began.clear()
+    with held(server, gate, call("a", size=(64, 64)), call("b", size=(64, 64))) as answers:
+        status, headers, found = server.ask(body=call("c", size=(64, 64)))
+        assert status == 503 and int(headers["Retry-After"]) >= 1 and "bytes wait" in found["error"]["message"]
+    assert [answer.result()[0] for answer in answers] == [200, 200]
+    assert server.ask(body=call("c", size=(64, 64)))[0] == 200 and server.server._held == 0
+
+
 # What anybody may send
 # ---------------------
 

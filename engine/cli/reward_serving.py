@@ -47,6 +47,8 @@ class RewardServing:
     """Seconds that a call waits for others to be judged with it, where its reward is idle."""
     max_queued: int = 256
     """Calls that may be there at a time; more are told to come again."""
+    max_memory: int = 4096
+    """MiB of calls that may be there at a time; more are told to come again."""
     max_body: int = 64
     """The most MiB of a call."""
     max_rows: int = 256
@@ -63,7 +65,7 @@ class RewardServing:
     def __call__(self) -> None:
         """Serves until SIGTERM or Ctrl-C."""
         named = self._named()
-        for name in ("batch", "max_queued", "max_body", "max_rows", "max_prompt", "max_pixels"):
+        for name in ("batch", "max_queued", "max_memory", "max_body", "max_rows", "max_prompt", "max_pixels"):
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
         for name in ("wait", "grace"):
@@ -80,7 +82,7 @@ class RewardServing:
         made = self._made(named)
         limits = Limits(self.max_body << 20, self.max_rows, self.max_prompt, self.max_pixels)
         settings = reward_server.RewardSettings(
-            keys, limits, self.max_queued, self.batch, self.wait, device=self._device(),
+            keys, limits, self.max_queued, self.max_memory << 20, self.batch, self.wait, device=self._device(),
         )  # fmt: skip
         with listening(self.host, self.port) as at:
             asyncio.run(_serve(reward_server.RewardServer(made, settings), at, self.grace))

@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -36,6 +35,7 @@ try:
     from starlette.exceptions import HTTPException
 
     from rollflow.serve.reward_metrics import RewardMetrics
+    from rollflow.serve.uploads import Upload, gone
 except ImportError as error:
     raise RequestError(f"the reward server takes more packages ({error}): pip install 'rollflow[serve]'") from error
 
@@ -48,6 +48,8 @@ class RewardSettings:
         keys: one of them must come along as `Authorization: Bearer KEY`, if there are any.
         limits: of one call.
         queued: calls that are there at a time, being read included; more are refused with 503.
+        memory: bytes of bodies and images that are held at a time; a call beyond is refused with 503, unless it is the
+            only one.
         batch: the most images of a call of a reward.
         wait: seconds that a call waits for others to be judged with it, where its reward is idle.
         patience: seconds without a byte of a body after which it is given up (408).
@@ -58,6 +60,7 @@ class RewardSettings:
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
     queued: int = 256
+    memory: int = 4 << 30
     batch: int = 64
     wait: float = 0.005
     patience: float = 30.0
@@ -78,7 +81,7 @@ class RewardServer:
 
     def __init__(self, named: Mapping[str, Reward], settings: RewardSettings):
         self.settings, self.draining = settings, False
-        self.metrics, self._open = RewardMetrics(), 0
+        self.metrics, self._open, self._held = RewardMetrics(), 0, 0
         self._closed = asyncio.Event()  # whenever the last open call is over
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reward bodies")
         turns: dict[int, Lock] = {}  # of what two names may call
@@ -133,14 +136,14 @@ class RewardServer:
         Raises:
             Refused: it cannot be answered.
         """
-        body = _Body(request, self.settings.limits.body, self.settings.patience)
+        body = Upload(request, self.settings.limits.body, self.settings.patience)
         try:
             return await self._answer(request, body, name)
         except Refused:
             await body.discard()
             raise
 
-    async def _answer(self, request: Request, body: _Body, name: str | None) -> list[float]:
+    async def _answer(self, request: Request, body: Upload, name: str | None) -> list[float]:
         if self.settings.keys.owner(request.headers.get("Authorization")) is None:
             raise Refused(401, "this server takes a key: send it as Authorization: Bearer KEY")
         scorer = self._scorer(name)
@@ -149,81 +152,40 @@ class RewardServer:
         if self._open >= self.settings.queued:
             raise Refused(503, f"{self._open} calls wait already: call again", max(1.0, scorer.seconds))
         self._open += 1
+        own = 0
+
+        def hold(size: int) -> None:
+            nonlocal own
+            own, self._held = own + size, self._held + size
+            if self._held > max(own, self.settings.memory):
+                raise Refused(503, f"calls of {self._held} bytes wait already: call again", max(1.0, scorer.seconds))
+
         try:
-            kind, sent = request.headers.get("Content-Type", ""), await body.read()
-            scoring = asyncio.ensure_future(self._scores(scorer, kind, sent))
-            gone = asyncio.ensure_future(_gone(request))
+            kind, sent = request.headers.get("Content-Type", ""), await body.read(hold)
+            scoring = asyncio.ensure_future(self._scores(scorer, kind, sent, hold))
+            leaving = asyncio.ensure_future(gone(request))
             try:
-                await asyncio.wait([scoring, gone], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([scoring, leaving], return_when=asyncio.FIRST_COMPLETED)
                 if not scoring.done():
                     raise Refused(499, "the caller is gone")
                 return scoring.result()
             finally:
                 scoring.cancel()
-                gone.cancel()
+                leaving.cancel()
         finally:
-            self._open -= 1
+            self._open, self._held = self._open - 1, self._held - own
             if not self._open:
                 self._closed.set()
 
-    async def _scores(self, scorer: Scorer, kind: str, body: bytes) -> list[float]:
+    async def _scores(self, scorer: Scorer, kind: str, body: bytes, hold: Callable[[int], None]) -> list[float]:
         def made() -> Asked:
             asked = read(kind, body, self.settings.limits)
             scorer.check(asked)
             return asked
 
-        return await scorer.score(await asyncio.get_running_loop().run_in_executor(self._readers, made))
-
-
-class _Body:
-    """The body of a call, whose length is bounded whatever its head says."""
-
-    def __init__(self, request: Request, most: int, patience: float):
-        self.request, self.most, self.patience = request, most, patience
-        self.over = False
-
-    async def _part(self) -> bytes:
-        message = await self.request.receive()
-        if message["type"] == "http.disconnect":
-            self.over = True
-            raise Refused(499, "the caller is gone")
-        self.over = not message.get("more_body", False)
-        return message.get("body", b"")
-
-    async def read(self) -> bytes:
-        """All of it; raises `Refused` where it is too long or does not come."""
-        too_long = Refused(413, f"the body has more than {self.most} bytes: send fewer images in a call")
-        declared = self.request.headers.get("Content-Length", "0")
-        if declared.isdecimal() and int(declared[:20]) > self.most:
-            raise too_long
-        parts, length = list[bytes](), 0
-        while not self.over:
-            try:
-                parts.append(await asyncio.wait_for(self._part(), self.patience))
-            except asyncio.TimeoutError as error:
-                raise Refused(408, f"no byte of the body came for {self.patience:g} s") from error
-            length += len(parts[-1])
-            if length > self.most:
-                raise too_long
-        return b"".join(parts)
-
-    async def discard(self) -> None:
-        """Reads on for a while: a client that still sends would not see an answer otherwise, but a broken pipe."""
-        left = 4 * self.most
-
-        async def rest() -> None:
-            nonlocal left
-            while not self.over and left > 0:
-                left -= len(await self._part())
-
-        with suppress(asyncio.TimeoutError, Refused):
-            await asyncio.wait_for(rest(), self.patience)
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the caller has hung up; its body was read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        asked = await asyncio.get_running_loop().run_in_executor(self._readers, made)
+        hold(asked.images.nbytes)
+        return await scorer.score(asked)
 
 
 BODY = {
