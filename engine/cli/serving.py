@@ -199,14 +199,19 @@ async def serve(
     app = create_app(desk, settings)
     http, signals = _server(app), asyncio.Queue[int]()
     loop = asyncio.get_running_loop()
-    for one in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(one, signals.put_nowait, one)
+
+    def listen() -> None:
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, signals.put_nowait, one)
+
+    listen()
     serving, starting = loop.create_task(http.serve([at])), loop.create_task(desk.start())
     stopping, again = (loop.create_task(signals.get()) for _ in range(2))
     try:
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            listen()  # again: Ray has put its own handlers there
             say(f"{title} at {address(at)}")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         else:
