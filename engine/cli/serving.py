@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rollflow.serve.limits import ServeSettings
     from rollflow.serve.messages import Channel
 
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
 Folder = Annotated[Path | None, by_default("none: searches end with the process", metavar="FOLDER")]
@@ -81,6 +83,8 @@ class Serve:
     def __call__(self) -> int:
         """Serves until a signal; returns 0, or 130 where a second signal cut it short."""
         self.runtime.check()
+        if missing := [name for name in PACKAGES if find_spec(name) is None]:
+            raise RequestError(f"a server takes {', '.join(missing)}: pip install 'rollflow[serve]'")
         for name in ("workers", "max_queued", "max_queued_nfe", "cores"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
