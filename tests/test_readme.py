@@ -4,11 +4,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from serving import Served
 from tiny_image import IMAGE
 from tiny_video import VIDEO
 
 from rollflow import Engine
 from rollflow.models.tested import markdown
+from rollflow.serve.limits import ServeSettings
+from rollflow.serve.local import LocalChannel
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -43,6 +46,16 @@ def test_a_program_runs_a_pipeline_of_its_own(tmp_path, monkeypatch, capsys):
     assert guided.network_rows == 2 * guided.executed_nfe and plain.network_rows == plain.executed_nfe
     assert Image.open("cat.gif").n_frames == 9 and Image.open("dog.png").size == (96, 64)
     assert guided.pixels.shape == (9, 3, 64, 96) and "cat.gif" in capsys.readouterr().out
+
+
+def test_the_official_client_asks_a_server(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    engine = Engine.from_pretrained("shapes", lanes=1, threads=1, buckets=(8,))
+    with engine, Served([LocalChannel(engine)], ServeSettings(model="shapes")) as served:
+        exec(compile(program("serve").replace("http://127.0.0.1:8000", served.url), "README.md", "exec"), {})
+    reward, *events = capsys.readouterr().out.splitlines()
+    assert Image.open("circles.png").size == (64, 64) and float(reward.split()[0]) <= 0 and len(events) >= 1
+    assert events[-1].startswith("image_generation.completed") and events[-1].endswith(" 200")
 
 
 def test_a_model_by_hand_makes_what_its_pipeline_makes():

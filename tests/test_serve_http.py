@@ -128,11 +128,11 @@ def test_a_stream_begins_early_and_tells_rewards_and_nfe(http, gate):
 
 def test_partial_images_come_at_shares_of_the_budget(http):
     found = events(
-        http.post(IMAGES, json={**ASK, "reward": "slow", "nfe": 48, "stream": True, "partial_images": 3}).text
+        http.post(IMAGES, json={**ASK, "reward": "slow", "nfe": 240, "stream": True, "partial_images": 3}).text
     )
     partial = [data for name, _, data in found if name == "image_generation.partial_image"]
     assert [data["partial_image_index"] for data in partial] == [*range(len(partial))] and 1 <= len(partial) <= 3
-    assert all(data["nfe"] >= 12 * (i + 1) for i, data in enumerate(partial))
+    assert all(data["nfe"] >= 60 * (i + 1) for i, data in enumerate(partial))
     rewards = [data["reward"] for data in partial]
     assert rewards == sorted(rewards) and found[-1][0] == "image_generation.completed"
 

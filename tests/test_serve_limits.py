@@ -5,6 +5,7 @@ import time
 import pytest
 
 from rollflow import cli
+from rollflow.cli import serving
 from rollflow.errors import EngineBusy, EngineDead, OutOfTime, RequestError
 from rollflow.serve import fields
 from rollflow.serve.desk import RewardCounts
@@ -170,3 +171,9 @@ def test_a_command_that_cannot_serve_says_why(words, said, capsys):
     assert cli.main(["serve", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_what_is_not_installed_is_told_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setattr(serving, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert cli.main(["serve"]) == 2
+    assert capsys.readouterr().err == "rollflow: error: a server takes uvicorn: pip install 'rollflow[serve]'\n"

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rollflow.serve.desk import Desk
     from rollflow.serve.limits import ServeSettings
 
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
 Folder = Annotated[Path | None, by_default("none: searches end with the process", metavar="FOLDER")]
@@ -79,6 +81,8 @@ class Serve:
     def __call__(self) -> int:
         """Serves until a signal; returns 0, or 130 where a second signal cut it short."""
         self.runtime.check()
+        if missing := [name for name in PACKAGES if find_spec(name) is None]:
+            raise RequestError(f"a server takes {', '.join(missing)}: pip install 'rollflow[serve]'")
         for name in ("workers", "max_queued", "max_queued_nfe", "cores"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
@@ -166,14 +170,19 @@ async def serve(
     app = create_app(desk, settings)
     http, signals = quiet(app), asyncio.Queue[int]()
     loop = asyncio.get_running_loop()
-    for one in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(one, signals.put_nowait, one)
+
+    def listen() -> None:
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, signals.put_nowait, one)
+
+    listen()
     serving, starting = loop.create_task(http.serve([at])), loop.create_task(desk.start())
     stopping, again = (loop.create_task(signals.get()) for _ in range(2))
     try:
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            listen()  # again: Ray has put its own handlers there
             say(f"{title} at {address(at)}")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         else:

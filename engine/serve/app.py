@@ -6,23 +6,19 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Call
 from starlette.responses import Response
 
 from rollflow import __version__
-from rollflow.errors import RequestError, RollflowError
+from rollflow.errors import RollflowError
 from rollflow.serve import failures, images, machine, openapi, searches
 from rollflow.serve.counter import Counter
 from rollflow.serve.desk import Desk
 from rollflow.serve.gate import Gate
 from rollflow.serve.keys import Keys, check_host
 from rollflow.serve.limits import ServeSettings
-
-try:
-    from fastapi import FastAPI
-except ImportError as error:
-    raise RequestError("a server takes fastapi and uvicorn: pip install 'rollflow[serve]'") from error
 
 PAGE = Path(__file__).parent / "page"
 PAGES = {  # what a browser is given, by its address

@@ -117,7 +117,7 @@ def param(message: str, fields: Collection[str]) -> str | None:
         return begin[1]
     bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", message)
     words = re.findall(r"([a-z_]+)=", bare) + re.findall(r"[a-z_]+", bare)
-    return next((word for word in words if word in fields), None)
+    return next((word for word in words if word in fields and word != "model"), None)  # which many messages speak of
 
 
 async def of_http(call: Call, error: Exception) -> JSONResponse:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rollflow.errors import RequestError
-from rollflow.serve.desk import Desk
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.exposition import generate_latest
 
-try:
-    from prometheus_client import CollectorRegistry, Counter, Histogram
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
-    from prometheus_client.exposition import generate_latest
-except ImportError as error:
-    raise RequestError("a server takes prometheus-client: pip install 'rollflow[serve]'") from error
+from rollflow.serve.desk import Desk
 
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)  # upper ends of the histograms' buckets

@@ -187,6 +187,7 @@ const rates = [];
 
 async function watch() {
   try {
+    if (!$("locked").hidden && !headers().Authorization) throw new Refused(null); // nothing to ask with yet
     const now = await ask("/v1/stats");
     $("rate").textContent = short(Math.round(now.nfe_per_second));
     $("occupancy").textContent = `${Math.round(100 * now.occupancy)} %`;
