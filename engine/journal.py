@@ -102,7 +102,7 @@ class Journal:
         try:
             if not reading:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock_file = _locked(self.folder / "lock")
+                self._lock_file = locked(self.folder / "lock")
             self._writer = self._connect()
             (found,) = self._writer.execute("PRAGMA user_version").fetchone()
             if found not in (VERSION, VERSION if reading else 0):
@@ -403,7 +403,7 @@ def _nothing(_: object) -> None:
     pass
 
 
-def _locked(path: Path) -> int:
+def locked(path: Path) -> int:
     """An open file that no other process has open so; the lock goes with the process, however it ends."""
     import fcntl
 

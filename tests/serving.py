@@ -4,7 +4,7 @@ import asyncio
 import threading
 from contextlib import contextmanager
 
-from rollflow.cli.serving import _server, address, listening
+from rollflow.cli.serving import address, listening, quiet
 from rollflow.serve.app import create_app
 from rollflow.serve.desk import Desk
 from rollflow.serve.limits import ServeSettings
@@ -28,7 +28,7 @@ class Served:
         try:
             self.desk = Desk(self._made, **self._options)
             app = create_app(self.desk, self._settings)
-            self.counter, http = app.state.counter, _server(app)
+            self.counter, http = app.state.counter, quiet(app)
             with listening("127.0.0.1", 0) as at:
                 self.url = address(at)
                 serving = asyncio.ensure_future(http.serve([at]))

@@ -15,7 +15,6 @@ process may be killed at any time.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rollflow.errors import RequestError, said, shown
+from rollflow.journal import locked
 from rollflow.serve.durable import sync, write
 from rollflow.serve.formats import WRITERS
 from rollflow.serve.lines import Source
@@ -76,7 +76,7 @@ class Shards:
         try:
             for name in ("state", "shards"):
                 (out / name).mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(out / "state" / "lock")
+            self._lock = locked(out / "state" / "lock")
         except OSError as error:
             raise RequestError(
                 f"the folder {shown(str(out))} cannot be used for a batch ({said(error)}): choose another --out"
@@ -219,14 +219,3 @@ class Shards:
             f"the folder {shown(str(self.out))} has a batch with {name}={shown(then.get(name))}, and not "
             f"{shown(options.get(name))}: give the same options to go on, or another --out"
         )
-
-
-def _locked(path: Path) -> int:
-    """An open file that no other process has open so; the lock goes with the process, however it ends."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(file)
-        raise OSError("another process has it open") from error
-    return file

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from rollflow.engine import Engine
 from rollflow.errors import RequestError, RollflowError, said, shown
+from rollflow.models import silence
 from rollflow.serve.messages import Message, pack, read, told
 from rollflow.serve.station import Station
 
@@ -48,6 +49,7 @@ def stationed(
 
     What it lacks is sent as `unfit`.
     """
+    silence()
     try:
         engine = made(first)
     except Exception as error:
