@@ -21,6 +21,7 @@ from rollflow.bench.latency import Latency
 from rollflow.bench.overhead import Overhead
 from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
+from rollflow.bench.serve import Serve
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.bench.versus import Versus
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "video": Video,
     "adapters": Adapters,
     "what-if": WhatIf,
+    "serve": Serve,
 }
 
 

@@ -1,0 +1,48 @@
+"""Plots of what serving costs: NFE/s and latencies through HTTP, and fleets on paper."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollflow.bench.figures import pyplot
+
+Row = dict[str, Any]
+
+
+def serving(rows: list[Row], file: Path) -> None:
+    """NFE/s of server and engine, turn by turn, and latencies against the load, by the number of workers."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.8))
+    known = [*dict.fromkeys(row["workers"] for row in rows)]
+    for number, name in enumerate(("engine", "http")):
+        for place, workers in enumerate(known):
+            mine = [row["nfe_per_second"] for row in rows if (row["contender"], row["workers"]) == (name, workers)]
+            if mine:
+                at = place + 0.4 * number - 0.2
+                label = {"engine": "engine, no HTTP", "http": "through HTTP"}[name] if place == 0 else None
+                left.bar(at, statistics.median(mine), 0.36, color=f"C{number}", alpha=0.6, label=label)
+                left.plot([at] * len(mine), mine, "k.", ms=4)
+    left.set_xticks(range(len(known)), [f"{workers or '?'} worker{'s' * (workers != 1)}" for workers in known])
+    left.set(ylabel="NFE/s", title="at saturation, each turn a dot")
+    left.legend(fontsize=7, frameon=False, loc="lower center")
+    for place, workers in enumerate(known):
+        loads = sorted((r for r in rows if "load" in r and r["workers"] == workers), key=lambda row: row["load"])
+        for p, line in ((50, "o-"), (95, "s--"), (99, "^:")):
+            mine = [row for row in loads if row[f"seconds_p{p}"] is not None]
+            if mine:
+                at, middle = ([row[name] for row in mine] for name in ("load", f"seconds_p{p}"))
+                # An end that the sample is too small to know is open: drawn is what is known.
+                pairs = zip(middle, (row[f"seconds_p{p}_95"] for row in mine), strict=True)
+                ends = [[m if e is None else e for e in both] for m, both in pairs]
+                error = np.abs(np.array(ends).reshape(-1, 2).T - middle)
+                label = f"p{p}, {workers or '?'} worker{'s' * (workers != 1)}"
+                right.errorbar(at, middle, error, fmt=line, ms=4, capsize=3, color=f"C{place}", label=label)
+    right.set(title="Poisson arrivals", xlabel="arrivals, share of the capacity", ylabel="seconds", yscale="log")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot().close(figure)
