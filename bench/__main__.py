@@ -22,6 +22,7 @@ from rollflow.bench.overhead import Overhead
 from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
 from rollflow.bench.serve import Serve
+from rollflow.bench.soak import Soak
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.bench.versus import Versus
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "adapters": Adapters,
     "what-if": WhatIf,
     "serve": Serve,
+    "soak": Soak,
 }
 
 

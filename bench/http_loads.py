@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Fate = Literal["served", "refused", "lost"]
 REFUSALS = (429, 503)  # with Retry-After: the server is full, or drains
+IDLE = 2.0  # seconds after which a connection is not used again: before a server closes it (uvicorn: 5 s)
 IMAGES = "/v1/images/generations"
 
 
@@ -126,6 +127,20 @@ def rate(ended: Sequence[float], ends: int) -> float:
     if last <= first or ordered[last] <= ordered[first]:
         raise RequestError(f"{len(ordered)} requests ended, too few to measure: more than {2 * ends + 1} are needed")
     return (last - first) / (ordered[last] - ordered[first])
+
+
+def connected(url: str, patience: float) -> httpx.AsyncClient:
+    """A client with a connection for every request in flight, which gives up after `patience` seconds of silence.
+
+    Raises:
+        RequestError: httpx is not installed.
+    """
+    try:
+        import httpx
+    except ImportError as error:
+        raise RequestError("httpx is not installed: pip install 'rollflow[serve]'") from error
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE)
+    return httpx.AsyncClient(base_url=url, timeout=patience, limits=limits, trust_env=False)
 
 
 def sender(client: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], path: str = IMAGES) -> Send:

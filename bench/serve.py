@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from rollflow.bench import intervals, prompt_sets
 from rollflow.bench.environment import environment
-from rollflow.bench.http_loads import Sent, check_accounts, closed_loop, open_loop, rate, sender
+from rollflow.bench.http_loads import Sent, check_accounts, closed_loop, connected, open_loop, rate, sender
 from rollflow.bench.loads import Wall, poisson
 from rollflow.bench.loads import closed_loop as engine_loop
 from rollflow.bench.outputs import check_file, check_picture
@@ -108,7 +107,7 @@ class Serve:
         times |= {"loads": min(self.loads, default=1.0)}
         if wrong := [f"{name}={value:g}" for name, value in times.items() if not value > 0]:
             raise RequestError(f"{', '.join(wrong)}: they must be above 0")
-        if WARM_NFE > self.nfe:
+        if self.nfe < WARM_NFE:
             raise RequestError(f"nfe={self.nfe}: it must be at least {WARM_NFE}, which a search of the warm-up spends")
 
     def measure(self) -> list[Row]:
@@ -168,7 +167,7 @@ class Serve:
 
     async def _through(self, url: str, count: int, nfe: int, first: int = 0) -> list[Sent]:
         """A closed loop."""
-        async with self._client(url) as client:
+        async with connected(url, self.patience) as client:
             send = sender(client, [self._body(first + i, nfe) for i in range(count)])
             return await closed_loop(send, count, self.concurrency, self.seconds)
 
@@ -179,22 +178,13 @@ class Serve:
         coming = arrivals[arrivals <= self.seconds]
 
         async def come() -> list[Sent]:
-            async with self._client(url) as client:
+            async with connected(url, self.patience) as client:
                 return await open_loop(sender(client, [self._body(i, self.nfe) for i in range(len(coming))]), coming)
 
         found = asyncio.run(come())
         check_accounts(found, f"load {load:g}")
         row = self._row("http, open loop", workers, load=load, capacity=capacity)
         return row | latencies(found, max(1, each * len(coming) // len(arrivals)), self.limit)
-
-    def _client(self, url: str) -> Any:
-        """A client with a connection for every request in flight."""
-        try:
-            import httpx
-        except ImportError as error:
-            raise RequestError("httpx is not installed: pip install 'rollflow[serve]'") from error
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.AsyncClient(base_url=url, timeout=self.patience, limits=limits, trust_env=False)
 
     def _request(self, i: int, nfe: int) -> Request:
         prompts = prompt_sets.load("medium")

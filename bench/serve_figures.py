@@ -33,13 +33,13 @@ def serving(rows: list[Row], file: Path) -> None:
         for p, line in ((50, "o-"), (95, "s--"), (99, "^:")):
             mine = [row for row in loads if row[f"seconds_p{p}"] is not None]
             if mine:
-                at, middle = ([row[name] for row in mine] for name in ("load", f"seconds_p{p}"))
+                places, middle = ([row[name] for row in mine] for name in ("load", f"seconds_p{p}"))
                 # An end that the sample is too small to know is open: drawn is what is known.
                 pairs = zip(middle, (row[f"seconds_p{p}_95"] for row in mine), strict=True)
                 ends = [[m if e is None else e for e in both] for m, both in pairs]
                 error = np.abs(np.array(ends).reshape(-1, 2).T - middle)
                 label = f"p{p}, {workers or '?'} worker{'s' * (workers != 1)}"
-                right.errorbar(at, middle, error, fmt=line, ms=4, capsize=3, color=f"C{place}", label=label)
+                right.errorbar(places, middle, error, fmt=line, ms=4, capsize=3, color=f"C{place}", label=label)
     right.set(title="Poisson arrivals", xlabel="arrivals, share of the capacity", ylabel="seconds", yscale="log")
     right.grid(alpha=0.3)
     right.legend(fontsize=7, frameon=False)

@@ -78,8 +78,10 @@ def _address(process: subprocess.Popen[str], said: deque[str]) -> str:
         known.set()
 
     threading.Thread(target=read, name="server output", daemon=True).start()
-    if not known.wait(STARTS) or not found:
-        raise _failed(f"printed no address within {STARTS:g} s" if process.poll() is None else "ended", said)
+    if not known.wait(STARTS):
+        raise _failed(f"printed no address within {STARTS:g} s", said)
+    if not found:
+        raise _failed("ended", said)
     return found[0]
 
 

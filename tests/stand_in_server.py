@@ -10,10 +10,12 @@ import time
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 KNOWN = {"prompt", "reward", "method", "nfe", "seed", "response_format", "stream", "partial_images", "n", "size"}
+METHODS = {"rbf", "bon", "smc"}
 MOST = 100_000  # bytes of a body
 EVENTS = 5  # improvements of a search
 
@@ -57,17 +59,23 @@ class StandIn:
                 Route("/v1/searches/{id}", self.cancel, methods=["DELETE"]),
                 Route("/v1/searches/{id}/events", self.events),
                 Route("/v1/searches/{id}/image", self.image),
-            ]
+            ],
+            exception_handlers={HTTPException: lambda request, error: self.error(error.status_code, error.detail)},
         )
 
     async def body(self, request):
         """The body, or an answer that says what is wrong with it."""
-        raw = await request.body()
-        if len(raw) > MOST:
-            return None, self.error(413, "the body is too large")
+        raw = b""
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > MOST:
+                return None, self.error(413, "the body is too large")
         try:
             body = json.loads(raw)
-            good = {*body} <= KNOWN and isinstance(body["prompt"], str) and 1 <= body.get("nfe", 1) <= 10_000
+            good = isinstance(body, dict) and {*body} <= KNOWN and isinstance(body["prompt"], str)
+            good = good and 1 <= body.get("nfe", 1) <= 10_000
+            good = good and body.get("method", "rbf") in METHODS and body.get("reward", "count") == "count"
+            good = good and body.get("n", 1) <= 10
         except (ValueError, TypeError, KeyError, RecursionError):
             good = False
         if not good:
