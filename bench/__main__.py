@@ -14,6 +14,7 @@ import tyro
 from rollflow.bench.adapters import Adapters
 from rollflow.bench.caching import Caching
 from rollflow.bench.compare import Compare
+from rollflow.bench.fleet import Fleet
 from rollflow.bench.gpu import Gpu
 from rollflow.bench.judged import Judged
 from rollflow.bench.kernel_bandwidth import Kernels
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "what-if": WhatIf,
     "serve": Serve,
     "soak": Soak,
+    "fleet": Fleet,
 }
 
 

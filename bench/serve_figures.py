@@ -46,3 +46,28 @@ def serving(rows: list[Row], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot().close(figure)
+
+
+def fleets(rows: list[Row], file: Path) -> None:
+    """Latencies at the load and efficiency with all requests at once, against the number of simulated GPUs."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.8))
+    for number, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
+        mine = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["gpus"])
+        for p, line in ((50, "o-"), (95, "s--"), (99, "^:")):
+            known = [row for row in mine if row.get(f"seconds_p{p}") is not None]
+            at, seconds = ([row[name] for row in known] for name in ("gpus", f"seconds_p{p}"))
+            left.plot(at, seconds, line, ms=3, color=f"C{number}", label=f"{policy}, p{p}")
+        whole = [row for row in mine if "efficiency" in row]
+        places, shares = ([row[name] for row in whole] for name in ("gpus", "efficiency"))
+        right.plot(places, shares, "o-", ms=3, color=f"C{number}", label=policy)
+    load = next((row["load"] for row in rows if row["load"] is not None), 0)
+    left.set(title=f"simulated: arrivals by chance, load {load:g}", ylabel="seconds of a request", yscale="log")
+    right.set(title="simulated: all requests at once", ylabel="share of the ideal NFE/s", ylim=(0, 1.05))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("GPUs")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6, frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot().close(figure)
