@@ -16,6 +16,7 @@ from rollflow.bench.caching import Caching
 from rollflow.bench.compare import Compare
 from rollflow.bench.fleet import Fleet
 from rollflow.bench.gpu import Gpu
+from rollflow.bench.journal import JournalCost
 from rollflow.bench.judged import Judged
 from rollflow.bench.kernel_bandwidth import Kernels
 from rollflow.bench.latency import Latency
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "throughput": Throughput,
     "scaling": Scaling,
     "overhead": Overhead,
+    "journal": JournalCost,
     "latency": Latency,
     "preview": Preview,
     "caching": Caching,

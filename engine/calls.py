@@ -8,13 +8,16 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from rollflow import checks
+from rollflow.entries import Replay
 from rollflow.errors import FunctionError, RollflowError, said
 from rollflow.job import Job
+from rollflow.request import Request
 
+LEAST_SECONDS = 1e-3  # of a search whose time was used up elsewhere: it ends with the first that it has
 Asked = TypeVar("Asked")
 Jobs = Sequence[Job | RollflowError]  # in place of a request that was refused, its error
 
@@ -25,6 +28,14 @@ class Progress:
 
     committed_nfe: tuple[int, ...]
     best_reward: tuple[float, ...]
+
+
+def left_of(request: Request, replay: Replay | None) -> Request:
+    """The request that a search is resumed by: with the budget that it had settled on, and the time that is left."""
+    if replay is None or not replay.nfe:
+        return request
+    left = None if request.seconds is None else max(LEAST_SECONDS, request.seconds - replay.seconds)
+    return replace(request, nfe=replay.nfe, seconds=left)
 
 
 def submitted(

@@ -24,11 +24,12 @@ _FIELDS = {field.name for field in fields(Request)}
 
 
 class Checked(NamedTuple):
-    """A request that can be honoured; `resize` plans it anew, where its time decides the budget."""
+    """A request that can be honoured; `resize` plans it anew, where its time decides the budget. It was `asked` so."""
 
     plan: Plan
     geometry: Geometry
     resize: Callable[[int], Plan] | None
+    asked: Request
 
 
 class Door:
@@ -102,7 +103,7 @@ class Door:
             found = for_budget(nfe := min(nfe, checks.MOST_NFE))
             return found if promise(found) <= slots else for_budget(min(nfe, slots))
 
-        return Checked(checked, geometry, affordable if timed else None)
+        return Checked(checked, geometry, affordable if timed else None, request)
 
     def check_text(self, text: Text) -> None:
         """Raises `RequestError` for a prompt that the model cannot read."""

@@ -14,19 +14,23 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rollflow import calls, checks
-from rollflow.calls import Progress
+from rollflow.calls import Progress, left_of
 from rollflow.device import calibrate
 from rollflow.device.memory import CudaMemory
 from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
-from rollflow.door import Checked, Door
+from rollflow.door import Checked, Door, as_request
+from rollflow.entries import Replay
 from rollflow.errors import RequestError, shown
 from rollflow.host import Host
 from rollflow.job import Job
+from rollflow.journal import Journal, Kept
+from rollflow.journaling import Journaling
 from rollflow.loop import Loop
 from rollflow.models import FlowModel, Geometry, Traits, acceleration, adapt, loading, own_size, velocity_dtype
 from rollflow.models import traits as built_in_traits
 from rollflow.models.text import Text
+from rollflow.plan import Plan
 from rollflow.preparing import Preparations
 from rollflow.profile.ledger import Ledger
 from rollflow.profiling import Profiling, about, check_installed, write
@@ -72,6 +76,10 @@ class Engine:
             runs padded batches.
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
             size. It takes a model that declares itself graphable (`rollflow.models.Capabilities`); others run without.
+        journal: a folder in which every request is durable before `submit` returns, and its rewards soon after: what is
+            not over when the process dies is gone on with by `resume` of an engine that is made with the same folder.
+            Requests are then plain values: rewards and methods by name. One engine at a time has a folder; results stay
+            there, see `rollflow.journal.Journal`.
         max_queued: how many requests may wait to be let in; `submit` raises `EngineBusy` for more. None: any number.
         name: what recordings call the model; by default the class of its adapter.
 
@@ -92,6 +100,7 @@ class Engine:
         preview: bool = False,
         reproducible: bool = False,
         graphs: bool = True,
+        journal: str | Path | None = None,
         max_queued: int | None = None,
         name: str | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -131,7 +140,8 @@ class Engine:
             preparations.encoded,
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
-        self._host, self._render = Host(loop, runner, preparations), Rendering(self.ledger)
+        self._keeping = None if journal is None else Journaling(Journal(journal), clock)
+        self._host, self._render = Host(loop, runner, preparations, self._keeping), Rendering(self.ledger)
         weakref.finalize(self, self._host.close, False, False).atexit = False  # the host sees to that
 
     @classmethod
@@ -209,7 +219,17 @@ class Engine:
 
     # Requests.
 
-    def submit(self, request: str | Request, *, id: Any = None, **options: Any) -> Job:
+    def check(self, request: str | Request, **options: Any) -> Plan:
+        """What `submit` would run: the request with what it leaves to the method and the model, and its coefficients.
+
+        The first one of a size of a learned pipeline takes seconds.
+
+        Raises:
+            RequestError: a request that cannot be honoured.
+        """
+        return self._door.check(request, options).plan
+
+    def submit(self, request: str | Request, *, id: Any = None, replay: Replay | None = None, **options: Any) -> Job:
         """Hands in a request, from any thread, at any time, and returns at once.
 
         The first request of a size of a learned pipeline waits until the size is learned, which may take seconds: on an
@@ -217,7 +237,12 @@ class Engine:
 
         Args:
             request: a prompt or a `Request`.
-            id: what the job is called in messages, anything; by default a number. Nothing looks at it.
+            id: what the job is called in messages, anything; by default a number. Nothing looks at it, but for a
+                journal, where it is a text and no other's.
+            replay: what `Job.entries` gave of the same request in an engine that is gone: the search goes on from
+                there, after it has evaluated again what it still holds, and of a request without a time limit the
+                result is the same (bit for bit, where both engines are `reproducible`). A replay that does not fit is
+                left aside with a warning, and the search begins anew. Of a limited time what was used up is gone.
             options: as of `generate`, with a prompt.
 
         Raises:
@@ -225,14 +250,61 @@ class Engine:
             EngineBusy: `max_queued` requests wait already; its `seconds` say when to come again.
             EngineClosed, EngineDead: the engine takes no more requests.
         """
-        return self._submit(self._door.check(request, options), id)
-
-    def _submit(self, checked: Checked, id: Any = None, force: bool = False) -> Job:
-        self._host.start()
-        job = Job(next(_NUMBERS) if id is None else id, checked.plan.request, self._host, self._render, self)
-        loop = self._host.loop
-        job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize))
+        asked = as_request(request, options)
+        job = self._submit(self._door.check(left_of(asked, replay), {}), id, replay=replay)
+        self._acknowledged([job])
         return job
+
+    def resume(self) -> list[Job]:
+        """Goes on with what the journal holds of an engine that is gone: the jobs, with their ids of then.
+
+        Where a request cannot be honoured any more, by another model for instance, the journal says so, and the others
+        go on.
+
+        Raises:
+            RequestError: the engine has no journal.
+        """
+        keeping = self._keeping
+        if keeping is None:
+            raise RequestError("resume: this engine has no journal; make it with Engine(..., journal=FOLDER)")
+        jobs: list[Job] = []
+        for kept, request in keeping.unfinished():
+            try:
+                checked = self._door.check(left_of(request, kept.replay), {})
+                jobs.append(self._submit(checked, kept.id, True, kept.replay, kept))
+            except RequestError as error:
+                keeping.journal.fail(kept.id, "failed", {"type": type(error).__name__, "message": str(error)})
+        return jobs
+
+    def _submit(
+        self,
+        checked: Checked,
+        id: Any = None,
+        force: bool = False,
+        replay: Replay | None = None,
+        kept: Kept | None = None,
+    ) -> Job:
+        """Hands a request in; with a journal, `_acknowledged` waits for it, unless it is `kept` there already."""
+        self._host.start()
+        keeping, loop = self._keeping, self._host.loop
+        values = None if keeping is None or kept is not None else keeping.request(checked.asked)
+        named = next(_NUMBERS) if id is None else id
+        if keeping is not None and kept is None:
+            named = keeping.named(id)
+        job = Job(named, checked.plan.request, self._host, self._render, self)
+        job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize, replay))
+        if keeping is not None:
+            keeping.accept(job, values) if values is not None else keeping.follow(job, kept)
+        return job
+
+    def _acknowledged(self, jobs: Sequence[Job | RollflowError]) -> None:
+        """Waits until they are kept, where there is a journal; where one cannot be, none is run."""
+        if self._keeping is not None:
+            try:
+                self._keeping.wait([job for job in jobs if isinstance(job, Job)])
+            except BaseException:
+                calls.cancel(jobs)
+                raise
 
     @overload
     def generate(
@@ -344,9 +416,15 @@ class Engine:
         if isinstance(requests, str | bytes | Request | Mapping) or not isinstance(requests, Iterable):
             raise RequestError(f"requests={shown(requests)}: they must be a list, or another iterable, of requests")
         self._host.check_waiting()
+
+        def submit(request: Any) -> Job:
+            job = self._submit(self._door.check(request, options), force=True)
+            self._acknowledged([job])
+            return job
+
         return calls.mapped(
             requests,
-            lambda request: self._submit(self._door.check(request, options), force=True),
+            submit,
             self._host.check_waiting,
             concurrency,
             return_exceptions,
@@ -356,12 +434,14 @@ class Engine:
         self, requests: Sequence[str | Request], options: dict[str, Any], return_exceptions: bool
     ) -> calls.Jobs:
         self._host.start()
-        return calls.submitted(
+        jobs = calls.submitted(
             requests,
             lambda request: self._door.check(request, options),
             partial(self._submit, force=True),
             return_exceptions,
         )
+        self._acknowledged(jobs)
+        return jobs
 
     # What is prepared ahead.
 

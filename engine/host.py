@@ -18,6 +18,7 @@ from PIL import Image
 from rollflow.callbacks import Callbacks
 from rollflow.device.runner import Runner
 from rollflow.errors import EngineClosed, EngineDead, RollflowError, said
+from rollflow.journaling import Journaling
 from rollflow.loop import Loop
 from rollflow.models import Geometry
 from rollflow.models.text import Text
@@ -37,11 +38,12 @@ class Host:
         loop: what runs.
         runner: its device.
         preparations: what it prepares.
+        keeping: keeps its requests in a journal, if there is one.
     """
 
-    def __init__(self, loop: Loop, runner: Runner, preparations: Preparations):
+    def __init__(self, loop: Loop, runner: Runner, preparations: Preparations, keeping: Journaling | None = None):
         self.loop, self.runner, self.preparations = loop, runner, preparations
-        self.closed = False
+        self.closed, self.keeping = False, keeping
         self._thread: threading.Thread | None = None
         self._callbacks: Callbacks | None = None
         self._lock, self._process = threading.Lock(), os.getpid()
@@ -138,6 +140,8 @@ class Host:
         with self._lock:
             self.preparations.closing = self.preparations.closing or not drain
             first, self.closed = not self.closed, True
+            if self.keeping is not None and not drain:
+                self.keeping.leave_open()
             thread = self._thread
         if thread is None:
             if first:
@@ -168,6 +172,8 @@ class Host:
         self.preparations.end()
         if self._callbacks is not None:
             left += self._callbacks.close(seconds)
+        if self.keeping is not None:
+            self.keeping.close()
         if self._return is not None:
             try:
                 self._return()

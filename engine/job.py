@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
+from rollflow.entries import Replay
 from rollflow.errors import Cancelled, shown
 from rollflow.request import Request, Result
 from rollflow.search.record import History
@@ -108,7 +109,7 @@ class Job:
         self._status: Status = "queued"
         self._lock = threading.Lock()
         self._history: History | None = None
-        self._started = self._ended = 0.0
+        self._started, self._ended, self._nfe = 0.0, 0.0, 0
         self._watchers = Watchers()
 
     def __repr__(self) -> str:
@@ -263,9 +264,30 @@ class Job:
             self._check()
             await wake.wait()
 
+    def entries(self, start: int = 0) -> Replay:
+        """What has to be kept of it so that another process can go on with it; of any thread.
+
+        Args:
+            start: from which of its evaluations on.
+        """
+        history, update = self._history, self.update
+        if history is None or update is None:
+            return Replay()
+        return Replay(history.entries(start), history.scales, self._nfe, update.seconds)
+
+    @property
+    def resumed(self) -> int | None:
+        """How many evaluations of another process it went on from; None before it was let in."""
+        history = self._history
+        return None if history is None else history.resumed
+
     def watched(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
         """Inside of the context, `wake` is called whenever something changes, on any thread; it returns at once."""
         return self._watchers.watched(wake)
+
+    def rewards(self, start: int = 0) -> list[tuple[int, int, float | None]]:
+        """Of each committed evaluation from an index on its NFE, its level and its reward; of any thread."""
+        return [] if self._history is None else self._history.rewards(start)
 
     def _check(self) -> None:
         if (owner := self._owner) is not None and not self._future.done():
@@ -305,7 +327,8 @@ class Job:
         if isinstance(news, Evaluated):
             self._watchers.wake()
         elif isinstance(news, Started):
-            self._history, self._started = news.history, news.seconds
+            self._nfe, self._started = news.nfe, news.seconds
+            self._history = news.history
             with self._lock:
                 if self._status == "queued":
                     self._status = "running"

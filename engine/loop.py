@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rollflow.admission import Admission
 from rollflow.dispatch import Device, Dispatch
+from rollflow.entries import Replay
 from rollflow.errors import EngineClosed, EngineDead
 from rollflow.models import Geometry
 from rollflow.plan import Plan
@@ -95,6 +96,7 @@ class Loop:
         tell: Callable[[News], None],
         force: bool = False,
         resize: Callable[[int], Plan] | None = None,
+        replay: Replay | None = None,
     ) -> Ticket:
         """Hands in a request.
 
@@ -104,6 +106,7 @@ class Loop:
             tell: is told the news, on the loop's thread; must return at once and never raise.
             force: whether it passes by `max_queued`.
             resize: makes the plan for another budget, where the time decides how large it is.
+            replay: what was evaluated of it elsewhere; a search that this does not fit begins anew.
 
         Raises:
             EngineBusy: as many requests as may wait already do.
@@ -113,7 +116,7 @@ class Loop:
         if self._register.dead is not None:
             raise no_more(self._register.dead)
         self._admission.enter(force, self._expected_wait)
-        ticket = self._register.issue(plan, geometry, tell, resize)
+        ticket = self._register.issue(plan, geometry, tell, resize, replay)
         if not self.call(self._register.take_on, ticket):
             self._admission.leave(ticket)
             raise EngineClosed("the engine was closed: make a new one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from rollflow import methods
 from rollflow.admission import Admission
 from rollflow.device.attempts import model_error
+from rollflow.entries import Replay
 from rollflow.errors import Cancelled, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError, said
 from rollflow.models import Geometry
 from rollflow.models.text import Text
@@ -30,6 +32,8 @@ from rollflow.search.search import Search
 from rollflow.specs import spec
 from rollflow.ticket import Finished, News, Refused, Started, Ticket
 from rollflow.timers import Timers
+
+LOG = logging.getLogger("rollflow")
 
 
 class Register:
@@ -73,10 +77,15 @@ class Register:
     # How requests come.
 
     def issue(
-        self, plan: Plan, geometry: Geometry, tell: Callable[[News], None], resize: Callable[[int], Plan] | None
+        self,
+        plan: Plan,
+        geometry: Geometry,
+        tell: Callable[[News], None],
+        resize: Callable[[int], Plan] | None,
+        replay: Replay | None = None,
     ) -> Ticket:
         """A ticket for a request; of any thread."""
-        ticket = Ticket(next(self._numbers), plan, geometry, tell, self._clock(), resize, self._ledger.clock())
+        ticket = Ticket(next(self._numbers), plan, geometry, tell, self._clock(), resize, self._ledger.clock(), replay)
         ticket.spec = spec(plan, geometry)  # here, on the caller's thread: it looks at what he made
         return ticket
 
@@ -147,7 +156,7 @@ class Register:
     def _start(self, ticket: Ticket, lease: Lease) -> None:
         request, now = ticket.plan.request, self._clock()
         try:
-            ticket.search = Search(ticket.plan, self._brief(ticket), lease, self._ledger, self._odds)
+            ticket.search = self._search(ticket, lease)
         except BaseException as error:
             lease.close()
             self.refuse(ticket, method_error(ticket.plan, error))
@@ -155,10 +164,23 @@ class Register:
         ticket.started = now
         self.running += 1
         self._ledger.changed(ticket.id, "running", started=self._ledger.clock(), nfe=ticket.plan.nfe)
-        ticket.tell(Started(ticket.search.history, now))
+        ticket.tell(Started(ticket.search.history, now, ticket.plan.nfe))
         if request.seconds is not None:
             self._end_at(ticket, now + request.seconds, "seconds")
         self._scheduler.add(ticket.search)
+
+    def _search(self, ticket: Ticket, lease: Lease) -> Search:
+        """A request's search, at its beginning or where another process has left it."""
+        brief, replay = self._brief(ticket), ticket.replay
+        if replay is not None and replay.entries:
+            search = Search(ticket.plan, brief, lease, self._ledger, self._odds)
+            try:
+                search.replay(replay)
+                return search
+            except Exception as error:  # of what the method does with scores of others: it did not with its own
+                search.discard()
+                LOG.warning("a search that was to be resumed begins anew, with the same result (%s)", said(error))
+        return Search(ticket.plan, brief, lease, self._ledger, self._odds)
 
     def _brief(self, ticket: Ticket) -> Brief:
         """What every row of a request carries; raises `ModelError` for what its model raises."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rollflow.entries import Replay
 from rollflow.models import Geometry
 from rollflow.plan import Plan
 from rollflow.row import Outcome
@@ -14,10 +15,11 @@ from rollflow.timers import Timer
 
 
 class Started(NamedTuple):
-    """A request was let in; its counts can be read from now on."""
+    """A request was let in, with this budget; its counts can be read from now on."""
 
     history: History
     seconds: float
+    nfe: int = 0
 
 
 class Evaluated(NamedTuple):
@@ -68,6 +70,7 @@ class Ticket:
         came: the same by the ledger's clock.
         spec: what was asked as plain values, see `rollflow.specs`.
         resize: makes the plan for the budget that its time pays for; None when the budget is settled.
+        replay: what another process has evaluated of it, or None.
         conditioning: what the model made of its prompt, once it may be let in.
         start: what it starts from of an image, or None.
         search: once it was let in.
@@ -84,7 +87,7 @@ class Ticket:
 
     __slots__ = (
         "came", "cancelled", "conditioning", "ended", "error", "geometry", "id", "left", "over", "overdue", "plan",
-        "queued", "resize", "search", "shown", "spec", "start", "started", "submitted", "tell", "timers",
+        "queued", "replay", "resize", "search", "shown", "spec", "start", "started", "submitted", "tell", "timers",
     )  # fmt: skip
 
     def __init__(
@@ -96,9 +99,10 @@ class Ticket:
         now: float,
         resize: Callable[[int], Plan] | None = None,
         came: float = 0.0,
+        replay: Replay | None = None,
     ):
         self.id, self.plan, self.geometry, self.tell, self.submitted = number, plan, geometry, tell, now
-        self.resize, self.came, self.spec = resize, came, dict[str, Any]()
+        self.resize, self.came, self.spec, self.replay = resize, came, dict[str, Any](), replay
         self.conditioning: Any = None
         self.start: Any = None
         self.search: Search | None = None

@@ -1,12 +1,6 @@
 """The report in a real browser: light, dark and on a phone, without a network."""
 
-import base64
-import json
-import os
-import shutil
-import subprocess
-import sys
-
+import browser as chromium
 import pytest
 import synthetic
 from PIL import Image
@@ -14,111 +8,14 @@ from PIL import Image
 from rollflow.profile.report import page as report
 from rollflow.profile.report import svg
 
-COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
-    "--remote-debugging-pipe",
-)  # fmt: skip
-# The browser reads its orders from descriptor 3 and writes to 4: they are put there in a process of their own.
-LAUNCH = (
-    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
-)
 FORMS = {"light": (1100, False), "dark": (1100, True), "phone": (390, False)}
 TOLD = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 SCENARIOS = [{"name": "forward 0.5x", "seconds": 0.2, "speedup": 1.3, "nfe_per_second": 900.0, "p95": 0.2}]
 
 
-class Browser:
-    """A headless Chromium, worked through its debugging protocol over pipes.
-
-    Args:
-        command: the program.
-        profile: an empty folder.
-
-    Attributes:
-        events: what it told since the last page was opened.
-    """
-
-    def __init__(self, command, profile):
-        orders, self._orders = os.pipe()
-        self._answers, answers = os.pipe()
-        words = [sys.executable, "-c", LAUNCH, str(orders), str(answers), command, *FLAGS, f"--user-data-dir={profile}"]
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen([*words, "about:blank"], pass_fds=(orders, answers), stdout=quiet, stderr=quiet)
-        os.close(orders)
-        os.close(answers)
-        self._session, self._count, self._rest, self.events = None, 0, b"", []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **given):
-        """Gives an order and waits for what comes of it."""
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": given}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._orders, json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != self._count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _read(self):
-        while b"\0" not in self._rest:
-            part = os.read(self._answers, 2**20)
-            assert part, "the browser has gone"
-            self._rest += part
-        line, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(line)
-
-    def open(self, path, width, dark):
-        """Opens a file in a window of a width, and waits until it is loaded."""
-        phone = width < 600
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=phone)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._read())
-
-    def run(self, script):
-        """What a script returns."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    def picture(self):
-        """The whole page as PNG."""
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        return base64.b64decode(shot["data"])
-
-    def told(self, *methods):
-        """What it told of some kinds."""
-        return [event["params"] for event in self.events if event.get("method") in methods]
-
-    def close(self):
-        """Ends it."""
-        self._session = None
-        try:
-            self.call("Browser.close")
-            self.process.wait(20)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self._orders)
-            os.close(self._answers)
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    command = next(filter(None, map(shutil.which, COMMANDS)), None)
-    if command is None:
-        pytest.skip(f"no browser is installed: one of {', '.join(COMMANDS)}")
-    found = Browser(command, tmp_path_factory.mktemp("browser"))
+    found = chromium.browser(tmp_path_factory.mktemp("browser"))
     yield found
     found.close()
 
@@ -168,7 +65,7 @@ LAYOUT = """(() => {
 @pytest.mark.parametrize("form", FORMS)
 def test_pages_are_whole_readable_and_alone(browser, pages, name, form, tmp_path):
     width, dark = FORMS[form]
-    browser.open(pages[name], width, dark)
+    browser.open(pages[name].as_uri(), width, dark)
     layout = browser.run(LAYOUT)
     assert layout["found"] == []
     assert layout["smallest"] >= 12
@@ -186,7 +83,7 @@ def test_pages_are_whole_readable_and_alone(browser, pages, name, form, tmp_path
 
 
 def test_the_button_changes_the_theme_and_nothing_remembers_it(browser, pages):
-    browser.open(pages["busy"], 1100, True)
+    browser.open(pages["busy"].as_uri(), 1100, True)
     bar = "getComputedStyle(document.querySelector('svg.wide path[style*=\"--forward\"]')).fill"
     light, dark = svg.COLORS["forward"]
     assert browser.run(bar) == _rgb(dark)
@@ -195,13 +92,13 @@ def test_the_button_changes_the_theme_and_nothing_remembers_it(browser, pages):
     browser.run("document.getElementById('theme').click()")
     assert browser.run(bar) == _rgb(dark)
     browser.run("document.getElementById('theme').click()")
-    browser.open(pages["busy"], 1100, True)
+    browser.open(pages["busy"].as_uri(), 1100, True)
     assert browser.run(bar) == _rgb(dark) and browser.run("document.cookie") == ""
     assert browser.told(*TOLD) == []
 
 
 def test_images_are_shown(browser, pages):
-    browser.open(pages["busy"], 390, False)
+    browser.open(pages["busy"].as_uri(), 390, False)
     sizes = browser.run("[...document.images].map(one => one.naturalWidth)")
     assert sizes == [48] * report.EACH
 

@@ -1,5 +1,5 @@
 """The command line: `rollflow generate | demo | probe | plan | models | rewards | fetch | profile | what-if | study |
-bench`.
+serve | bench`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2; a pipeline that
@@ -167,12 +167,13 @@ def commands() -> dict[str, Callable[..., Any]]:
     from rollflow.cli.memory import Plan
     from rollflow.cli.probe import Probe
     from rollflow.cli.profiling import Profile
+    from rollflow.cli.serving import Serve
     from rollflow.cli.what_if import WhatIf
 
     return {
         "generate": Generate, "demo": Demo, "probe": Probe, "plan": Plan, "models": Models, "rewards": Rewards,
         "fetch": Fetch, "profile": Profile, "profile-diff": ProfileDiff, "what-if": WhatIf, "study": Study,
-        "bench": Bench,
+        "serve": Serve, "bench": Bench,
     }  # fmt: skip
 
 

@@ -103,6 +103,14 @@ class Lease:
         self._held.add(index)
         return Slot(self, index)
 
+    def extend(self, promise: int) -> bool:
+        """Raises its promise to at least that many slots; False where they are promised to others."""
+        more = promise - self.promise
+        if more > 0 and not self._pool.reserve(more):
+            return False
+        self.promise = max(self.promise, promise)
+        return True
+
     def give_back(self, index: int) -> None:
         """Gives one slot back, unless all were given back before; a pinned one as soon as it is not pinned any more."""
         if index in self._pins:

@@ -43,6 +43,10 @@ class Lease(Protocol):
         """A slot, or None while there is none."""
         ...
 
+    def extend(self, promise: int) -> bool:
+        """Raises the promise to at least that many slots; says whether it could."""
+        ...
+
     def close(self) -> None:
         """Gives every slot back."""
         ...

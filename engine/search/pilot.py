@@ -38,6 +38,7 @@ class Pilot:
         self._missing: set[tuple[int, int]] = set()  # draw and child of those that are not back
         self._members: frozenset[tuple[int, int]] = frozenset()
         self._waiting: list[tuple[Flight, Score | None]] = []
+        self._given: tuple[Scale, ...] | None = None
 
     def begin(self, draws: Sequence[Draw], title: str) -> None:
         """A turn begins: if it is the first that is judged, its first particles are the pilot.
@@ -58,6 +59,17 @@ class Pilot:
             )
         self._members = frozenset(places)
         self._missing = {*places}
+        self._take_given()
+
+    def given(self, scales: Sequence[Scale]) -> bool:
+        """They are those of a search that is resumed: known when its pilot begins. False where they are not as many."""
+        self._given = tuple(scales)
+        self._take_given()
+        return len(self._given) == len(self.scales)
+
+    def _take_given(self) -> None:
+        if self._given is not None and self._members:
+            self.known, self.scales, self._missing = True, self._given, set()
 
     def take(self, flight: Flight, score: Score | None) -> list[tuple[Flight, Score | None]]:
         """One more is back; returns those that need wait no longer."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rollflow.entries import Entry
 from rollflow.request import Record
 from rollflow.row import Kind
 from rollflow.search.particle import Particle
@@ -27,6 +28,9 @@ class History:
         best: the best reward so far; minus infinity before the first.
         level: the point of the grid of the last particle.
         invalid: particles whose reward or gradient was no finite number.
+        unguided: the indices of those whose gradient was none.
+        scales: mean and deviation of each normalised term of the reward, once they are known.
+        resumed: how many of its evaluations were another process's, see `rollflow.search.replay`.
         notes: what the method noted, in order; see `rollflow.draw.Note`.
     """
 
@@ -35,6 +39,8 @@ class History:
         self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
         self._terms: list[tuple[float, ...] | None] = []
         self.committed = self.cached = self.executed = self.level = self.invalid = 0
+        self.resumed, self.unguided = 0, set[int]()
+        self.scales: tuple[tuple[float, float], ...] = ()
         self.best = -math.inf
         self.notes: list[Mapping[str, Any]] = []
 
@@ -48,6 +54,18 @@ class History:
         if not self.labels:
             return records
         return [replace(one, terms=self.named(terms)) for one, terms in zip(records, self._terms, strict=False)]
+
+    def entries(self, start: int = 0) -> tuple[Entry, ...]:
+        """What has to be kept of its evaluations from an index on; of any thread.
+
+        The scores are as the reward gave them. A last step of a finish may get the reward of its image later.
+        """
+        count = len(self._rows)  # a row's terms are there before it is
+        scores = self._terms if self.labels else None
+        return tuple(
+            Entry(row[5], row[1], row[3] if scores is None else scores[start + i], start + i in self.unguided)
+            for i, row in enumerate(self._rows[start:count])
+        )
 
     def named(self, terms: Sequence[float] | None) -> Mapping[str, float] | None:
         """The scores of terms by their labels."""
@@ -66,6 +84,8 @@ class History:
             scored: whether its reward is of this evaluation.
         """
         before, particle.index = particle.index, len(self._rows)
+        if invalid:
+            self.unguided.add(particle.index)
         particle.parent = before if kind == "refresh" else None if parent is None else parent.index
         reward = particle.reward if scored else None
         if self.labels:
@@ -77,6 +97,10 @@ class History:
         self.level = particle.step
         self.invalid += invalid or (reward is not None and not math.isfinite(reward))
         self.best = max(self.best, particle.value)
+
+    def rewards(self, start: int = 0) -> list[tuple[int, int, float | None]]:
+        """Of each record from an index on its NFE, its level and its reward; of any thread."""
+        return [(row[6], row[1], row[3]) for row in self._rows[start:]]
 
     def judge(self, index: int, reward: float, terms: Sequence[float] | None) -> None:
         """A committed particle that was not judged has a reward after all: its image's."""

@@ -24,19 +24,19 @@ class Refresh:
 
     def __init__(self, particles: Sequence[Particle], scored: bool, then: Callable[[], None]):
         self.scored, self.then = scored, then
-        self._particles, self._issued = particles, 0
+        self.particles, self._issued = particles, 0
         self._away: dict[int, int] = {}  # places by the numbers of rows on their way
         self._back: dict[int, Flight] = {}
 
     @property
     def waiting(self) -> int:
         """How many can be issued now."""
-        return len(self._particles) - self._issued
+        return len(self.particles) - self._issued
 
     def issue(self, brief: Brief, number: int, slot: Slot) -> tuple[Row, Flight]:
         """The next row, with that number, to a slot."""
         place, self._issued = self._issued, self._issued + 1
-        particle = self._particles[place]
+        particle = self.particles[place]
         self._away[number] = place
         step = replace(particle.arrival, a=1.0, b=0.0, k=0.0)
         row = Row(
@@ -53,15 +53,15 @@ class Refresh:
     def deliver(self, flight: Flight) -> bool:
         """A row is back, and the place that its particle had is free; says whether it was the last."""
         place = self._away.pop(flight.number)
-        particle, anew = self._particles[place], flight.particle
+        particle, anew = self.particles[place], flight.particle
         self._back[place] = flight
         particle.slot.release()
         particle.slot, particle.number, particle.cached = anew.slot, anew.number, False
         if self.scored:
             particle.reward, particle.value, particle.terms = anew.reward, anew.value, anew.terms
             particle.guessed = False
-        return len(self._back) == len(self._particles)
+        return len(self._back) == len(self.particles)
 
     def back(self) -> list[tuple[Particle, Flight]]:
         """The particles whose rows are back, in order."""
-        return [(self._particles[place], self._back[place]) for place in sorted(self._back)]
+        return [(self.particles[place], self._back[place]) for place in sorted(self._back)]

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from rollflow.draw import Draw, Note
+from rollflow.entries import Entry, Replay
 from rollflow.errors import RequestError, shown
 from rollflow.methods import title
 from rollflow.methods.paths import shared
@@ -20,6 +22,7 @@ from rollflow.search.particle import Lease, Odds, Particle, Slot, rank
 from rollflow.search.pilot import Pilot
 from rollflow.search.record import History
 from rollflow.search.refresh import Refresh
+from rollflow.search.replay import Absent, Restoring, Unfit, room
 from rollflow.search.turn import Flight, Turn
 
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
@@ -75,6 +78,7 @@ class Search:
         self._compares = plan.finalists > 1 or self._stop_at is not None or timed
         self._turn: Turn | None = None
         self._refresh: Refresh | None = None  # what it waits for before its next turn, or before its finalists' steps
+        self._restoring: Restoring | None = None  # what was evaluated elsewhere, whose states it waits for
         self._finals: list[Final] | None = None
         self._best: list[Particle] = []  # those judged best where rewards can be trusted, one for each finalist
         self._bar = (-math.inf, 0)  # the rank of the last of them
@@ -88,6 +92,8 @@ class Search:
 
     def waiting(self, guided: bool) -> int:
         """How many rows can run now and are needed whatever happens; with `guided`, of those that run apart."""
+        if self._restoring is not None:
+            return self._restoring.waiting(guided)
         if self._refresh is not None:
             return 0 if guided else self._refresh.waiting
         if self._finals is not None:
@@ -99,6 +105,10 @@ class Search:
         slot = self._lease.take()
         if slot is None:
             return None
+        if self._restoring is not None:
+            row, self.flying[self._rows] = self._restoring.issue(self._rows, slot)
+            self._rows += 1
+            return row
         if self._refresh is not None:
             row, self.flying[self._rows] = self._refresh.issue(self.brief, self._rows, slot)
             self._rows += 1
@@ -110,12 +120,12 @@ class Search:
 
     def may_run_ahead(self, guided: bool) -> bool:
         """Whether there are rows that could run before it is known whether they are needed."""
-        turn = self._turn
+        turn = None if self._restoring is not None else self._turn
         return turn is not None and bool(turn.sequential) and turn.has_open(guided)
 
     def chances(self, guided: bool, least: float = 0.0) -> Iterator[tuple[float, int]]:
         """Of the rows that `take_ahead` would give, the chance of each to be needed, if at least `least`; its draw."""
-        if self._finals is None and self._turn is not None:
+        if self._finals is None and self._turn is not None and self._restoring is None:
             for i, asked in self._turn.open(guided):
                 failure = 1 - self._odds.success(self._title, asked.draw.arrives)
                 for ahead in range(asked.limit.children - asked.issued):
@@ -160,7 +170,7 @@ class Search:
             known = self._pilot.known
             ready = self._pilot.take(flight, score)
             if self._pilot.known and not known:
-                self.history.notes.append({"normalised_by": self._pilot.named})
+                self._normalised(self._pilot)
             for waiting, own in ready:
                 self._deliver(waiting, own)
 
@@ -173,7 +183,9 @@ class Search:
         else:
             particle.judge(score)
         turn = flight.turn
-        if flight.kind == "refresh":
+        if self._restoring is not None and self._restoring.takes(flight):
+            self._restored(flight)
+        elif flight.kind == "refresh":
             self._renew(flight)
         elif turn is None and self._finals:
             if error is not None:
@@ -214,7 +226,8 @@ class Search:
     @property
     def done(self) -> bool:
         """Whether every finalist is finished, and no row is still on the device."""
-        left = self._refresh is not None or self._finals is None or any(final.steps for final in self._finals)
+        begun = self._refresh is None and self._restoring is None and self._finals is not None
+        left = not begun or any(final.steps for final in self._finals or ())
         return not left and not self.flying
 
     @property
@@ -225,6 +238,8 @@ class Search:
     @property
     def best(self) -> Particle | None:
         """The best particle so far, where rewards can be trusted, or else the last one; None before the first."""
+        if self._restoring is not None:  # it may have no state yet
+            return None
         if self._finals:
             return max((final.particle for final in self._finals), key=rank)
         return self._best[0] if self._best else self._latest
@@ -272,7 +287,7 @@ class Search:
             self._ledger.settle(self.brief.ticket, flight.number, False, flight.kind, flight.particle.reward)
         if self._turn is not None:
             self._turn.close()
-        self._refresh = None
+        self._refresh = self._restoring = None
         self._finals, self._turn, self._best, self._latest = [], None, [], None
         self._method.close()
 
@@ -283,7 +298,93 @@ class Search:
         finally:
             self._lease.close()
 
+    # How it goes on where another process left it.
+
+    def replay(self, replay: Replay) -> None:
+        """Takes evaluations that were committed elsewhere, before any row of its own; see `rollflow.search.replay`.
+
+        Those of a finish, and what is evaluated anew for the final comparison, are made again: they are few.
+
+        Raises:
+            Unfit: they are of another search, or there is no room to make its states again. Begin it anew.
+            Exception: whatever the method raises.
+        """
+        if replay.scales:
+            if self._pilot is None or not self._pilot.given(replay.scales):
+                raise Unfit(f"{len(replay.scales)} normalised terms: its reward has another number of them")
+            if self._pilot.known:  # its first turn is judged
+                self._normalised(self._pilot)
+        places = list[tuple[Absent, ref[Particle]]]()
+        taken = 0
+        while taken < len(replay.entries) and self._finals is None:
+            if self._refresh is not None:
+                particles = self._refresh.particles
+                if len(replay.entries) - taken < len(particles):
+                    break
+                for entry in replay.entries[taken : taken + len(particles)]:
+                    _fits(entry, "refresh", None)
+                taken += len(particles)
+                self._take_refreshed(self._refresh)
+            else:
+                self._retake(replay.entries[taken], places)
+                taken += 1
+        self.history.resumed = taken
+        living = [particle for place, known in places if not place.released and (particle := known()) is not None]
+        restoring = Restoring(living)
+        if restoring.left:
+            room(self._lease, restoring)
+            self._restoring = restoring
+
+    def _retake(self, entry: Entry, places: list[tuple[Absent, ref[Particle]]]) -> None:
+        """The next evaluation of its turn, by its score."""
+        turn = self._turn
+        assert turn is not None
+        i, child = turn.following()
+        asked = turn.draws[i]
+        _fits(entry, _KINDS[asked.guided], asked.draw.arrives)
+        place = Absent()
+        row = self._issue(i, child, place)
+        parents: Any = () if asked.draw.parent is None else (asked.draw.parent, *asked.draw.mix)
+        place.made_by(row, parents)
+        flight = self.flying.pop(row.number)
+        places.append((place, ref(flight.particle)))
+        if self._combined is None:
+            fits = entry.score is None or isinstance(entry.score, float)
+        else:
+            fits = entry.score is None or (
+                isinstance(entry.score, tuple) and len(entry.score) == len(self._combined.labels)
+            )
+        if not fits or (entry.score is None and row.scored):
+            raise Unfit(f"a score {shown(entry.score)}: its reward gives others")
+        self._deliver(flight._replace(invalid=entry.invalid), entry.score)
+
+    def _take_refreshed(self, refresh: Refresh) -> None:
+        """Particles that were evaluated anew, in full: that is how they are made again."""
+        self._refresh = None
+        for particle in refresh.particles:
+            if isinstance(particle.slot, Absent):
+                particle.slot.in_full()
+            particle.cached = False
+            anew = Particle(particle.step, particle.arrival, particle.slot)
+            self._commit(particle, Flight("refresh", 1, anew, particle, None, 0, -1, None, NONE), refresh.scored)
+        refresh.then()
+
+    def _restored(self, flight: Flight) -> None:
+        """A state is there again; it ran, and the history has it already."""
+        if flight.error is not None:
+            raise flight.error
+        restoring = self._restoring
+        assert restoring is not None
+        self._ledger.settle(self.brief.ticket, flight.number, False, flight.kind, None)
+        if restoring.deliver(flight):
+            self._restoring = None
+
     # The rest is its own affair.
+
+    def _normalised(self, pilot: Pilot) -> None:
+        """It is known what terms are normalised by."""
+        self.history.scales = pilot.scales
+        self.history.notes.append({"normalised_by": pilot.named})
 
     def _proceed(self, sent: Any) -> None:
         """Hands the children to the method, and takes its next draws or its choice."""
@@ -327,7 +428,10 @@ class Search:
         self._turns += 1
         self._spares = not self._every and (self._pilot is None or self._pilot.known)
         if self._pilot is not None:
+            known = self._pilot.known
             self._pilot.begin(draws, self._title)
+            if self._pilot.known and not known:
+                self._normalised(self._pilot)
         self._turn = Turn([(d, *self._way(d), self._caches(d)) for d in draws], self._turns, self._priors)
 
     def _caches(self, draw: Draw) -> bool:
@@ -533,6 +637,12 @@ class Search:
         self._method.close()
         if anew and (stale := [particle for particle in dict.fromkeys(finalists) if particle.guessed]):
             self._refresh = Refresh(stale, True, _nothing)
+
+
+def _fits(entry: Entry, kind: str, level: int | None) -> None:
+    """Raises `Unfit` where an evaluation is another than the one that comes next."""
+    if entry.kind != kind or (level is not None and entry.level != level):
+        raise Unfit(f"an evaluation {entry.kind!r} at point {entry.level}: the search goes on with {kind!r} at {level}")
 
 
 def _nothing() -> None:

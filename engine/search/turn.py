@@ -125,6 +125,18 @@ class Turn:
             ready.popleft()
         return i, self.ahead(i)
 
+    def following(self) -> tuple[int, int]:
+        """Draw and child of the row that the history continues with, wherever it stands in line; it counts as issued.
+
+        Nothing may be on its way.
+        """
+        i = self._recorded
+        asked = self.draws[i]
+        self.waiting[asked.apart] -= 1
+        if asked.sequential or asked.issued + 1 == asked.draw.count:
+            self._ready[asked.apart].remove(i)
+        return i, self.ahead(i)
+
     def ahead(self, i: int) -> int:
         """The next child of draw `i`, which counts as issued."""
         asked = self.draws[i]

@@ -1,0 +1,112 @@
+"""Searches that a request of HTTP asks for: handed in together, told as JSON, and counted when they are over."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request as Call
+
+from rollflow.errors import RollflowError
+from rollflow.serve import fields
+from rollflow.serve.desk import Desk
+from rollflow.serve.failures import refused
+from rollflow.serve.keys import Keys
+from rollflow.serve.limits import Rate, ServeSettings
+from rollflow.serve.metrics import Metrics
+from rollflow.serve.orders import Ordered
+from rollflow.serve.tracing import Tracing
+
+FORMATS = {"png": "image/png", "gif": "image/gif", "webp": "image/webp"}
+
+
+class Counter:
+    """Where requests are handed in: what endpoints share.
+
+    Args:
+        desk: runs the searches.
+        settings: limits and names.
+        keys: whose requests they are.
+    """
+
+    def __init__(self, desk: Desk, settings: ServeSettings, keys: Keys):
+        self.desk, self.settings, self.keys = desk, settings, keys
+        self.rate, self.metrics, self.tracing = Rate(settings.requests_per_minute), Metrics(desk), Tracing()
+        self._followed: set[asyncio.Task[None]] = set()
+
+    async def place(
+        self, asked: fields.Asked, owner: str, key: str | None = None, parent: str | None = None
+    ) -> list[Ordered]:
+        """Hands in all searches of a request, or none.
+
+        Args:
+            asked: the searches.
+            owner: whose they are.
+            key: of the client, by which the same search is found again; of one search.
+            parent: the trace that the client says it belongs to, in W3C's traceparent.
+
+        Raises:
+            Failure: one of them was refused.
+        """
+        self.rate.take(owner)
+        placing = [self.desk.submit(one, key=key, owner=owner) for one in asked.requests]
+        found = await asyncio.gather(*placing, return_exceptions=True)
+        placed = [one for one in found if isinstance(one, Ordered)]
+        error = next((one for one in found if isinstance(one, BaseException)), None)
+        if error is not None:
+            await cancel(placed)
+            if not isinstance(error, RollflowError):
+                raise error
+            self.metrics.refused(type(error).__name__)
+            raise refused(error, fields.names(asked.requests[0].get("method"))) from error
+        for one in placed:
+            self._follow(one, parent)
+        return placed
+
+    def _follow(self, one: Ordered, parent: str | None) -> None:
+        """Counts a search when it is over, once."""
+        if not one.done:
+            task = asyncio.ensure_future(self._over(one, time.monotonic(), self.tracing.begin(one.request, parent)))
+            self._followed.add(task)
+            task.add_done_callback(self._followed.discard)
+
+    async def _over(self, one: Ordered, begun: float, span: Any) -> None:
+        await one.over()
+        seconds = time.monotonic() - begun
+        searched = (one.result or {}).get("seconds")
+        queued = None if searched is None else max(0.0, seconds - searched)
+        self.metrics.over(one.status, seconds, queued)
+        self.tracing.end(span, one.status, one.result, queued)
+
+    def found(self, id: str, owner: str) -> Ordered | None:
+        """A search of an owner's."""
+        one = self.desk.get(id)
+        return one if one is not None and one.owner == owner else None
+
+    def address(self, call: Call, one: Ordered) -> str:
+        """Where the image of a search is to be had; with keys, signed by its owner's."""
+        signature = self.keys.signature(one.owner, one.id)
+        url = f"{call.url.scheme}://{call.url.netloc}/v1/searches/{one.id}/image"
+        return f"{url}?signature={signature}" if signature else url
+
+
+async def cancel(searches: Sequence[Ordered]) -> None:
+    """Cancels those that are not over."""
+    await asyncio.gather(*(one.cancel() for one in searches if not one.done))
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON has it: numbers that are none are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def media_type(one: Ordered) -> str:
+    """Of a search's image."""
+    return FORMATS[str((one.result or {}).get("format", "png"))]

@@ -1,0 +1,93 @@
+"""What every request passes: whose it is, whether it came from where it may, and the count of answers.
+
+It is plain ASGI: a middleware that wraps responses would hide from them that the client has gone.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rollflow.errors import shown
+from rollflow.serve.counter import Counter
+from rollflow.serve.failures import Failure
+from rollflow.serve.keys import local
+
+GUARDED = "/v1/"
+POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+SAFE = ((b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode()))
+
+
+class Gate:
+    """Lets requests through with their owner in `scope["state"]["owner"]`.
+
+    Args:
+        app: what is behind it.
+        counter: has the keys and the counts.
+    """
+
+    def __init__(self, app: ASGIApp, counter: Counter):
+        self._app, self._counter = app, counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or refuses it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._counter.metrics.answered(message["status"])
+                message["headers"] = [*message.get("headers", ()), *SAFE]
+            await send(message)
+
+        try:
+            scope.setdefault("state", {})["owner"] = self._owner(scope)
+        except Failure as failure:
+            await failure.response()(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+    def _owner(self, scope: Scope) -> str:
+        keys, headers = self._counter.keys, Headers(scope=scope)
+        if not keys:
+            self._check_host(headers.get("host", ""))
+            return ""
+        if not scope["path"].startswith(GUARDED):
+            return ""
+        owner = keys.owner(headers.get("authorization"))
+        if owner is None:
+            owner = self._signed(scope)
+        if owner is None:
+            raise Failure(
+                "no API key, or none that is known here: send Authorization: Bearer KEY",
+                401,
+                None,
+                "invalid_api_key",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        return owner
+
+    def _check_host(self, host: str) -> None:
+        """A page of somebody else's whose name leads here is no client of a server without keys."""
+        name = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if not local(name.strip("[]")) and name != self._counter.settings.host:
+            raise Failure(
+                f"Host {shown(host)}: a server without API keys answers to localhost only; give it --api-key-file",
+                421,
+                None,
+                "misdirected_request",
+            )
+
+    def _signed(self, scope: Scope) -> str | None:
+        """The owner of a search whose signed address this is."""
+        parts = scope["path"].removeprefix("/v1/searches/").split("/")
+        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("signature", [""])[0]
+        if scope["method"] != "GET" or len(parts) != 2 or parts[1] != "image" or not given:
+            return None
+        order = self._counter.desk.get(parts[0])
+        if order is None or not self._counter.keys.signed(order.owner, order.id, given):
+            return None
+        return order.owner

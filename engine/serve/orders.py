@@ -1,0 +1,194 @@
+"""A search at the desk: how far it is, its improvements as they come, and its result."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from rollflow.entries import Replay, read, written
+
+Status = Literal["queued", "running", "done", "cancelled", "failed"]
+
+
+class Progress(NamedTuple):
+    """How far a search is: NFE spent, best reward so far (minus infinity before the first), level, and seconds."""
+
+    nfe: int = 0
+    best_reward: float = -math.inf
+    level: int = 0
+    seconds: float = 0.0
+
+
+class Scored(NamedTuple):
+    """Scores of a search from a place of its history on; `anew` if those that were known before do not count."""
+
+    start: int
+    replay: Replay
+    anew: bool
+
+
+@runtime_checkable
+class Front(Protocol):
+    """What a search needs of its desk."""
+
+    async def preview(self, order: Ordered) -> bytes | None:
+        """The best so far."""
+        ...
+
+    async def cancel(self, order: Ordered) -> bool:
+        """Ends it."""
+        ...
+
+    async def image(self, order: Ordered) -> bytes | None:
+        """The file of the result's image."""
+        ...
+
+
+class Ordered:
+    """One search at the desk; it belongs to the desk's event loop.
+
+    Attributes:
+        id: "srch_" and random hexadecimal digits.
+        request: as it was asked for, plain JSON, see `rollflow.wire`.
+        owner, key: whose it is, and its idempotency key.
+        created, ended: in seconds since 1970; None before the end.
+        status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
+        budget: its NFE.
+        progress: how far it is.
+        result: what it found, see `rollflow.serve.pictures.described`; of a cancelled one the best until then, if any.
+        error: why it failed: its "type", a name of `rollflow.errors`, and its "message".
+    """
+
+    def __init__(self, id: str, request: dict[str, Any], owner: str, key: str | None, front: Front, budget: int = 0):
+        self.id, self.request, self.owner, self.key, self.budget = id, request, owner, key, budget
+        self.created = time.time()
+        self.ended: float | None = None
+        self.status: Status = "queued"
+        self.progress = Progress()
+        self.result: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self.file: bytes | None = None  # of the image, where no journal has it
+        self.replay = Replay(())  # its scores so far, for another worker
+        self.place, self.deaths, self.cancelling, self.ending = 0, 0, False, False  # the dispatcher's and the desk's
+        self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
+
+    def __repr__(self) -> str:
+        return f"Ordered({self.id}, {self.status})"
+
+    @property
+    def left(self) -> int:
+        """NFE that it has left to spend, at least 1."""
+        return max(1, self.budget - self.progress.nfe)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self._over
+
+    @property
+    def improvements(self) -> list[tuple[int, float, float]]:
+        """NFE, reward and seconds of each evaluation that was better than all before it.
+
+        NFE and rewards depend on the request alone, also where another worker went on with it.
+        """
+        return [(one.nfe, one.best_reward, one.seconds) for one in self._better]
+
+    async def image(self) -> bytes | None:
+        """The file of the result's image, in `result["format"]`; None where there is none (yet)."""
+        return await self._front.image(self)
+
+    async def preview(self) -> bytes | None:
+        """A PNG of the best so far, decoded now; None where there is nothing yet."""
+        return await self._front.preview(self)
+
+    async def over(self) -> None:
+        """Waits until nothing more will come."""
+        while not self._over:
+            await self._changed.wait()
+
+    async def events(self, after: int = -1, every: bool = False) -> AsyncIterator[Progress | Literal["over"]]:
+        """Improvements beyond `after` NFE, those that were and those that come, and "over" at the end.
+
+        Args:
+            after: NFE of the last one that the reader has.
+            every: also how far it is between improvements, as often as workers say so.
+        """
+        told: Progress | None = None
+        while True:
+            changed, over = self._changed, self._over
+            for one in self._since(after):
+                after, told = one.nfe, one
+                yield one
+            if every and not over and self.progress not in (told, Progress()):
+                told = self.progress
+                yield told
+            if over:
+                yield "over"
+                return
+            await changed.wait()  # which is set if something came while the reader had the last
+
+    async def cancel(self) -> bool:
+        """Ends it with what it has found; False if it was over before that."""
+        return await self._front.cancel(self)
+
+    # What the desk tells.
+
+    def heard(self, news: dict[str, Any]) -> Scored | None:
+        """Takes news of a worker's; returns the scores that are new."""
+        if news["status"] == "running" and self.status == "queued":
+            self.status = "running"
+        self._progressed(news, anew=False)
+        added = None
+        if "entries" in news:
+            added = self._recorded(int(news["start"]), read(news["entries"]))
+        self._wake()
+        return added
+
+    def end(self, status: Status, outcome: dict[str, Any], file: bytes | None, ended: float) -> None:
+        """It is over; what waits for it goes on."""
+        self.status, self.result, self.error = status, outcome.get("result"), outcome.get("error")
+        self.file, self.ended, self.replay = file, ended, Replay(())
+        self._progressed(outcome, anew=True)
+        self.leave()
+
+    def leave(self, error: dict[str, Any] | None = None) -> None:
+        """Nothing more will come from this desk."""
+        self._over, self.error = True, self.error or error
+        self._wake()
+
+    def _progressed(self, news: dict[str, Any], anew: bool) -> None:
+        if "nfe" in news and news["nfe"] >= self.progress.nfe:  # less: a replay that has not caught up
+            self.progress = Progress(news["nfe"], news["best"], news["level"], news["seconds"])
+        better = [Progress(nfe, reward, level, seconds) for nfe, reward, level, seconds in news.get("better", [])]
+        if anew and better:
+            known = {one.nfe: one.seconds for one in self._better}
+            self._better = [one._replace(seconds=known.get(one.nfe, one.seconds)) for one in better]
+        for one in [] if anew else better:
+            if not self._better or (one.nfe > self._better[-1].nfe and one.best_reward > self._better[-1].best_reward):
+                self._better.append(one)
+
+    def _recorded(self, start: int, found: Replay) -> Scored | None:
+        """Adds scores; where they differ from those that were known, they and what came before them are the search's.
+
+        A replay that did not fit, or an engine that is not reproducible, does that.
+        """
+        known = self.replay.entries
+        overlap = known[start : start + len(found.entries)]
+        new, scales = found.entries[len(overlap) :], found.scales or self.replay.scales
+        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))
+        if not anew and not new and scales == self.replay.scales:
+            return None
+        entries = (*known[:start], *found.entries) if anew else (*known, *new)
+        self.replay = Replay(entries, scales)
+        first = 0 if anew else len(known)
+        return Scored(first, Replay(entries[first:], scales), anew)
+
+    def _since(self, after: int) -> list[Progress]:
+        return [one for one in self._better if one.nfe > after]
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,354 @@
+"""The HTTP front end on a real engine: images, jobs, events, disconnects, refusals and errors."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import serving
+import workers
+from PIL import Image
+from serving import Served
+from tiny import PATIENCE
+
+from rollflow.serve.desk import Desk
+from rollflow.serve.limits import ServeSettings
+from rollflow.serve.local import LocalChannel
+
+REWARDS = ("bright", "slow", "gated", "count")
+ASK = {"prompt": "a", "reward": "bright", "method": "rbf", "steps": 4, "nfe": 12, "seed": 3}
+IMAGES, SEARCHES = "/v1/images/generations", "/v1/searches"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = workers.engine()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def served(engine):
+    settings = ServeSettings(model="tiny", rewards=REWARDS, heartbeat=0.05, max_body=20_000)
+    with Served([LocalChannel(engine)], settings, max_queued=2, window=1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def http(served):
+    with httpx.Client(base_url=served.url, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture
+def gate():
+    with serving.opened(workers.GATE) as found:
+        yield found
+
+
+def until(true):
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def events(text):
+    """Name, id and data of each event."""
+    found = []
+    for part in text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in part.split("\n") if not line.startswith(":") and line)
+        if lines.get("data", "[DONE]") != "[DONE]":
+            found.append((lines["event"], lines.get("id"), json.loads(lines["data"])))
+    return found
+
+
+def active(served):
+    return served.call(_active, served.desk)
+
+
+async def _active(desk):
+    now = desk.stats()
+    return now.queued + now.running, now.ended.get("cancelled", 0)
+
+
+def wait_for(http, id, *status):
+    until(lambda: http.get(f"{SEARCHES}/{id}").json()["status"] in status)
+
+
+def pixels(file):
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).tolist()
+
+
+def test_images_are_those_of_the_engine_and_seeds_count_on(http, engine):
+    body = http.post(IMAGES, json={**ASK, "n": 2, "user": "somebody"}).raise_for_status().json()
+    assert body["model"] == "tiny" and abs(body["created"] - time.time()) < 60 and body["size"] == "8x8"
+    for i, one in enumerate(body["data"]):
+        direct = engine.generate(workers.request({**ASK, "seed": 3 + i}))
+        assert one["seed"] == 3 + i and one["reward"] == direct.reward and one["nfe"] == direct.committed_nfe == 12
+        assert pixels(base64.b64decode(one["b64_json"])) == np.asarray(direct.image).tolist()
+
+
+def test_an_address_in_place_of_the_image(http):
+    one = http.post(IMAGES, json={**ASK, "response_format": "url"}).raise_for_status().json()["data"][0]
+    assert "b64_json" not in one and one["url"].endswith(f"{SEARCHES}/{one['id']}/image")
+    answer = http.get(one["url"])
+    assert answer.headers["content-type"] == "image/png" and Image.open(io.BytesIO(answer.content)).size == (8, 8)
+
+
+def test_a_stream_begins_early_and_tells_rewards_and_nfe(http, gate):
+    body = {**ASK, "reward": "gated", "stream": True, "partial_images": 2, "progress": True, "n": 2}
+    with http.stream("POST", IMAGES, json=body) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        parts, text = answer.iter_text(), ""
+        while ": alive" not in text:  # before anything was judged
+            text += next(parts)
+        gate.set()
+        text += "".join(parts)
+    assert text.endswith("data: [DONE]\n\n")
+    found = events(text)
+    assert {name for name, *_ in found} >= {"image_generation.completed", "image_generation.progress"}
+    done = [data for name, _, data in found if name == "image_generation.completed"]
+    assert sorted(data["index"] for data in done) == [0, 1] and all(data["nfe"] == 12 for data in done)
+    for name, _, data in found:
+        assert data["type"] == name
+        if "b64_json" in data:
+            assert Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).size == (8, 8)
+    plain = http.post(IMAGES, json={**ASK, "stream": True}).text
+    assert [name for name, *_ in events(plain)] == ["image_generation.completed"]
+
+
+def test_partial_images_come_at_shares_of_the_budget(http):
+    found = events(
+        http.post(IMAGES, json={**ASK, "reward": "slow", "nfe": 48, "stream": True, "partial_images": 3}).text
+    )
+    partial = [data for name, _, data in found if name == "image_generation.partial_image"]
+    assert [data["partial_image_index"] for data in partial] == [*range(len(partial))] and 1 <= len(partial) <= 3
+    assert all(data["nfe"] >= 12 * (i + 1) for i, data in enumerate(partial))
+    rewards = [data["reward"] for data in partial]
+    assert rewards == sorted(rewards) and found[-1][0] == "image_generation.completed"
+
+
+def test_a_search_is_a_job_with_events_that_go_on_where_the_client_was(http):
+    answer = http.post(SEARCHES, json=ASK)
+    made = answer.json()
+    assert answer.status_code == 202 and answer.headers["location"] == f"{SEARCHES}/{made['id']}"
+    assert made["request"] == ASK and made["budget"] == 12
+    found = events(http.get(f"{SEARCHES}/{made['id']}/events").text)
+    assert [name for name, *_ in found] == ["search.improved"] * (len(found) - 1) + ["search.done"]
+    assert [int(id) for _, id, _ in found] == sorted(int(id) for _, id, _ in found)
+    rewards = [data["best_reward"] for _, _, data in found[:-1]]
+    assert rewards == sorted({*rewards}) and len(rewards) >= 2 and found[-1][2]["result"]["nfe"] == 12
+    again = events(http.get(f"{SEARCHES}/{made['id']}/events", headers={"Last-Event-ID": found[0][1]}).text)
+    assert [one[:2] for one in again] == [one[:2] for one in found[1:]]
+    shown = http.get(f"{SEARCHES}/{made['id']}").json()
+    assert shown["status"] == "done" and [one["reward"] for one in shown["improvements"]] == rewards
+    assert made["id"] in [one["id"] for one in http.get(SEARCHES).json()["data"]]
+    assert len(http.get(SEARCHES, params={"limit": 1}).json()["data"]) == 1
+
+
+def test_a_running_search_shows_its_best_and_can_be_ended_with_it(http, gate):
+    id = http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"]
+    wait_for(http, id, "running")
+    answer = http.get(f"{SEARCHES}/{id}/image")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "no_image"
+    gate.set()
+    id = http.post(SEARCHES, json={**ASK, "reward": "slow", "nfe": 3000}).json()["id"]
+    until(lambda: http.get(f"{SEARCHES}/{id}").json()["improvements"])
+    answer = http.get(f"{SEARCHES}/{id}/image")
+    assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
+    ended = http.delete(f"{SEARCHES}/{id}").json()
+    assert (
+        ended["status"] == "cancelled" and ended["result"]["nfe"] < 3000 and ended["result"]["stopped"] == "cancelled"
+    )
+    assert http.get(f"{SEARCHES}/{id}/image").headers["cache-control"] != "no-store"
+    assert http.delete(f"{SEARCHES}/{id}").json()["status"] == "cancelled"
+
+
+def test_the_same_key_is_the_same_search(http):
+    header = {"Idempotency-Key": "one"}
+    first, second = (http.post(SEARCHES, json=ASK, headers=header).json() for _ in range(2))
+    assert first["id"] == second["id"]
+    other = http.post(SEARCHES, json={**ASK, "seed": 9}, headers=header)
+    assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
+    assert http.post(SEARCHES, json=ASK, headers={"Idempotency-Key": "x" * 256}).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_cancels_its_search(http, served, gate, stream):
+    _, before = active(served)
+    body = json.dumps({**ASK, "reward": "gated", "stream": stream, "n": 2}).encode()
+    where = urlsplit(served.url)
+    with socket.create_connection((where.hostname, where.port)) as client:
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: active(served)[0] == 2)
+    gate.set()
+    until(lambda: active(served) == (0, before + 2))
+
+
+def test_a_job_stays_when_who_watches_it_goes(http, gate):
+    id = http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"]
+    with http.stream("GET", f"{SEARCHES}/{id}/events") as answer:
+        next(answer.iter_raw())
+    gate.set()
+    wait_for(http, id, "done")
+
+
+def test_a_full_queue_is_told_before_a_stream_begins(http, served, gate):
+    asked = [http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"] for _ in range(3)]
+    until(lambda: served.call(_active, served.desk)[0] == 3)
+    for body in ({**ASK, "stream": True}, ASK):
+        answer = http.post(IMAGES, json=body)
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
+    gate.set()
+    for id in asked:
+        wait_for(http, id, "done")
+    assert http.post(IMAGES, json=ASK).status_code == 200
+
+
+def test_a_search_that_fails_is_an_error_in_the_answer_and_in_a_stream(http):
+    answer = http.post(IMAGES, json={**ASK, "prompt": "broken"})
+    error = answer.json()["error"]
+    assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
+    assert error["type"] == "server_error" and error["code"] == "reward_failed" and "\n" not in error["message"]
+    ((name, _, data),) = events(http.post(IMAGES, json={**ASK, "prompt": "broken", "stream": True}).text)
+    assert name == "error" and data["error"] == error
+    id = http.post(SEARCHES, json={**ASK, "prompt": "broken"}).json()["id"]
+    wait_for(http, id, "failed")
+    assert http.get(f"{SEARCHES}/{id}").json()["error"]["type"] == "FunctionError"
+
+
+WRONG = [  # a body beside ASK's fields, the status, the field at fault, and a word of the message
+    ({"nff": 1}, 400, "nff", "'nfe'"),
+    ({"methd": "rbf"}, 400, "methd", "'method'"),
+    ({"initail": 2}, 400, "initail", "'initial'"),
+    ({"latents": [1]}, 400, "latents", "no such field"),
+    ({"prompt": ""}, 400, "prompt", "prompt"),
+    ({"prompt": 3}, 400, "prompt", "prompt"),
+    ({"prompt": "a" * 4001}, 400, "prompt", "4000"),
+    ({"n": 17}, 400, "n", "at most 16"),
+    ({"n": True}, 400, "n", "whole number"),
+    ({"nfe": 10_001}, 400, "nfe", "at most 10000"),
+    ({"nfe": "many"}, 400, "nfe", "whole number"),
+    ({"nfe": 1}, 400, "nfe", "nfe"),
+    ({"seconds": 601}, 400, "seconds", "at most 600"),
+    ({"seed": 1.5}, 400, "seed", "whole number"),
+    ({"interpolant": "bent"}, 400, "interpolant", "bent"),
+    ({"steps": 0}, 400, "steps", "at least 1"),
+    ({"method": "magic"}, 400, "method", "sprout"),
+    ({"times": [{"a": 1}]}, 400, "times", "list"),
+    ({"initial": -4}, 400, "initial", "initial"),
+    ({"size": "8"}, 400, "size", "512x512"),
+    ({"size": "8x8", "width": 8}, 400, "size", "one of both"),
+    ({"response_format": "pickle"}, 400, "response_format", "b64_json"),
+    ({"partial_images": 1}, 400, "partial_images", "stream"),
+    ({"quality": "hd"}, 400, "quality", "auto"),
+    ({"model": "dall-e-3"}, 404, "model", "tiny"),
+    ({"reward": "brigt"}, 400, "reward", "'bright'"),
+    ({"reward": 7}, 400, "reward", "name"),
+    ({"reward": "scores.py:redness"}, 400, "reward", "scores.py"),
+    ({"reward": "os:system"}, 400, "reward", "os"),
+    ({"reward": "http:url=http://127.0.0.1:1/"}, 400, "reward", "no reward"),
+    ({"reward": "judge:model=a,key=HOME"}, 400, "reward", "no reward"),
+    ({"reward": "bright + 0.1*count:model=folder"}, 400, "reward", "the server's to set"),
+    ({"held_out": "count:device=cuda"}, 400, "held_out", "the server's to set"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param", "word"), WRONG, ids=lambda one: str(one)[:30])
+def test_what_cannot_be_honoured_names_the_field(http, body, status, param, word):
+    answer = http.post(IMAGES, json={**ASK, **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert word in error["message"] and error["type"] == "invalid_request_error" and error["code"]
+    if "stream" not in error["message"]:
+        assert http.post(IMAGES, json={**ASK, **body, "stream": True}).status_code == status
+
+
+BODIES = [  # a body, its headers, the status and a word of the message
+    (b"{", {}, 400, "JSON"),
+    (b"[1]", {}, 400, "object"),
+    (b'{"prompt": "a", "nfe": NaN}', {}, 400, "NaN"),
+    (b'{"prompt": "a", "prompt": "b"}', {}, 400, "twice"),
+    (b'{"prompt": "\\ud800"}', {}, 400, "UTF-8"),
+    (b'"\xff"', {}, 400, "UTF-8"),
+    (b"[" * 15_000, {}, 400, "JSON"),
+    (b'{"prompt": "%s"}' % (b"a" * 20_000), {}, 413, "at most 20000"),
+    (b"{}", {"Content-Type": "text/plain"}, 415, "application/json"),
+]
+
+
+@pytest.mark.parametrize(("body", "headers", "status", "word"), BODIES, ids=lambda one: str(one)[:20])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_bodies_that_are_none(http, body, headers, status, word, chunked):
+    content = iter([body[:10], body[10:]]) if chunked else body
+    answer = http.post(SEARCHES, content=content, headers={"Content-Type": "application/json", **headers})
+    assert answer.status_code == status and word in answer.json()["error"]["message"]
+
+
+def test_errors_are_never_tracebacks(http, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(Desk, "listed", broken)
+    answers = [
+        (http.get("/nowhere"), 404), (http.put(SEARCHES), 405), (http.get(f"{SEARCHES}/srch_0"), 404),
+        (http.get(SEARCHES, params={"limit": "x"}), 400), (http.get(SEARCHES), 500), (http.get("/v1/models/x"), 404),
+        (http.get(SEARCHES, headers={"Host": "elsewhere.example"}), 421),
+    ]  # fmt: skip
+    for answer, status in answers:
+        assert answer.status_code == status and {*answer.json()["error"]} == {"message", "type", "param", "code"}
+        assert "secret" not in answer.text and "Traceback" not in answer.text
+
+
+def test_what_a_server_says_of_itself(http, monkeypatch):
+    assert http.get("/health").json()["status"] == "ok" and http.get("/ready").status_code == 200
+    assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["tiny"]
+    told = http.get("/openapi.json").json()["paths"]
+    schema = told[IMAGES]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert {"prompt", "n", "reward", "stop_at", "interpolant", "partial_images"} <= {*schema}
+    assert schema["nfe"]["type"] == "integer" and "budget" in schema["nfe"]["description"]
+    for page in ("/", "/docs"):
+        assert http.get(page).headers["content-type"].startswith("text/html")
+    monkeypatch.setattr(Desk, "alive", property(lambda self: False))
+    assert http.get("/health").status_code == 503
+    monkeypatch.setattr(Desk, "ready", property(lambda self: False))
+    assert http.get("/ready").status_code == 503
+
+
+def test_metrics_are_as_prometheus_has_them(http):
+    parser = pytest.importorskip("prometheus_client.parser")
+    id = http.post(IMAGES, json={**ASK, "prompt": "unmistakable"}).json()["data"][0]["id"]
+    until(lambda: 'rollflow_nfe_total{kind="committed"}' in http.get("/metrics").text)
+    text = http.get("/metrics").text
+    families = {one.name: one for one in parser.text_string_to_metric_families(text)}
+    assert {
+        "rollflow_requests_running", "rollflow_requests_waiting", "rollflow_nfe", "rollflow_nfe_per_second",
+        "rollflow_batch_occupancy_ratio", "rollflow_request_seconds", "rollflow_request_queue_seconds",
+        "rollflow_reward_call_seconds", "rollflow_reward_errors", "rollflow_slots_free",
+    } <= {*families}  # fmt: skip
+    assert families["rollflow_request_seconds"].type == "histogram" and families["rollflow_nfe"].type == "counter"
+    labels = {str(value) for one in families.values() for sample in one.samples for value in sample.labels.values()}
+    assert "bright" in labels and not any("unmistakable" in label or id in label for label in labels)
+
+
+def test_a_server_that_drains_tells_new_requests_to_come_again(engine, gate):
+    with Served([LocalChannel(engine)], ServeSettings(model="tiny", rewards=REWARDS)) as served:  # noqa: SIM117
+        with httpx.Client(base_url=served.url, timeout=PATIENCE) as http:
+            id = http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"]
+            closing = asyncio.run_coroutine_threadsafe(served.desk.close(PATIENCE), served._loop)
+            until(lambda: http.get("/ready").status_code == 503)
+            answer = http.post(IMAGES, json={**ASK, "stream": True})
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "draining"
+            gate.set()
+            closing.result(PATIENCE)
+            assert http.get(f"{SEARCHES}/{id}").json()["status"] == "done"

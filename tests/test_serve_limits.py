@@ -1,0 +1,152 @@
+"""What a server allows: keys and whose searches they are, rates, rewards by name, deadlines, and spans."""
+
+import time
+
+import pytest
+
+from rollflow.errors import EngineBusy, EngineDead, OutOfTime, RequestError
+from rollflow.serve import fields
+from rollflow.serve.desk import RewardCounts
+from rollflow.serve.failures import Failure, ended, refused
+from rollflow.serve.keys import Keys, check_host, local
+from rollflow.serve.limits import Rate, ServeSettings
+from rollflow.serve.metrics import _by_name
+from rollflow.serve.tracing import Tracing
+
+ONE, TWO = "first-key-of-the-test", "other-key-of-the-test"
+
+
+@pytest.fixture
+def keys(tmp_path):
+    (tmp_path / "keys").write_text(f"# a comment\n{ONE}\n\nsomebody {TWO}\n")
+    return Keys(tmp_path / "keys")
+
+
+def test_keys_have_owners(keys):
+    assert keys.owner(f"Bearer {TWO}") == "somebody" and keys.owner(f"bearer {ONE}").startswith("key-")
+    assert ONE not in keys.owner(f"Bearer {ONE}")
+    wrong = (None, "", ONE, f"Basic {ONE}", f"Bearer {ONE}x", f"Bearer {ONE[:-1]}", "Bearer ", "Bearer ü")
+    assert all(keys.owner(one) is None for one in wrong)
+    assert Keys().owner(None) == "" and not Keys() and keys
+
+
+def test_signatures_are_of_one_owner_and_one_search(keys):
+    other = keys.owner(f"Bearer {ONE}")
+    signature = keys.signature("somebody", "srch_1")
+    assert keys.signed("somebody", "srch_1", signature)
+    assert not keys.signed("somebody", "srch_2", signature) and not keys.signed(other, "srch_1", signature)
+    assert not keys.signed("nobody", "srch_1", "") and keys.signature("nobody", "srch_1") == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# none\n", "short\n", f"a b {ONE}\n", f"a {ONE}\na {TWO}\n", f"{ONE}\nb {ONE}\n"]
+)
+def test_key_files_that_are_none(tmp_path, text):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(RequestError) as caught:
+        Keys(tmp_path / "keys")
+    assert ONE not in str(caught.value)
+    with pytest.raises(RequestError, match="cannot be read"):
+        Keys(tmp_path / "missing")
+
+
+def test_without_keys_only_this_machine_may_call():
+    assert all(local(host) for host in ("127.0.0.1", "localhost", "::1", "127.3.2.1", "[::1]"))
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
+        with pytest.raises(RequestError, match="--api-key-file"):
+            check_host(host, keys=False)
+        check_host(host, keys=True)
+
+
+def test_so_many_requests_a_minute_for_each_owner():
+    now = 0.0
+    rate = Rate(2, lambda: now)
+    rate.take("a"), rate.take("a"), rate.take("b")
+    with pytest.raises(Failure) as caught:
+        rate.take("a")
+    assert caught.value.status == 429 and caught.value.headers["Retry-After"] == "30"
+    now = 29.9
+    with pytest.raises(Failure):
+        rate.take("a")
+    now = 30.0
+    rate.take("a")
+    with pytest.raises(Failure):
+        rate.take("a")
+    for _ in range(1000):
+        Rate(None).take("a")
+
+
+def test_rewards_that_the_operator_allows():
+    url = "http:url=http://judge:8000/score"
+    for text in ("count", "0.7*count + 0.3*jpeg", "count:strict=true", "z(count) - jpeg:quality=50"):
+        fields.check_reward("reward", text, None)
+    fields.check_reward("reward", url, ("count", url))
+    fields.check_reward("reward", f"count + {url}", ("count", url))
+    for text, allowed in ((url, None), (url, ("http", url + "2")), ("jpeg", ("count",)), ("a.py:b", None), ("", None)):
+        with pytest.raises(Failure) as caught:
+            fields.check_reward("reward", text, allowed)
+        assert caught.value.status == 400 and caught.value.param == "reward"
+
+
+def test_a_timeout_becomes_a_deadline_before_it():
+    settings = ServeSettings()
+
+    def seconds(timeout, **more):
+        (found,) = fields.images({"prompt": "a", **more}, settings, timeout).requests
+        assert found.get("seconds") or found["nfe"] == 100
+        return found["deadline_at"] - time.time() if "deadline_at" in found else None
+
+    assert 568 < seconds("600") <= 570 and 8.5 < seconds("10") <= 9 and 0.4 < seconds("1.0") <= 0.5
+    assert [seconds(odd) for odd in (None, "", "nan", "inf", "-1", "soon")] == [None] * 6
+    assert seconds("600", seconds=5) is None and seconds("600", stream=True) is None
+
+
+def test_a_request_has_the_fields_that_were_given():
+    body = {"prompt": "a", "size": "32x16", "method": "rbf", "initial": 4, "user": None, "seed": 7, "n": 3}
+    asked = fields.images(body, ServeSettings(max_nfe=50))
+    first = {"prompt": "a", "width": 32, "height": 16, "method": "rbf", "initial": 4, "seed": 7, "nfe": 50}
+    assert asked.requests == [first, {**first, "seed": 8}, {**first, "seed": 9}]
+
+
+def test_statuses_of_errors():
+    busy = refused(EngineBusy("full", 7.2))
+    assert (busy.status, busy.headers) == (429, {"Retry-After": "8"})
+    assert (refused(EngineDead("dead")).status, refused(OutOfTime("late")).status) == (503, 504)
+    named = refused(RequestError("steps=0: it must be a whole number of at least 1"), fields.names("rbf"))
+    assert (named.status, named.param) == (400, "steps")
+    quoted = refused(RequestError("the prompt 'seed' has no words"), fields.names())
+    assert quoted.param == "prompt"
+    assert ended({"type": "FunctionError", "message": "ill\nTraceback"}).body["error"]["message"] == "ill Traceback"
+    assert ended(None).status == 410 and ended(None).headers["x-should-retry"] == "false"
+
+
+def test_labels_of_rewards_are_few():
+    one = RewardCounts(2, 8, 0.5, 1)
+    found = _by_name({"clip:prefix=a": one, "clip:prefix=b": one, "0.1*clip + count": one})
+    assert found == {"clip": (4, 1.0, 2), "expression": (2, 0.5, 1)}
+
+
+def test_spans_of_searches():
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    processors = pytest.importorskip("opentelemetry.sdk.trace.export")
+    exporter, provider = export.InMemorySpanExporter(), sdk.TracerProvider()
+    provider.add_span_processor(processors.SimpleSpanProcessor(exporter))
+    tracing = Tracing(provider)
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    span = tracing.begin({"prompt": "secret", "nfe": 12, "reward": "count"}, parent)
+    tracing.end(span, "done", {"reward": 1.5, "executed_nfe": 16, "stopped": "budget"}, 0.25)
+    tracing.end(tracing.begin({"prompt": "secret"}, None), "failed", None, None)
+    first, second = exporter.get_finished_spans()
+    assert f"{first.context.trace_id:032x}" == parent.split("-")[1] and first.parent.span_id == 0xB7AD6B7169203331
+    assert first.attributes["rollflow.best_reward"] == 1.5 and first.attributes["rollflow.queue_seconds"] == 0.25
+    assert "secret" not in f"{dict(first.attributes)}{first.name}"
+    assert second.status.status_code.name == "ERROR" and second.parent is None
+
+
+def test_no_spans_without_a_collector(monkeypatch):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    tracing = Tracing()
+    assert tracing.begin({"prompt": "a"}, None) is None
+    tracing.end(None, "done", None, None)
+    tracing.close()
