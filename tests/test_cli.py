@@ -213,6 +213,8 @@ GROUPS = {
     "profile-diff": [],
     "what-if": [],
     "study": [],
+    "serve": [options.ModelOptions],
+    "jobs": [],
     "bench": [],
 }
 

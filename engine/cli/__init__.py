@@ -1,3 +1,3 @@
-"""The command line: `rollflow generate | demo | study | serve | bench`."""
+"""The command line: `rollflow generate | demo | study | serve | jobs | bench`."""
 
 from rollflow.cli.commands import main as main

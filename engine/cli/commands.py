@@ -1,5 +1,5 @@
 """The command line: `rollflow generate | demo | probe | plan | models | rewards | fetch | profile | what-if | study |
-serve | bench`.
+serve | jobs | bench`.
 
 Commands are frozen dataclasses that tyro turns into parsers. What needs torch is imported when a command runs, so that
 `rollflow --help` answers at once. Whatever a user can get wrong ends in one line and exit code 2; a pipeline that
@@ -163,6 +163,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     from rollflow.cli.catalogue import Models
     from rollflow.cli.comparing import ProfileDiff
     from rollflow.cli.fetching import Fetch
+    from rollflow.cli.jobs import Jobs
     from rollflow.cli.judging import Rewards
     from rollflow.cli.memory import Plan
     from rollflow.cli.probe import Probe
@@ -173,7 +174,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     return {
         "generate": Generate, "demo": Demo, "probe": Probe, "plan": Plan, "models": Models, "rewards": Rewards,
         "fetch": Fetch, "profile": Profile, "profile-diff": ProfileDiff, "what-if": WhatIf, "study": Study,
-        "serve": Serve, "bench": Bench,
+        "serve": Serve, "jobs": Jobs, "bench": Bench,
     }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
 Folder = Annotated[Path | None, by_default("none: searches end with the process", metavar="FOLDER")]
-Any_ = Annotated[int | None, by_default("any number")]
+Cores = Annotated[int | None, by_default("all, divided by the workers")]
+AnyNumber = Annotated[int | None, by_default("any number")]
 Named = Annotated[tuple[str, ...], by_default("all but http and judge", metavar="REWARD ...")]
 
 
@@ -43,8 +44,11 @@ class Serve:
     """Port to listen at; 0 takes a free one."""
     workers: int = 1
     """Engines; more than one are processes of their own, which share the cores, or have a GPU each."""
+    cores: Cores = None
+    """Cores of each of several workers, where they have no GPU."""
     ray: bool = False
-    """Run the workers as actors of a Ray cluster."""
+    """Run the workers as actors of the Ray cluster at $RAY_ADDRESS, or of one that is started here; with --device cuda
+    each has a GPU."""
     journal: Folder = None
     """A folder that keeps searches: after a restart they go on where they were."""
     keep: float = 86400.0
@@ -53,12 +57,12 @@ class Serve:
     """Seconds after SIGTERM in which what was asked for may end."""
     max_queued: int = 1000
     """Searches that may wait; more are told when to come again."""
-    max_queued_nfe: Any_ = None
+    max_queued_nfe: AnyNumber = None
     """Function evaluations that may wait."""
     api_key_file: KeyFile = None
     """A file with a key a line, as KEY or NAME KEY, one of which clients must send."""
-    requests_per_minute: Any_ = None
-    """Requests of a key in a minute."""
+    requests_per_minute: AnyNumber = None
+    """Requests of a key for searches in a minute, or of all clients where there are no keys."""
     rewards: Named = ()
     """Rewards that requests may name; with options they must be named as here, as in
     "http:url=http://judge:8000/score"."""
@@ -77,12 +81,17 @@ class Serve:
     def __call__(self) -> int:
         """Serves until a signal; returns 0, or 130 where a second signal cut it short."""
         self.runtime.check()
-        for name in ("workers", "max_queued"):
-            if getattr(self, name) < 1:
+        for name in ("workers", "max_queued", "max_queued_nfe", "cores"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
         for name in ("keep", "grace"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise RequestError(f"--{name} {getattr(self, name):g}: it must be seconds, at least 0")
+        if self.rewards:
+            from rollflow.rewards import make
+
+            for one in self.rewards:
+                make(one)
         settings = self._settings()
         with listening(self.host, self.port) as at:
             loop = _loop()
@@ -125,22 +134,31 @@ class Serve:
 
         if self.workers == 1 and not self.ray:
             return [LocalChannel(self.runtime.load)]
+        if self.ray:
+            from rollflow.serve.ray_actor import RayChannel
+
+            return [RayChannel(self._engine(None)) for _ in range(self.workers)]
         from rollflow.serve.process import ProcessChannel
 
         return [ProcessChannel(self._engine(number)) for number in range(self.workers)]
 
-    def _engine(self, number: int) -> dict[str, Any]:
-        """How the engine of one of several workers is made: its GPU, or its share of the cores."""
-        device, dtype = self.runtime.chosen()
-        given = {name: getattr(self.runtime, name) for name in ("preview", "reproducible", "compile", "pipeline")}
-        given |= {"name_or_path": self.runtime.model, "device": None if device is None else str(device)}
+    def _engine(self, number: int | None) -> dict[str, Any]:
+        """How the engine of one of several workers is made: on its GPU, or on its share of the cores.
+
+        `number` is the worker's, None on a cluster, where a device of another machine is not looked for here.
+        """
+        dtype = self.runtime.dtype if number is None else self.runtime.chosen()[1]
+        same = ("preview", "reproducible", "compile", "pipeline", "device")
+        given = {name: getattr(self.runtime, name) for name in same}
+        given |= {"name_or_path": self.runtime.model}
         given |= {"dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
         import torch
 
-        if self.runtime.device in (None, "cuda") and torch.cuda.is_available():
+        if number is not None and self.runtime.device in (None, "cuda") and torch.cuda.is_available():
             given["device"] = f"cuda:{number % torch.cuda.device_count()}"
-        else:
-            given |= {"lanes": 1, "threads": max(1, (os.cpu_count() or 1) // self.workers)}
+        if not str(given["device"] or "cpu").startswith("cuda"):
+            cores = self.cores or max(1, (os.cpu_count() or 1) // self.workers)
+            given |= {"device": "cpu", "lanes": 1, "threads": cores}
         return {name: value for name, value in given.items() if value is not None}
 
 

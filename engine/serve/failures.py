@@ -11,6 +11,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Call
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from rollflow.errors import (
     LONGEST,
@@ -125,7 +126,7 @@ async def of_http(call: Call, error: Exception) -> JSONResponse:
     path, method = line(call.url.path, 100), line(call.method, 20)
     said = {
         404: f"there is nothing at {path}: see /docs for what there is",
-        405: f"{method} is not allowed at {path}: {_allowed(error.headers)}; see /docs",
+        405: f"{method} is not allowed at {path}: use {_allowed(call)}; see /docs",
     }
     message = said.get(error.status_code) or f"{HTTPStatus(error.status_code).phrase}: {error.detail}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
@@ -143,5 +144,7 @@ async def unexpected(call: Call, error: Exception) -> JSONResponse:
     return INTERNAL.response()
 
 
-def _allowed(headers: Mapping[str, str] | None) -> str:
-    return f"use {(headers or {}).get('Allow') or 'another method'}"
+def _allowed(call: Call) -> str:
+    """The methods of all routes that lead to a path."""
+    routes = [route for route in call.app.routes if isinstance(route, Route) and route.path_regex.match(call.url.path)]
+    return " or ".join(sorted({method for route in routes for method in route.methods or ()})) or "another method"

@@ -5,6 +5,7 @@ It is plain ASGI: a middleware that wraps responses would hide from them that th
 
 from __future__ import annotations
 
+import secrets
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
@@ -40,7 +41,8 @@ class Gate:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._counter.metrics.answered(message["status"])
-                message["headers"] = [*message.get("headers", ()), *SAFE]
+                number = (b"x-request-id", f"req_{secrets.token_hex(8)}".encode())  # OpenAI's client reads it
+                message["headers"] = [*message.get("headers", ()), *SAFE, number]
             await send(message)
 
         try:

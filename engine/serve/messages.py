@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rollflow import errors
 from rollflow.errors import EngineBusy, RollflowError, said, shown
@@ -19,6 +19,15 @@ class Message(NamedTuple):
 
     header: dict[str, Any]
     payload: bytes = b""
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A pipe."""
+
+    def read(self, count: int, /) -> bytes:
+        """So many bytes; fewer at its end."""
+        ...
 
 
 @runtime_checkable
@@ -57,7 +66,7 @@ def unpack(frame: bytes) -> Message:
     return Message(json.loads(frame[start : start + header]), frame[start + header :])
 
 
-def read(stream: BinaryIO) -> Message | None:
+def read(stream: Readable) -> Message | None:
     """The next message of a stream; None at its end, also in the middle of a message.
 
     Raises:

@@ -58,7 +58,7 @@ class Ordered:
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
         progress: how far it is.
-        result: what it found, see `rollflow.serve.pictures.described`; of a cancelled one the best until then, if any.
+        result: what it found, see `rollflow.pictures.described`; of a cancelled one the best until then, if any.
         error: why it failed: its "type", a name of `rollflow.errors`, and its "message".
     """
 
@@ -178,13 +178,13 @@ class Ordered:
         known = self.replay.entries
         overlap = known[start : start + len(found.entries)]
         new, scales = found.entries[len(overlap) :], found.scales or self.replay.scales
-        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))
+        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))  # where NaN equals NaN
         if not anew and not new and scales == self.replay.scales:
             return None
         entries = (*known[:start], *found.entries) if anew else (*known, *new)
-        self.replay = Replay(entries, scales)
+        self.replay = found._replace(entries=entries, scales=scales)
         first = 0 if anew else len(known)
-        return Scored(first, Replay(entries[first:], scales), anew)
+        return Scored(first, self.replay._replace(entries=entries[first:]), anew)
 
     def _since(self, after: int) -> list[Progress]:
         return [one for one in self._better if one.nfe > after]

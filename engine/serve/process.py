@@ -86,7 +86,7 @@ class ProcessChannel:
         self._process = process
         threading.Thread(target=_write, args=(queue, process.stdin), name="rollflow-to-process", daemon=True).start()
         try:
-            while (message := read(process.stdout)) is not None:  # type: ignore[arg-type]
+            while (message := read(process.stdout)) is not None:
                 self._answers = True
                 on_message(message)
         except (RollflowError, ValueError) as error:

@@ -17,11 +17,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from rollflow import entries, wire
+from rollflow import entries, pictures, wire
 from rollflow.engine import Engine
 from rollflow.errors import Cancelled, EngineClosed, EngineDead, RollflowError, said
 from rollflow.job import Job
-from rollflow.serve import pictures
 from rollflow.serve.messages import Message, told
 
 PACE = 0.02  # seconds between messages of news, at least

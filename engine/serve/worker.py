@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from rollflow.engine import Engine
@@ -19,7 +20,7 @@ from rollflow.errors import RequestError, RollflowError, said, shown
 from rollflow.serve.messages import Message, pack, read, told
 from rollflow.serve.station import Station
 
-DEAD = 70  # exit code: the engine failed, the process with it
+DEAD, UNFIT = 70, 2  # exit codes: the engine failed, and the process with it; there can be no engine
 LOG = logging.getLogger("rollflow")
 
 
@@ -40,40 +41,50 @@ def made(header: Mapping[str, Any]) -> Engine:
     return getattr(importlib.import_module(module), name)(**header.get("options", {}))
 
 
+def stationed(
+    first: Mapping[str, Any], send: Callable[[Message], None], on_dead: Callable[[str], None]
+) -> Station | None:
+    """A station with the engine that a start asks for, which begins to warm up; None where there can be none.
+
+    What it lacks is sent as `unfit`.
+    """
+    try:
+        engine = made(first)
+    except Exception as error:
+        if not isinstance(error, RollflowError):
+            LOG.exception("a worker's engine could not be made")
+            error = RollflowError(f"the engine of a worker cannot be made ({said(error)})")
+        send(Message({"op": "unfit", "error": told(error)}))
+        return None
+    station = Station(engine, send, on_dead)
+    station.open(bool(first.get("warm_up", True)))
+    return station
+
+
 def run(source: BinaryIO, sink: BinaryIO) -> int:
     """Runs an engine until its messages end; returns the exit code."""
-    lock, dead = threading.Lock(), threading.Event()
+    lock = threading.Lock()
 
     def send(message: Message) -> None:
-        try:
-            with lock:
-                sink.write(pack(message))
-                sink.flush()
-        except OSError:  # nobody listens any more: the input ends, too
-            dead.set()
+        with suppress(OSError), lock:  # when nobody listens any more, the input ends, too
+            sink.write(pack(message))
+            sink.flush()
 
-    def on_dead(reason: str) -> None:
-        LOG.error("the engine of a worker is dead (%s): the process ends", reason)
-        os._exit(DEAD)
-
-    first = read(source)
-    if first is None:
+    if (first := read(source)) is None:
         return 0
-    try:
-        engine = made(first.header)
-    except RollflowError as error:
-        send(Message({"op": "unfit", "error": told(error)}))
-        return 2
-    except Exception as error:
-        LOG.exception("a worker's engine could not be made")
-        send(Message({"op": "unfit", "error": told(RollflowError(f"an engine cannot be made ({said(error)})"))}))
-        return 2
-    station = Station(engine, send, on_dead)
-    station.open(bool(first.header.get("warm_up", True)))
-    while not dead.is_set() and (message := read(source)) is not None:
+    station = stationed(first.header, send, die)
+    if station is None:
+        return UNFIT
+    while (message := read(source)) is not None:
         station.take(message)
     station.leave()
     return 0
+
+
+def die(reason: str) -> None:
+    """Ends the process of an engine that can do no more."""
+    LOG.error("the engine of a worker is dead (%s): the process ends", reason)
+    os._exit(DEAD)
 
 
 def main() -> None:
