@@ -43,8 +43,8 @@ EXPECTED = (
     "By chance, latencies do not depend on the number of GPUs: each engine is a queue of its own. With the least "
     "outstanding NFE they fall with every doubling up to about 16 GPUs and are then those of an engine that is never "
     "behind: p95 at 512 GPUs at most half of what it is by chance. In turn lies in between. All at once, the least "
-    "outstanding NFE keeps at least 0.7 of the ideal NFE/s at 512 GPUs, in turn about 0.5, by chance about 0.35, as the "
-    "unluckiest engine decides."
+    "outstanding NFE keeps at least 0.7 of the ideal NFE/s at 512 GPUs, in turn about 0.5, by chance about 0.35, as "
+    "the unluckiest engine decides."
 )  # written before the first whole run; of trials with 16 and 128 GPUs all at once the makespans had been seen
 BUDGETS = ((14, 19), (30, 19), (90, 7), (240, 2))  # NFE, and how many of the recorded requests have it: 47 in all
 PART = 8  # engines that stand for all where the policy looks at none
@@ -95,8 +95,9 @@ class Fleet:
         check_picture(self.plot)
         rows, searches = (fleet_flux.rows_of(self.gpu / f"{name}.json") for name in ("buckets", "searches"))
         recording = self._recorded() if self.recording is None else Recording.load(self.recording)
-        check = fleet_flux.checked(recording, rows, searches)
-        found = self.measure(fleet_flux.on_gpu(recording, rows))
+        recorded = Replay(recording)
+        check = fleet_flux.checked(recorded, rows, searches)
+        found = self.measure(fleet_flux.on_gpu(recorded, rows))
         Console(width=None if sys.stdout.isatty() else 120).print(_table(found))
         if self.json:
             about = {"stated": STATED, "expected": EXPECTED, "measured_on": "NVIDIA H200, FLUX, 1024x1024, bfloat16"}
@@ -117,11 +118,13 @@ class Fleet:
                 engine.generate(asked)
             return profile.recording
 
-    def measure(self, replay: Replay, requests: int = LEAST_REQUESTS, each: int = EACH) -> list[Row]:
+    def measure(
+        self, replay: Replay, requests: int = LEAST_REQUESTS, each: int = EACH, at_once: int = ALONE
+    ) -> list[Row]:
         """Two rows for each fleet and policy: requests that come by chance, and all at once."""
         usual = [spec for _, spec in replay.arrivals(Change())]
         mean = statistics.fmean(int(spec["nfe"]) for spec in usual)
-        alone = replay.run(Change(), self._arrivals(usual, ALONE, None, 1)).nfe_per_second
+        alone = replay.run(Change(), self._arrivals(usual, at_once, None, 1)).nfe_per_second
         rows = []
         for gpus in self.gpus:
             for policy in self.policies:
@@ -137,11 +140,11 @@ class Fleet:
                     Change(gpus=gpus, dispatch=policy, seed=self.seed),
                     self._arrivals(usual, AT_ONCE * gpus, None, gpus),
                 )
-                rows.append({**same, "load": None, "simulated_gpus": gpus, **at_once(found, gpus * alone)})
+                rows.append({**same, "load": None, "simulated_gpus": gpus, **together(found, gpus * alone)})
         return rows
 
     def _arrivals(self, specs: Sequence[Mapping[str, Any]], count: int, rate: float | None, gpus: int) -> Arrivals:
-        """Requests drawn from those recorded, as a Poisson process or, without a rate, at once; for all policies alike."""
+        """Requests drawn from those recorded: a Poisson process, or without a rate at once; alike for all policies."""
         dice, when, found = random.Random(f"{self.seed} {gpus} {rate is None}"), 0.0, Arrivals()
         for _ in range(count):
             when += 0.0 if rate is None else dice.expovariate(rate)
@@ -171,7 +174,7 @@ def came(found: Predicted, coming: Arrivals, times: float) -> Row:
     }
 
 
-def at_once(found: Predicted, ideal: float) -> Row:
+def together(found: Predicted, ideal: float) -> Row:
     """NFE/s of requests that were all there from the start, and the share of what the engines can do."""
     return {
         "requests": len(found.latencies),
@@ -186,9 +189,9 @@ def _table(rows: Sequence[Row]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "dispatched" else "right")
     for one, other in zip(rows[::2], rows[1::2], strict=True):
-        seconds = (one[f"seconds_p{p}"] for p in PERCENTILES)
+        seconds = ["" if (s := one[f"seconds_p{p}"]) is None else f"{s:.1f}" for p in PERCENTILES]
         table.add_row(
-            str(one["gpus"]), one["policy"], f"{one['nfe_per_second']:.0f}", *("" if s is None else f"{s:.1f}" for s in seconds),
+            str(one["gpus"]), one["policy"], f"{one['nfe_per_second']:.0f}", *seconds,
             f"{other['nfe_per_second']:.0f}", f"{other['efficiency']:.2f}",
         )  # fmt: skip
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from rollflow.errors import RequestError, shown
-from rollflow.profile.recording import Recording
 from rollflow.whatif.changes import Change
 from rollflow.whatif.measured import FULL, Curve, Size
 from rollflow.whatif.replay import Replay
@@ -48,9 +48,9 @@ def seconds(rows: Sequence[Row], contender: str, mode: str) -> dict[int, float]:
     return {int(row["bucket"]): float(row["seconds"]) for row in sorted(mine, key=lambda row: row["bucket"])}
 
 
-def on_gpu(recording: Recording, rows: Sequence[Row], lanes: int = LANES) -> Replay:
-    """A replay of a recording whose batches take the measured seconds of a GPU, which are not corrected."""
-    replay = Replay(recording)
+def on_gpu(recorded: Replay, rows: Sequence[Row], lanes: int = LANES) -> Replay:
+    """A replay of the same requests whose batches take the measured seconds of a GPU, which are not corrected."""
+    replay = copy(recorded)
     graphs, decode, reward = (
         seconds(rows, contender, mode)
         for contender, mode in (("bare transformer", "graph"), ("bare decode", "eager"), ("bare reward", "eager"))
@@ -70,20 +70,25 @@ def on_gpu(recording: Recording, rows: Sequence[Row], lanes: int = LANES) -> Rep
         known, sizes=sizes, rewards=judged, waiting=dict.fromkeys(judged, 0.0), encode=0.0, turnaround=0.0
     )
     machine = {"device": "cuda", "cores": CORES, "lanes": lanes, "threads": 1, "parallel": False, "preview": False}
-    replay.recording = replace(recording, about={**recording.about, **machine})
+    replay.recording = replace(recorded.recording, about={**recorded.recording.about, **machine})
     replay.correction = 1.0
     return replay
 
 
-def checked(recording: Recording, rows: Sequence[Row], searches: Sequence[Row]) -> list[Row]:
+def checked(recorded: Replay, rows: Sequence[Row], searches: Sequence[Row]) -> list[Row]:
     """The searches that were measured on the GPU, replayed: how far off a replay is, without a correction."""
     found = []
     for lanes, name in ((2, "engine, 2 lanes"), (1, "engine, 1 lane")):
         for row in (row for row in searches if row["contender"] == name):
-            replay = on_gpu(recording, rows, lanes)
+            replay = on_gpu(recorded, rows, lanes)
             told = replay.run(Change(prompts=row["prompts"], nfe=row["nfe"], together=True)).seconds
             measured = float(np.median(row["seconds"]))
             found.append(
-                {"contender": name, "measured_seconds": measured, "replayed_seconds": told, "error": told / measured - 1}
+                {
+                    "contender": name,
+                    "measured_seconds": measured,
+                    "replayed_seconds": told,
+                    "error": told / measured - 1,
+                }
             )
     return found

@@ -24,6 +24,7 @@ METHODS = ("rbf", "bon", "smc")
 BUDGETS = (20, 30, 40, 60)
 LONGEST_BREAK = 1.0  # seconds that a refused client stays away at most, to come again soon
 POLL = 0.2
+END = "[DONE]"  # the data of a last event of streams in OpenAI's shape
 
 
 class Refused(Exception):
@@ -162,7 +163,7 @@ async def stream(customer: Customer) -> str:
     name = ""
     body = {**customer.body(), "stream": True, "partial_images": 2}
     async for event in events(customer.client, "POST", IMAGES, json=body):
-        name = event.name
+        name = event.name if event.data != END else name
     if name != "image_generation.completed":
         raise ValueError(f"the stream of an image ended with {name or 'nothing'}")
     return "served"

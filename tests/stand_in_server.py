@@ -108,6 +108,9 @@ class StandIn:
         for name in ("partial_image", "completed"):
             await asyncio.sleep(self.seconds / 2)
             yield f"event: image_generation.{name}\ndata: {json.dumps({'b64_json': image})}\n\n".encode()
+            if self.breaks:
+                return
+        yield b"data: [DONE]\n\n"
 
     async def accept(self, request):
         body, wrong = await self.body(request)

@@ -84,6 +84,11 @@ def test_mistakes_are_found(wrong, scenario, found, told):
     assert any(told in example for example in getattr(books, found))
 
 
+def test_a_stream_that_ends_early_is_an_error():
+    with pytest.raises(ValueError, match=r"ended with image_generation\.partial_image"):
+        visited(StandIn(0.005, breaks=True), SCENARIOS["stream"][1], 1)
+
+
 def test_a_search_that_never_ends_is_lost():
     async def order(customer):
         await customer.accepted("search", customer.body())

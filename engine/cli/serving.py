@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
 Folder = Annotated[Path | None, by_default("none: searches end with the process", metavar="FOLDER")]
+Lanes = Annotated[int | None, by_default("as measured; 1 of several workers on a CPU")]
 Cores = Annotated[int | None, by_default("all, divided by the workers")]
 AnyNumber = Annotated[int | None, by_default("any number")]
 Named = Annotated[tuple[str, ...], by_default("all but http and judge", metavar="REWARD ...")]
@@ -46,6 +48,8 @@ class Serve:
     """Engines; more than one are processes of their own, which share the cores, or have a GPU each."""
     cores: Cores = None
     """Cores of each of several workers, where they have no GPU."""
+    lanes: Lanes = None
+    """Batches that a worker computes at a time."""
     ray: bool = False
     """Run the workers as actors of the Ray cluster at $RAY_ADDRESS, or of one that is started here; with --device cuda
     each has a GPU."""
@@ -81,7 +85,7 @@ class Serve:
     def __call__(self) -> int:
         """Serves until a signal; returns 0, or 130 where a second signal cut it short."""
         self.runtime.check()
-        for name in ("workers", "max_queued", "max_queued_nfe", "cores"):
+        for name in ("workers", "max_queued", "max_queued_nfe", "cores", "lanes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
         for name in ("keep", "grace"):
@@ -133,7 +137,7 @@ class Serve:
         from rollflow.serve.local import LocalChannel
 
         if self.workers == 1 and not self.ray:
-            return [LocalChannel(self.runtime.load)]
+            return [LocalChannel(partial(self.runtime.load, lanes=self.lanes))]
         if self.ray:
             from rollflow.serve.ray_actor import RayChannel
 
@@ -150,7 +154,7 @@ class Serve:
         dtype = self.runtime.dtype if number is None else self.runtime.chosen()[1]
         same = ("preview", "reproducible", "compile", "pipeline", "device")
         given = {name: getattr(self.runtime, name) for name in same}
-        given |= {"name_or_path": self.runtime.model}
+        given |= {"name_or_path": self.runtime.model, "lanes": self.lanes}
         given |= {"dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
         import torch
 
@@ -158,7 +162,7 @@ class Serve:
             given["device"] = f"cuda:{number % torch.cuda.device_count()}"
         if not str(given["device"] or "cpu").startswith("cuda"):
             cores = self.cores or max(1, (os.cpu_count() or 1) // self.workers)
-            given |= {"device": "cpu", "lanes": 1, "threads": cores}
+            given |= {"device": "cpu", "lanes": self.lanes or 1, "threads": max(1, cores // (self.lanes or 1))}
         return {name: value for name, value in given.items() if value is not None}
 
 

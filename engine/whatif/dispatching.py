@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-Policy = Callable[[int, Sequence[int]], int]  # of a request's number and each engine's outstanding NFE: an engine's number
+Policy = Callable[
+    [int, Sequence[int]], int
+]  # of a request's number and each engine's outstanding NFE: an engine's number
 LEAST = "least outstanding NFE"
 
 
