@@ -14,12 +14,13 @@ import json
 import math
 import statistics
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from rollflow.bench import intervals, prompt_sets
 from rollflow.bench.environment import environment
@@ -27,8 +28,9 @@ from rollflow.bench.http_loads import Sent, check_accounts, closed_loop, connect
 from rollflow.bench.loads import Wall, poisson
 from rollflow.bench.loads import closed_loop as engine_loop
 from rollflow.bench.outputs import check_file, check_picture
-from rollflow.bench.serve_figures import serving
-from rollflow.bench.service import served
+from rollflow.bench.process_memory import processor_seconds
+from rollflow.bench.serve_figures import PERCENTILES, serving, tables
+from rollflow.bench.service import Service, served
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
 from rollflow.request import Request
@@ -40,10 +42,23 @@ EXPECTED = (
 )  # written before the first run
 TARGET = 0.95  # of the engine's NFE/s, with one worker
 ENDS = 0.1  # the share of a load's requests that is left out at its beginning, and at its end
-PERCENTILES = (50, 95, 99)
 WARM = 100  # requests, with every prompt once, before anything is measured
 WARM_NFE = 20
 Row = dict[str, Any]
+
+
+class Turn(NamedTuple):
+    """One contender at saturation, once.
+
+    Attributes:
+        requests_per_second: between the ends.
+        cpu: seconds of a core for each evaluation, of engine or server; not a number of a server that others started.
+        client_cpu: of the client besides.
+    """
+
+    requests_per_second: float
+    cpu: float
+    client_cpu: float
 
 
 @dataclass(frozen=True)
@@ -128,40 +143,50 @@ class Serve:
         own = ["--model", self.model, "--workers", str(workers), "--max-queued", str(max(1000, 4 * self.concurrency))]
         if engine is not None and workers == 1:
             own += ["--lanes", str(engine.lanes.count)]  # measured twice, they may differ, which is not HTTP's doing
-        rows, ratios, capacity = list[Row](), list[float](), list[float]()
+        rows, turns = list[Row](), list[dict[str, Turn]]()
         with served(self.url, own) as service:
             asyncio.run(self._through(service.url, WARM, WARM_NFE))
             for turn in range(self.rounds):
-                done: dict[str, float] = {}
+                done: dict[str, Turn] = {}
                 for name in ("http", "engine")[:: 1 if turn % 2 else -1]:  # who is first changes
                     if name == "http":
-                        count = self.requests + 2 * self.concurrency
-                        found = asyncio.run(self._through(service.url, count, self.nfe, turn * count))
-                        check_accounts(found, f"saturation, turn {turn + 1}")
-                        done[name] = self._saturated([one.ended for one in found if one.answer.fate == "served"])
+                        done[name] = self._loaded(service, turn)
                     elif engine is not None:
                         done[name] = self._alone(engine, turn)
-                rows += [
-                    self._row(name, workers, turn=turn, concurrency=self.concurrency, requests_per_second=per_second)
-                    | {"nfe_per_second": per_second * self.nfe}
-                    for name, per_second in done.items()
-                ]
-                capacity.append(done["http"])
-                ratios += [done["http"] / done["engine"]] if engine is not None else []
-            if ratios:
-                ratio = statistics.median(ratios)
-                compared = {"ratio": ratio, "ratios": ratios, "target": TARGET, "met": ratio >= TARGET}
-                rows.append(self._row("http over engine", workers, **compared))
+                rows += [self._turn(name, workers, turn, one) for name, one in done.items()]
+                turns.append(done)
+            if engine is not None:
+                rows.append(self._row("http over engine", workers, **compared(turns)))
+            capacity = statistics.median(done["http"].requests_per_second for done in turns)
             for number, load in enumerate(self.loads):
-                rows.append(self._open(service.url, workers, number, load, statistics.median(capacity)))
+                rows.append(self._open(service.url, workers, number, load, capacity))
         return rows
 
-    def _alone(self, engine: Engine, turn: int) -> float:
-        """Requests a second of the engine without HTTP."""
+    def _loaded(self, service: Service, turn: int) -> Turn:
+        """A server at saturation."""
         count = self.requests + 2 * self.concurrency
+        before, own = _spent(service.pid), time.process_time()
+        found = asyncio.run(self._through(service.url, count, self.nfe, turn * count))
+        check_accounts(found, f"saturation, turn {turn + 1}")
+        ended = [one.ended for one in found if one.answer.fate == "served"]
+        client, server = time.process_time() - own, _spent(service.pid) - before
+        return Turn(self._saturated(ended), server / (self.nfe * len(ended)), client / (self.nfe * len(ended)))
+
+    def _alone(self, engine: Engine, turn: int) -> Turn:
+        """The engine without HTTP."""
+        count, own = self.requests + 2 * self.concurrency, time.process_time()
         asked = [self._request(turn * count + i, self.nfe) for i in range(count)]
         passages = engine_loop(lambda i: engine.submit(asked[i]), count, self.concurrency, self.seconds, Wall())
-        return self._saturated([one.ended for one in passages if one.ended is not None])
+        ended = [one.ended for one in passages if one.ended is not None]
+        return Turn(self._saturated(ended), (time.process_time() - own) / (self.nfe * len(ended)), 0.0)
+
+    def _turn(self, name: str, workers: int | None, turn: int, one: Turn) -> Row:
+        rate = {"requests_per_second": one.requests_per_second, "nfe_per_second": one.requests_per_second * self.nfe}
+        spent = {
+            "cpu_seconds_per_nfe": None if math.isnan(one.cpu) else one.cpu,
+            "client_cpu_seconds_per_nfe": one.client_cpu,
+        }
+        return self._row(name, workers, turn=turn, concurrency=self.concurrency, **rate, **spent)
 
     def _saturated(self, ended: list[float]) -> float:
         """Requests a second in between the ends."""
@@ -205,13 +230,27 @@ class Serve:
     def report(self, rows: list[Row]) -> None:
         """Prints the tables, writes the files."""
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for table in _tables(rows):
+        for table in tables(rows):
             console.print(table)
         if self.json:
             report = {"environment": environment(), "expected": EXPECTED, "rows": rows}
             self.json.write_text(json.dumps(report, indent=1) + "\n")
         if self.plot:
             serving(rows, self.plot)
+
+
+def compared(turns: Sequence[Mapping[str, Turn]]) -> Row:
+    """What is left of the engine's NFE/s, and of its NFE a second of a core: what else runs on the machine slows both
+    in a turn of its own, but makes neither compute more.
+    """
+    ratios = [one["http"].requests_per_second / one["engine"].requests_per_second for one in turns]
+    of_cpu = statistics.median(one["engine"].cpu for one in turns) / statistics.median(one["http"].cpu for one in turns)
+    ratio = statistics.median(ratios)
+    return {"ratio": ratio, "ratios": ratios, "target": TARGET, "met": ratio >= TARGET, "cpu_ratio": of_cpu}
+
+
+def _spent(pid: int | None) -> float:
+    return math.nan if pid is None else processor_seconds(pid)
 
 
 def latencies(requests: list[Sent], ends: int, limit: float) -> Row:
@@ -240,26 +279,3 @@ def latencies(requests: list[Sent], ends: int, limit: float) -> Row:
         row[f"seconds_p{p}"] = intervals.quantile(values, p / 100)
         row[f"seconds_p{p}_95"] = intervals.quantile_interval(values, p / 100) if values else (None, None)
     return row
-
-
-def _tables(rows: list[Row]) -> list[Table]:
-    saturated = Table(title="At saturation, in turns")
-    for column in ("workers", "contender", "NFE/s, turn by turn", "median", "ratio"):
-        saturated.add_column(column, justify="right" if column in ("median", "ratio") else "left")
-    for workers, name in dict.fromkeys((row["workers"], row["contender"]) for row in rows if "turn" in row):
-        mine = [row["nfe_per_second"] for row in rows if (row["workers"], row["contender"]) == (workers, name)]
-        ratio = [f"{row['ratio']:.3f}" for row in rows if "ratio" in row and row["workers"] == workers]
-        turns = ", ".join(f"{value:.0f}" for value in mine)
-        shown = ratio[0] if ratio and name == "http" else ""
-        saturated.add_row(str(workers or "?"), name, turns, f"{statistics.median(mine):.0f}", shown)
-    table = Table(title="Poisson arrivals: milliseconds from when a request was to come")
-    for column in ("workers", "load", "a second", "of", "refused", *(f"p{p}" for p in PERCENTILES), "good", "goodput"):
-        table.add_column(column, justify="right")
-    for row in (row for row in rows if "load" in row):
-        seconds = (row[f"seconds_p{p}"] for p in PERCENTILES)
-        table.add_row(
-            str(row["workers"] or "?"), f"{row['load']:g}", f"{row['arrivals_per_second']:.2f}", str(row["measured"]),
-            str(row["refused"]), *("" if s is None else f"{1000 * s:.0f}" for s in seconds), f"{row['good']:.1%}",
-            f"{row['goodput_per_second']:.2f}",
-        )  # fmt: skip
-    return [saturated, table]

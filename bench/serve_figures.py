@@ -1,4 +1,4 @@
-"""Plots of what serving costs: NFE/s and latencies through HTTP, and fleets on paper."""
+"""What serving costs, as tables and plots: NFE/s and latencies through HTTP, and fleets on paper."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from rollflow.bench.figures import pyplot
 
 Row = dict[str, Any]
+PERCENTILES = (50, 95, 99)
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """NFE/s and processor time at saturation, and latencies of the loads."""
+    saturated = Table(title="At saturation, in turns")
+    for column in ("workers", "contender", "NFE/s, turn by turn", "median", "ratio", "CPU ms/NFE", "CPU ratio"):
+        saturated.add_column(column, justify="left" if column in ("contender", "NFE/s, turn by turn") else "right")
+    for workers, name in dict.fromkeys((row["workers"], row["contender"]) for row in rows if "turn" in row):
+        mine = [row for row in rows if (row["workers"], row["contender"]) == (workers, name)]
+        values, spent = ([row[of] for row in mine] for of in ("nfe_per_second", "cpu_seconds_per_nfe"))
+        found = [row for row in rows if "ratio" in row and row["workers"] == workers and name == "http"]
+        ratios = [[f"{row[of]:.3f}" for row in found] or [""] for of in ("ratio", "cpu_ratio")]
+        turns = ", ".join(f"{value:.0f}" for value in values)
+        shown = f"{1000 * statistics.median(spent):.2f}" if None not in spent else ""
+        saturated.add_row(
+            str(workers or "?"), name, turns, f"{statistics.median(values):.0f}", *ratios[0], shown, *ratios[1]
+        )
+    table = Table(title="Poisson arrivals: milliseconds from when a request was to come")
+    for column in ("workers", "load", "a second", "of", "refused", *(f"p{p}" for p in PERCENTILES), "good", "goodput"):
+        table.add_column(column, justify="right")
+    for row in (row for row in rows if "load" in row):
+        seconds = (row[f"seconds_p{p}"] for p in PERCENTILES)
+        table.add_row(
+            str(row["workers"] or "?"), f"{row['load']:g}", f"{row['arrivals_per_second']:.2f}", str(row["measured"]),
+            str(row["refused"]), *("" if s is None else f"{1000 * s:.0f}" for s in seconds), f"{row['good']:.1%}",
+            f"{row['goodput_per_second']:.2f}",
+        )  # fmt: skip
+    return [saturated, table]
 
 
 def serving(rows: list[Row], file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import selectors
 import statistics
 import sys
@@ -24,7 +25,7 @@ from rollflow.bench.http_loads import (
     rate,
 )
 from rollflow.bench.loads import poisson
-from rollflow.bench.serve import Serve, latencies
+from rollflow.bench.serve import Serve, Turn, latencies
 from rollflow.bench.service import Service, served
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
@@ -177,11 +178,11 @@ def test_servers_are_compared_with_an_engine_in_turns(monkeypatch):
     def stand_in(url, arguments):
         started.append(arguments)
         with running(StandIn(0.001)) as found:
-            yield Service(found)
+            yield Service(found, os.getpid())
 
     def alone(self, engine, turn):
         order.append(turn)
-        return 100.0
+        return Turn(100.0, 1e-6, 0.0)
 
     monkeypatch.setattr(Engine, "from_pretrained", lambda model: Known())
     monkeypatch.setattr(Serve, "_alone", alone)
@@ -196,6 +197,8 @@ def test_servers_are_compared_with_an_engine_in_turns(monkeypatch):
         assert own[0]["nfe_per_second"] == 100 * 100.0
         shares = [row["requests_per_second"] / 100.0 for row in own if row["contender"] == "http"]
         assert own[-1]["ratios"] == shares and own[-1]["ratio"] == statistics.median(shares)
+        spent = [row["cpu_seconds_per_nfe"] for row in own if row["contender"] == "http"]
+        assert 0 < own[-1]["cpu_ratio"] == 1e-6 / statistics.median(spent) < 1
         assert own[-1]["met"] == (own[-1]["ratio"] >= 0.95)
 
 

@@ -155,7 +155,9 @@ class Replay:
 
     def _play(self, arrivals: Sequence[tuple[float, Mapping[str, Any]]], change: Change) -> Predicted:
         sizes = {size.geometry: changed(size, change) for size in self.measured.sizes.values()}
-        fleet = [_Engine(self, change, sizes) for _ in range(change.gpus)]
+        ledger = Ledger()  # one for all: its tables take 36 MiB, and nothing is written to them
+        ledger.on = False
+        fleet = [_Engine(self, change, sizes, ledger) for _ in range(change.gpus)]
         jobs = [self._job(i, spec, change) for i, (_, spec) in enumerate(arrivals)]
         choose, due = POLICIES[change.dispatch](change.seed), list[tuple[float, int]]()
         coming, left = 0, len(jobs)
@@ -263,7 +265,7 @@ class Replay:
 class _Engine:
     """One engine of a replay: a loop on a simulated device."""
 
-    def __init__(self, replay: Replay, change: Change, sizes: Mapping[Geometry, Size]):
+    def __init__(self, replay: Replay, change: Change, sizes: Mapping[Geometry, Size], ledger: Ledger):
         about, measured = replay.recording.about, changed_rest(replay.measured, change)
         self._now, self.next = 0.0, inf
         lanes = change.lanes or int(about["lanes"])
@@ -276,8 +278,6 @@ class _Engine:
             self.machine, measured, sizes, costs, replay._scores, self._asked, lanes, about["parallel"],
             about["preview"], threads, gpu,
         )  # fmt: skip
-        ledger = Ledger()
-        ledger.on = False
         slots = {geometry: size.slots for geometry, size in sizes.items()}
         self.loop = Loop(
             self.device, Prepared(costs, measured.encode > 0), ledger, lambda geometry: slots[geometry],
