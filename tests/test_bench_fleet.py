@@ -13,6 +13,7 @@ from tiny import engine, rbf
 from rollflow import RequestError
 from rollflow.bench import fleet, fleet_flux
 from rollflow.bench.fleet import Fleet, came, shared, together
+from rollflow.profile.ledger import Ledger
 from rollflow.whatif.changes import Change, Predicted
 from rollflow.whatif.dispatching import LEAST, POLICIES
 from rollflow.whatif.measured import Curve
@@ -80,6 +81,20 @@ def test_every_request_is_answered_once_and_charged_in_full(replay):
         found = replay.run(Change(gpus=5, dispatch=policy), coming)
         assert len(found.latencies) == 60 and min(found.latencies) >= 1.0
         assert 0 < found.committed <= budgets <= found.committed + 60 * 2  # what a method leaves of a budget
+
+
+def test_a_fleet_takes_one_ledger(replay, monkeypatch):
+    """Its tables take 36 MiB, which hundreds of engines have no use for."""
+    made = []
+
+    class Counted(Ledger):
+        def __init__(self):
+            made.append(self)
+            super().__init__()
+
+    monkeypatch.setattr("rollflow.whatif.replay.Ledger", Counted)
+    replay.run(Change(gpus=8, prompts=8))
+    assert len(made) == 1 and made[0].table("rows").size == 0
 
 
 def test_the_least_loaded_engine_is_the_one_with_the_least_left(replay):

@@ -27,6 +27,7 @@ from rollflow.bench.http_loads import (
 from rollflow.bench.loads import poisson
 from rollflow.bench.serve import Serve, Turn, latencies
 from rollflow.bench.service import Service, served
+from rollflow.cli.serving import Serve as Server
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
 
@@ -225,6 +226,15 @@ def test_servers_that_do_not_start_are_named(capsys):
     bad = [sys.executable, "-c", "import sys; sys.exit('this model is none')"]
     with pytest.raises(RequestError, match="the server ended: this model is none"), served(None, [], bad):
         pytest.fail("it did not start")
+
+
+def test_servers_take_the_lanes_that_they_are_given():
+    given = Server(workers=2, cores=4, lanes=2)._engine(None)
+    assert (given["lanes"], given["threads"]) == (2, 2)
+    usual = Server(workers=2, cores=4)._engine(None)
+    assert (usual["lanes"], usual["threads"]) == (1, 4)
+    (channel,) = Server(lanes=3)._channels()
+    assert channel._given.keywords == {"lanes": 3}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from stand_in_server import StandIn, running
 
 from rollflow.bench import soak_garbage
 from rollflow.bench.__main__ import main
-from rollflow.bench.process_memory import family, sample, trend
+from rollflow.bench.process_memory import family, processor_seconds, sample, trend
 from rollflow.bench.soak import settle, still_busy
 from rollflow.bench.soak_books import Books
 from rollflow.bench.soak_clients import SCENARIOS, Customer
@@ -177,6 +178,14 @@ def test_a_process_is_sampled_with_its_children():
     block = bytearray(os.urandom(1 << 20)) * 64
     after = sample(os.getpid(), 0.0)
     assert after.rss_bytes - before.rss_bytes > 32 << 20 and len(block) == 64 << 20
+
+
+def test_processor_time_is_what_was_computed():
+    before, own = processor_seconds(os.getpid()), time.process_time()
+    while time.process_time() < own + 0.3:
+        pass
+    spent, truth = processor_seconds(os.getpid()) - before, time.process_time() - own
+    assert abs(spent - truth) < 0.05 and spent > 0.2
 
 
 def test_a_line_through_samples_tells_growth_from_noise():
