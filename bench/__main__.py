@@ -14,6 +14,7 @@ import tyro
 from rollflow.bench.adapters import Adapters
 from rollflow.bench.caching import Caching
 from rollflow.bench.compare import Compare
+from rollflow.bench.fleet import Fleet
 from rollflow.bench.gpu import Gpu
 from rollflow.bench.journal import JournalCost
 from rollflow.bench.judged import Judged
@@ -22,6 +23,8 @@ from rollflow.bench.latency import Latency
 from rollflow.bench.overhead import Overhead
 from rollflow.bench.preview_quality import Preview
 from rollflow.bench.scaling import Scaling
+from rollflow.bench.serve import Serve
+from rollflow.bench.soak import Soak
 from rollflow.bench.study import Study
 from rollflow.bench.throughput import Throughput
 from rollflow.bench.versus import Versus
@@ -47,6 +50,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "video": Video,
     "adapters": Adapters,
     "what-if": WhatIf,
+    "serve": Serve,
+    "soak": Soak,
+    "fleet": Fleet,
 }
 
 

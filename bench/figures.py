@@ -17,7 +17,7 @@ MIXTURE = ((-1.5, 0.0, 0.25), (1.5, 0.8, 0.25), (0.6, -1.4, 0.25))  # x, y, devi
 TRAJECTORIES, FINE = 10, 400
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """matplotlib for files, imported when something is drawn."""
     import matplotlib
 
@@ -33,7 +33,7 @@ def _save(figure: Any, out: Path, name: str) -> None:
     name = name.replace("/", "-")  # of a reward's name
     for suffix in ("png", "svg"):
         figure.savefig(out / f"{name}.{suffix}", dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def scores(out: Path, part: str, entries: list[Row]) -> None:
@@ -57,7 +57,7 @@ def _budgets(out: Path, name: str, entries: list[Row]) -> None:
     sets = list(dict.fromkeys(key[0] for key, found in budgets.items() if len(found) > 1))
     if not sets:
         return
-    figure, axes = _pyplot().subplots(1, len(sets), figsize=(max(5.5, 4 * len(sets)), 3.6), squeeze=False, sharey=True)
+    figure, axes = pyplot().subplots(1, len(sets), figsize=(max(5.5, 4 * len(sets)), 3.6), squeeze=False, sharey=True)
     curves: dict[tuple[str, str], None] = {}
     for axis, chosen in zip(axes[0], sets, strict=True):
         for label, path in dict.fromkeys((e["label"], e["path"]) for e in entries):
@@ -87,7 +87,7 @@ def _levels(out: Path, name: str, entries: list[Row]) -> None:
         return
     budget = min((e["nfe"] for e in entries), key=lambda nfe: abs(nfe - 100))
     entries = [e for e in entries if e["nfe"] == budget]
-    figure, axis = _pyplot().subplots(figsize=(6, 3.4))
+    figure, axis = pyplot().subplots(figsize=(6, 3.4))
     for entry in entries:
         line = "o-" if entry["path"] == contenders.VP else "s--"
         axis.plot(entry["nfe_by_level"], line, ms=3, label=f"{entry['set']}, {entry['path']}")
@@ -101,7 +101,7 @@ def _levels(out: Path, name: str, entries: list[Row]) -> None:
 def _bars(out: Path, part: str, entries: list[Row]) -> None:
     paths = list(dict.fromkeys(e["path"] for e in entries))
     height = 1.2 + 0.24 * len(entries) / len(paths)
-    figure, axes = _pyplot().subplots(1, len(paths), figsize=(4.6 * len(paths), height), squeeze=False, sharex=True)
+    figure, axes = pyplot().subplots(1, len(paths), figsize=(4.6 * len(paths), height), squeeze=False, sharex=True)
     for axis, path in zip(axes[0], paths, strict=True):
         mine = [e for e in entries if e["path"] == path][::-1]
         middle = np.array([e["score"] for e in mine])
@@ -115,7 +115,7 @@ def _bars(out: Path, part: str, entries: list[Row]) -> None:
 def probe(out: Path, name: str, part: str, rows: list[Row]) -> None:
     """Correlation with the final reward by linear time, or distances of siblings, a panel a prompt set."""
     sets = list(dict.fromkeys(row["set"] for row in rows))
-    figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.2 * len(sets), 3.4), squeeze=False, sharey=True)
+    figure, axes = pyplot().subplots(1, len(sets), figsize=(4.2 * len(sets), 3.4), squeeze=False, sharey=True)
     for axis, chosen in zip(axes[0], sets, strict=True):
         mine = [row for row in rows if row["set"] == chosen]
         if part == "fidelity":
@@ -144,7 +144,7 @@ def probe(out: Path, name: str, part: str, rows: list[Row]) -> None:
 
 def paths(out: Path) -> None:
     """Log-SNR of the interpolants, and particles of the ODE and of two SDEs on a mixture of three Gaussians."""
-    figure, axis = _pyplot().subplots(figsize=(5, 3.4))
+    figure, axis = pyplot().subplots(figsize=(5, 3.4))
     times = np.linspace(0.001, 0.999, 400)
     for name in ("linear", "vp", "cosine", "polynomial"):
         path = interpolant.make(name)
@@ -153,7 +153,7 @@ def paths(out: Path) -> None:
     axis.legend(fontsize=8, frameon=False)
     _save(figure, out, "log-snr")
 
-    figure, axes = _pyplot().subplots(1, 3, figsize=(11, 3.8), sharex=True, sharey=True)
+    figure, axes = pyplot().subplots(1, 3, figsize=(11, 3.8), sharex=True, sharey=True)
     for axis, (title, given) in zip(axes, contenders.PATHS.items(), strict=True):
         ends, tracks = trajectories(given["interpolant"], given.get("diffusion", 3.0))
         axis.plot(*ends.T, ".", ms=1.5, color="0.75", zorder=0)
@@ -195,7 +195,7 @@ def trajectories(name: str, scale: float, seed: int = 0) -> tuple[np.ndarray, np
 
 def throughput(rows: list[Row], file: Path) -> None:
     """NFE a second against the number of prompts, and the bare parts against the batch size."""
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.8))
     searches = [row for row in rows if "prompts" in row]
     for name in dict.fromkeys(row["contender"] for row in searches):
         mine = [row for row in searches if row["contender"] == name]
@@ -210,12 +210,12 @@ def throughput(rows: list[Row], file: Path) -> None:
         axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def latency(rows: list[Row], file: Path) -> None:
     """Time to the first update and to the result against the load, with intervals, and closed loops' medians."""
-    figure, panels = _pyplot().subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 3.8), sharey=True)
     loads = sorted((row for row in rows if "load" in row), key=lambda row: row["load"])
     closed = [row for row in rows if "concurrency" in row]
     for axes, measured, title in zip(panels, ("to_first_update", "to_result"), ("first update", "result"), strict=True):
@@ -237,4 +237,4 @@ def latency(rows: list[Row], file: Path) -> None:
     panels[1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)

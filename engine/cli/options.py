@@ -235,10 +235,14 @@ class ModelOptions(Place):
     compile: CompileMode = None
     """Compile the transformer's repeated blocks; all: also the decoders, of a FluxPipeline."""
 
-    def load(self) -> Engine:
-        """An engine on this model; raises `RollflowError` where there is no such model, device or dtype."""
+    def load(self, **options: Any) -> Engine:
+        """An engine on this model, with these options of `Engine`.
+
+        Raises:
+            RollflowError: there is no such model, device or dtype.
+        """
         device, dtype = self.chosen()
         return rollflow.Engine.from_pretrained(
             self.model, device, dtype, preview=self.preview, compile=self.compile, pipeline=self.pipeline,
-            reproducible=self.reproducible,
+            reproducible=self.reproducible, **options,
         )  # fmt: skip

@@ -25,6 +25,7 @@ PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
 Folder = Annotated[Path | None, by_default("none: searches end with the process", metavar="FOLDER")]
+Lanes = Annotated[int | None, by_default("as measured; 1 of several workers on a CPU")]
 Cores = Annotated[int | None, by_default("all, divided by the workers")]
 AnyNumber = Annotated[int | None, by_default("any number")]
 Named = Annotated[tuple[str, ...], by_default("all but http and judge", metavar="REWARD ...")]
@@ -46,6 +47,8 @@ class Serve:
     """Engines; more than one are processes of their own, which share the cores, or have a GPU each."""
     cores: Cores = None
     """Cores of each of several workers, where they have no GPU."""
+    lanes: Lanes = None
+    """Batches that a worker computes at a time."""
     ray: bool = False
     """Run the workers as actors of the Ray cluster at $RAY_ADDRESS, or of one that is started here; with --device cuda
     each has a GPU."""
@@ -83,7 +86,7 @@ class Serve:
         self.runtime.check()
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise RequestError(f"a server takes {', '.join(missing)}: pip install 'rollflow[serve]'")
-        for name in ("workers", "max_queued", "max_queued_nfe", "cores"):
+        for name in ("workers", "max_queued", "max_queued_nfe", "cores", "lanes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
         for name in ("keep", "grace"):
@@ -121,7 +124,7 @@ class Serve:
         journal = None if self.journal is None else Journal(self.journal)
         try:
             desk = Desk(
-                channels(self.runtime, self.workers, self.ray, self.cores),
+                channels(self.runtime, self.workers, self.ray, self.cores, self.lanes),
                 journal=journal,
                 max_queued=self.max_queued,
                 max_queued_nfe=self.max_queued_nfe,

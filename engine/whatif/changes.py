@@ -8,7 +8,8 @@ from math import inf
 
 import numpy as np
 
-from rollflow.errors import RequestError
+from rollflow.errors import RequestError, shown
+from rollflow.whatif.dispatching import LEAST, POLICIES
 from rollflow.whatif.measured import Curve, Measured, Size
 
 
@@ -23,7 +24,9 @@ class Change:
         together: whether all of them come at once.
         bucket: the largest batch.
         lanes: batches on the device at a time.
-        gpus: engines, each on a device of its own; a request goes to the one with the least to do.
+        gpus: engines, each on a device of its own.
+        dispatch: which of them a request goes to, of `rollflow.whatif.dispatching`: by default the one with the least
+            to do.
         method: of every request, with its default options.
         forward, decode, reward, host: factors of seconds: 0.5 is twice as fast.
         rewards: factors of single terms, besides.
@@ -37,6 +40,7 @@ class Change:
     bucket: int | None = None
     lanes: int | None = None
     gpus: int = 1
+    dispatch: str = LEAST
     method: str | None = None
     forward: float = 1.0
     decode: float = 1.0
@@ -55,10 +59,13 @@ class Change:
                 raise RequestError(f"{name}={getattr(self, name)}: a factor of seconds must be at least 0")
         if self.rate is not None and not 0 < self.rate < inf:
             raise RequestError(f"rate={self.rate}: requests a second must be above 0")
+        if self.dispatch not in POLICIES:
+            raise RequestError(f"dispatch {shown(self.dispatch)}: choose one of {', '.join(POLICIES)}")
 
     def __str__(self) -> str:
         words = [f"{getattr(self, name)} {name}" for name in ("prompts", "lanes") if getattr(self, name) is not None]
         words += [f"{self.gpus} GPUs"] if self.gpus > 1 else []
+        words += [f"dispatched {self.dispatch}"] if self.dispatch != LEAST else []
         words += [f"budget {self.nfe}"] if self.nfe is not None else []
         words += [f"{self.rate:g} requests/s"] if self.rate is not None else []
         words += ["all at once"] if self.together else []

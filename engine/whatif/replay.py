@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
+from heapq import heappop, heappush
 from math import inf, isfinite
 from typing import Any
 
@@ -25,9 +26,11 @@ from rollflow.profile.recording import Recording
 from rollflow.profile.records import FATES
 from rollflow.request import Request
 from rollflow.schedule.cost import CostModel
-from rollflow.ticket import Finished, News, Refused
+from rollflow.search.record import History
+from rollflow.ticket import Finished, News, Refused, Started
 from rollflow.whatif.changes import Change, Predicted, changed, changed_rest
 from rollflow.whatif.device import Asked, Prepared, Simulated
+from rollflow.whatif.dispatching import POLICIES
 from rollflow.whatif.machine import Machine
 from rollflow.whatif.measured import Size, measure
 from rollflow.whatif.scores import Scores
@@ -136,40 +139,53 @@ class Replay:
             found.append(known[key])
         return found
 
-    def run(self, change: Change) -> Predicted:
+    def run(self, change: Change, coming: Sequence[tuple[float, Mapping[str, Any]]] | None = None) -> Predicted:
         """What the recorded requests would take with something changed.
+
+        Args:
+            change: what is different.
+            coming: when requests come and what each asks for, ascending, instead of `arrivals(change)`.
 
         Raises:
             RequestError: a request cannot be made so, for example a budget that its method cannot spend.
         """
-        arrivals = [(when / self.correction, spec) for when, spec in self.arrivals(change)]
+        coming = self.arrivals(change) if coming is None else coming
+        arrivals = [(when / self.correction, spec) for when, spec in coming]
         return self._play(arrivals, change).scaled(self.correction)
 
     def _play(self, arrivals: Sequence[tuple[float, Mapping[str, Any]]], change: Change) -> Predicted:
         sizes = {size.geometry: changed(size, change) for size in self.measured.sizes.values()}
-        fleet = [_Engine(self, change, sizes) for _ in range(change.gpus)]
+        ledger = Ledger()  # one for all: its tables take 36 MiB, and nothing is written to them
+        ledger.on = False
+        fleet = [_Engine(self, change, sizes, ledger) for _ in range(change.gpus)]
         jobs = [self._job(i, spec, change) for i, (_, spec) in enumerate(arrivals)]
-        coming = 0
-        while coming < len(jobs) or any(engine.open for engine in fleet):
-            soonest = min(fleet, key=lambda one: one.next)
-            now = soonest.next
+        choose, due = POLICIES[change.dispatch](change.seed), list[tuple[float, int]]()
+        coming, left = 0, len(jobs)
+        while left:
+            while due and due[0][0] != fleet[due[0][1]].next:
+                heappop(due)  # it has been something else since
+            now, soonest = due[0] if due else (inf, -1)
             if coming < len(jobs) and arrivals[coming][0] <= now:
-                now, touched = arrivals[coming][0], set[_Engine]()
+                now, touched = arrivals[coming][0], set[int]()
                 while coming < len(jobs) and arrivals[coming][0] <= now:
-                    least = min(fleet, key=lambda one: one.unspent)
-                    least.advance(now)
-                    least.submit(coming, *jobs[coming])
-                    touched.add(least)
+                    number = choose(coming, [one.outstanding for one in fleet])
+                    fleet[number].advance(now)
+                    fleet[number].submit(coming, *jobs[coming])
+                    touched.add(number)
                     coming += 1
-                for engine in touched:
-                    engine.settle()
-                continue
-            if not isfinite(now):
+            elif soonest >= 0:
+                touched = {soonest}
+                fleet[soonest].advance(now)
+            else:
                 raise RequestError("the replay came to a stop: some request can never run with what it was given")
-            soonest.advance(now)
-            soonest.settle()
-            if soonest.error is not None:
-                raise RequestError(f"a request of the replay failed: {soonest.error}")
+            for number in touched:
+                engine = fleet[number]
+                engine.settle()
+                left -= engine.ended()
+                if isfinite(engine.next):
+                    heappush(due, (engine.next, number))
+                if engine.error is not None:
+                    raise RequestError(f"a request of the replay failed: {engine.error}")
         return self._summed(fleet, arrivals)
 
     def arrivals(self, change: Change) -> list[tuple[float, Mapping[str, Any]]]:
@@ -249,7 +265,7 @@ class Replay:
 class _Engine:
     """One engine of a replay: a loop on a simulated device."""
 
-    def __init__(self, replay: Replay, change: Change, sizes: Mapping[Geometry, Size]):
+    def __init__(self, replay: Replay, change: Change, sizes: Mapping[Geometry, Size], ledger: Ledger):
         about, measured = replay.recording.about, changed_rest(replay.measured, change)
         self._now, self.next = 0.0, inf
         lanes = change.lanes or int(about["lanes"])
@@ -262,15 +278,14 @@ class _Engine:
             self.machine, measured, sizes, costs, replay._scores, self._asked, lanes, about["parallel"],
             about["preview"], threads, gpu,
         )  # fmt: skip
-        ledger = Ledger()
-        ledger.on = False
         slots = {geometry: size.slots for geometry, size in sizes.items()}
         self.loop = Loop(
             self.device, Prepared(costs, measured.encode > 0), ledger, lambda geometry: slots[geometry],
             clock=lambda: self._now,
         )  # fmt: skip
         self.ends: dict[int, float] = {}
-        self.open = self.unspent = self.committed = 0
+        self.open = self.committed = self._ended = 0
+        self._left: dict[int, tuple[int, History | None]] = {}  # budgets of open requests, and what of them is spent
         self.error: BaseException | None = None
 
     def advance(self, now: float) -> None:
@@ -282,7 +297,7 @@ class _Engine:
         """A request comes."""
         self._asked[number] = asked
         self.open += 1
-        self.unspent += made.nfe
+        self._left[number] = made.nfe, None
         self.loop.submit(made, geometry, partial(self._told, number, made), force=True)
 
     def settle(self) -> None:
@@ -293,11 +308,23 @@ class _Engine:
         due = self.loop.due if self.open else None
         self.next = min(self._now + self.machine.wait, inf if due is None else max(self._now, due))
 
+    def ended(self) -> int:
+        """How many requests have ended since it was asked last."""
+        before, self._ended = self._ended, len(self.ends)
+        return self._ended - before
+
+    @property
+    def outstanding(self) -> int:
+        """Evaluations that its open requests have left to spend."""
+        return sum(budget - (0 if spent is None else spent.committed) for budget, spent in self._left.values())
+
     def _told(self, number: int, made: Plan, news: News) -> None:
+        if isinstance(news, Started) and number in self._left:
+            self._left[number] = made.nfe, news.history
         if isinstance(news, Finished | Refused) and number not in self.ends:
             self.ends[number] = self._now
             self.open -= 1
-            self.unspent -= made.nfe
+            del self._left[number]
             if isinstance(news, Finished):
                 self.committed += news.history.committed
             elif not isinstance(news.error, OutOfTime):
