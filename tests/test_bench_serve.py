@@ -27,7 +27,7 @@ from rollflow.bench.http_loads import (
 from rollflow.bench.loads import poisson
 from rollflow.bench.serve import Serve, Turn, latencies
 from rollflow.bench.service import Service, served
-from rollflow.cli import workers
+from rollflow.cli import workers as cli_workers
 from rollflow.cli.options import ModelOptions
 from rollflow.engine import Engine
 from rollflow.errors import RequestError
@@ -230,11 +230,11 @@ def test_servers_that_do_not_start_are_named(capsys):
 
 
 def test_servers_take_the_lanes_that_they_are_given():
-    given = workers._engine(ModelOptions(), 2, None, 4, 2)
+    given = cli_workers._engine(ModelOptions(), 2, None, 4, 2)
     assert (given["lanes"], given["threads"]) == (2, 2)
-    usual = workers._engine(ModelOptions(), 2, None, 4, None)
+    usual = cli_workers._engine(ModelOptions(), 2, None, 4, None)
     assert (usual["lanes"], usual["threads"]) == (1, 4)
-    (channel,) = workers.channels(ModelOptions(), 1, lanes=3)
+    (channel,) = cli_workers.channels(ModelOptions(), 1, lanes=3)
     assert channel._given.keywords == {"lanes": 3}
 
 
