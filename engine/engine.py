@@ -79,7 +79,8 @@ class Engine:
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
             size. It takes a model that declares itself graphable (`rollflow.models.Capabilities`); others run without.
         journal: a folder in which every request is durable before `submit` returns, and its rewards soon after: what is
-            not over when the process dies is gone on with by `resume` of an engine that is made with the same folder.
+            not over when the process dies, or when the engine is closed without `drain`, is gone on with by `resume` of
+            an engine that is made with the same folder.
             Requests are then plain values: rewards and methods by name. One engine at a time has a folder; results stay
             there, see `rollflow.journal.Journal`.
         max_queued: how many requests may wait to be let in; `submit` raises `EngineBusy` for more. None: any number.
