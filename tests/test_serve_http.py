@@ -435,6 +435,17 @@ def test_connections_without_a_request_end(engine, monkeypatch):
                 assert "search.done" in text + "".join(parts)
 
 
+def test_more_connections_than_there_may_be_are_told_to_come_again(engine, monkeypatch):
+    usual = serving.quiet
+    monkeypatch.setattr(serving, "quiet", lambda app: usual(app, 2))
+    with Served([LocalChannel(engine)], ServeSettings(model="tiny", rewards=REWARDS)) as served:
+        where = urlsplit(served.url)
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        with socket.create_connection((where.hostname, where.port)):
+            until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+        until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
+
+
 def test_a_server_with_keys_says_nothing_to_others(engine, tmp_path):
     (tmp_path / "keys").write_text("the-key-of-this-test\n")
     settings = ServeSettings(model="tiny", rewards=REWARDS, keys=str(tmp_path / "keys"))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rollflow import cli
-from rollflow.cli import serving
+from rollflow.cli import connections, serving
 from rollflow.errors import EngineBusy, EngineDead, OutOfTime, RequestError
 from rollflow.rewards import weights
 from rollflow.serve import fields
@@ -260,6 +260,16 @@ def test_what_a_command_lets_in():
     assert settings.max_n == 3 and settings.max_pixels == 4 * 64 * 64 and settings.own == (64, 64, 1)
     assert serving.most_pixels("shapes-video") == (4 * 32 * 32 * 9, (32, 32, 9))
     assert serving.most_pixels("owner/name") == (2048 * 2048, None)
+
+
+def test_connections_are_as_many_as_files_may_be_open(monkeypatch):
+    resource, limits, raised = pytest.importorskip("resource"), [1024, 4096], []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (*limits,))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: raised.append(both))
+    assert [connections.most_connections(waiting) for waiting in (1, 50, 100, 1000)] == [64, 500, 1000, 4096 - 128]
+    assert raised == [(1128, 4096), (4096, 4096)]
+    limits[:] = [resource.RLIM_INFINITY] * 2
+    assert connections.most_connections(1000) == 10_000
 
 
 @pytest.mark.parametrize("daemon", [True, False])

@@ -16,13 +16,18 @@ FEWEST = 64  # connections that there may be, however few searches may wait
 
 
 def most_connections(max_queued: int) -> int:
-    """Connections that a server may have: ten for each search that may wait, as far as the system's limit of open files
-    allows."""
+    """Connections that a server may have: ten for each search that may wait, as far as the system allows so many open
+    files; the process's own limit of them is raised where it has to be."""
     import resource
 
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(FEWEST, 10 * max_queued)
-    return most if files == resource.RLIM_INFINITY else max(1, min(most, files - OWN_FILES))
+    files, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + OWN_FILES
+    if files != resource.RLIM_INFINITY and files < wanted:
+        files = wanted if allowed == resource.RLIM_INFINITY else min(wanted, allowed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, allowed))
+        most = min(most, max(1, files - OWN_FILES))
+    return most
 
 
 def quiet(app: Any, connections: int | None = None, headers: float = HEADERS) -> uvicorn.Server:
