@@ -61,7 +61,8 @@ class Counter:
             if not isinstance(error, RollflowError):
                 raise error
             self.metrics.refused(type(error).__name__)
-            raise refused(error, fields.names(asked.requests[0].get("method"))) from error
+            first = asked.requests[0]
+            raise refused(error, fields.names(first.get("method")), first) from error
         for one in placed:
             self._follow(one, parent)
         return placed
