@@ -189,10 +189,24 @@ class Journal:
         return self._promise(work)
 
     def fail(
-        self, id: str, status: Literal["failed", "cancelled"], error: dict[str, Any]
+        self,
+        id: str,
+        status: Literal["failed", "cancelled"],
+        error: dict[str, Any],
+        result: dict[str, Any] | None = None,
+        image: bytes | None = None,
     ) -> concurrent.futures.Future[None]:
-        """Keeps how a search ended without a result."""
-        return self._promise(lambda to: self._end(to, id, status, "error", error))
+        """Keeps how a search ended early, and what it had found."""
+
+        def work(to: sqlite3.Connection) -> None:
+            if result is not None:
+                open = "WHERE id = ? AND status = 'accepted'"
+                to.execute(f"UPDATE searches SET result = ? {open}", (json.dumps(result), id))
+            self._end(to, id, status, "error", error)
+            if image is not None:
+                to.execute("INSERT OR REPLACE INTO images (id, bytes) VALUES (?, ?)", (id, image))
+
+        return self._promise(work)
 
     def fetched(self, id: str) -> None:
         """Somebody has the result."""
@@ -248,10 +262,12 @@ class Journal:
         """Those that are not over, with their scores, in the order in which they came."""
         return [self._with_scores(one) for one in self._found("WHERE status = 'accepted' ORDER BY number")]
 
-    def jobs(self, limit: int = 100, status: Status | None = None) -> list[Kept]:
-        """The last ones, without their scores, the last first."""
-        where, values = ("", ()) if status is None else ("WHERE status = ? ", (status,))
-        return self._found(f"{where}ORDER BY number DESC LIMIT ?", (*values, limit))
+    def jobs(self, limit: int = 100, status: Status | None = None, owner: str | None = None) -> list[Kept]:
+        """The last ones, of one status or owner or of all, without their scores, the last first."""
+        asked = {name: value for name, value in (("status", status), ("owner", owner)) if value is not None}
+        where = " AND ".join(f"{name} = ?" for name in asked)
+        rest = f"{'WHERE ' if where else ''}{where} ORDER BY number DESC LIMIT ?"
+        return self._found(rest, (*asked.values(), limit))
 
     def evaluated(self, id: str) -> int:
         """How many evaluations of a search are there."""
