@@ -34,6 +34,7 @@ _STATUS: Mapping[str, tuple[int, str]] = {  # by the type of an error: status an
     "BudgetError": (400, "budget_too_small"),
     "KeyReused": (422, "idempotency_key_reused"),
     EngineBusy.__name__: (429, "queue_full"),
+    "Unready": (503, "not_ready"),
     EngineClosed.__name__: (503, "draining"),
     EngineDead.__name__: (503, "engine_dead"),
     OutOfTime.__name__: (504, "out_of_time"),

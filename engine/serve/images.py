@@ -39,7 +39,7 @@ async def generate(call: Call, counter: Counter, owner: str) -> Response:
         raise Failure(f"Idempotency-Key: {what}", 400, None, "idempotency_key_unsupported")
     body = await read_json(call, counter.settings.max_body)
     asked = fields.images(body, counter.settings, call.headers.get(TIMEOUT))
-    orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"))
+    orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"), fleeting=True)
     if asked.stream:  # every refusal came before this: a stream that has begun has been let in
         events = _events(call, counter, asked, orders)
         return sse.EventStream(events, counter.settings.heartbeat, partial(cancel, orders))
