@@ -3,6 +3,7 @@
 Predicted before the first measurement: a row's score is some 40 bytes of JSON, its share of a group commit 5 us and of
 the look at what is new 5 us, against 1 to 2 ms of an evaluation of "shapes" on two cores: 0.5 to 1 % of the processor's
 time, and of the wall time the same. The wait for the disk before a request is acknowledged (some ms) is once a request.
+A run is over when the ends of all its searches, with their images, are on disk.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class JournalCost:
             submitted = time.perf_counter() - wall
             for job in jobs:
                 job.result()
+            if engine._keeping is not None:  # the ends are written by this run, not beside the next one
+                engine._keeping.flush()
             seconds = time.perf_counter() - wall
             times.append({"on" if on else "off": (seconds, time.process_time() - processor, submitted)})
             return seconds

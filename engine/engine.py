@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.door import Checked, Door, as_request
 from rollflow.entries import Replay
-from rollflow.errors import RequestError, shown
+from rollflow.errors import EngineClosed, EngineDead, RequestError, RollflowError, shown
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.journal import Journal, Kept
@@ -41,6 +42,7 @@ from rollflow.stats import Stats
 from rollflow.values import flag, whole
 
 _NUMBERS = itertools.count()
+LOG = logging.getLogger("rollflow")
 T = TypeVar("T")
 
 
@@ -77,7 +79,8 @@ class Engine:
         graphs: on a GPU, run each batch's forward as one CUDA graph, captured before the first request of an image
             size. It takes a model that declares itself graphable (`rollflow.models.Capabilities`); others run without.
         journal: a folder in which every request is durable before `submit` returns, and its rewards soon after: what is
-            not over when the process dies is gone on with by `resume` of an engine that is made with the same folder.
+            not over when the process dies, or when the engine is closed without `drain`, is gone on with by `resume` of
+            an engine that is made with the same folder.
             Requests are then plain values: rewards and methods by name. One engine at a time has a folder; results stay
             there, see `rollflow.journal.Journal`.
         max_queued: how many requests may wait to be let in; `submit` raises `EngineBusy` for more. None: any number.
@@ -140,8 +143,14 @@ class Engine:
             preparations.encoded,
         )
         loop = Loop(runner, preparations, self.ledger, self._slots_of, most, clock)
+        self._kind = f"{self.name}, {str(self.model.dtype).removeprefix('torch.')}{', preview' * preview}"
         self._keeping = None if journal is None else Journaling(Journal(journal), clock)
-        self._host, self._render = Host(loop, runner, preparations, self._keeping), Rendering(self.ledger)
+        try:
+            self._host, self._render = Host(loop, runner, preparations, self._keeping), Rendering(self.ledger)
+        except BaseException:
+            if self._keeping is not None:
+                self._keeping.close()
+            raise
         weakref.finalize(self, self._host.close, False, False).atexit = False  # the host sees to that
 
     @classmethod
@@ -230,7 +239,7 @@ class Engine:
         return self._door.check(request, options).plan
 
     def submit(self, request: str | Request, *, id: Any = None, replay: Replay | None = None, **options: Any) -> Job:
-        """Hands in a request, from any thread, at any time, and returns at once.
+        """Hands in a request, from any thread, at any time, and returns at once; with a journal, when it is on disk.
 
         The first request of a size of a learned pipeline waits until the size is learned, which may take seconds: on an
         event loop, use `generate_async`.
@@ -241,8 +250,9 @@ class Engine:
                 journal, where it is a text and no other's.
             replay: what `Job.entries` gave of the same request in an engine that is gone: the search goes on from
                 there, after it has evaluated again what it still holds, and of a request without a time limit the
-                result is the same (bit for bit, where both engines are `reproducible`). A replay that does not fit is
-                left aside with a warning, and the search begins anew. Of a limited time what was used up is gone.
+                result is the same (bit for bit, where both engines are `reproducible`). A replay that does not fit, or
+                is of an engine of another `name`, dtype or preview, is left aside with a warning, and the search begins
+                anew. Of a limited time what was used up is gone.
             options: as of `generate`, with a prompt.
 
         Raises:
@@ -251,7 +261,8 @@ class Engine:
             EngineClosed, EngineDead: the engine takes no more requests.
         """
         asked = as_request(request, options)
-        job = self._submit(self._door.check(left_of(asked, replay), {}), id, replay=replay)
+        checked = self._door.check(left_of(asked, replay), {})._replace(asked=asked)
+        job = self._submit(checked, id, replay=replay)
         self._acknowledged([job])
         return job
 
@@ -268,11 +279,13 @@ class Engine:
         if keeping is None:
             raise RequestError("resume: this engine has no journal; make it with Engine(..., journal=FOLDER)")
         jobs: list[Job] = []
-        for kept, request in keeping.unfinished():
+        for kept in keeping.claimed():
             try:
-                checked = self._door.check(left_of(request, kept.replay), {})
+                checked = self._door.check(left_of(keeping.asked(kept), kept.replay), {})
                 jobs.append(self._submit(checked, kept.id, True, kept.replay, kept))
-            except RequestError as error:
+            except (EngineClosed, EngineDead):  # the rest is for the next engine
+                break
+            except RollflowError as error:
                 keeping.journal.fail(kept.id, "failed", {"type": type(error).__name__, "message": str(error)})
         return jobs
 
@@ -287,15 +300,22 @@ class Engine:
         """Hands a request in; with a journal, `_acknowledged` waits for it, unless it is `kept` there already."""
         self._host.start()
         keeping, loop = self._keeping, self._host.loop
-        values = None if keeping is None or kept is not None else keeping.request(checked.asked)
+        values = {} if keeping is None or kept is not None else keeping.request(checked.asked)
         named = next(_NUMBERS) if id is None else id
         if keeping is not None and kept is None:
             named = keeping.named(id)
         spent = 0.0 if replay is None else replay.seconds
-        job = Job(named, checked.plan.request, self._host, self._render, self, spent)
+        if replay is not None and replay.of not in ("", self._kind):
+            LOG.warning("a search of an engine %r begins anew: this one is %r", replay.of, self._kind)
+            replay = None
+        job = Job(named, checked.plan.request, self._host, self._render, self, spent, self._kind)
         job.begin(lambda tell: loop.submit(checked.plan, checked.geometry, tell, force, checked.resize, replay))
         if keeping is not None:
-            keeping.accept(job, values) if values is not None else keeping.follow(job, kept)
+            try:
+                keeping.accept(job, values) if kept is None else keeping.resume(job, kept)
+            except BaseException:
+                job.cancel()
+                raise
         return job
 
     def _acknowledged(self, jobs: Sequence[Job | RollflowError]) -> None:

@@ -39,17 +39,22 @@ class Replay(NamedTuple):
         scales: mean and deviation of each normalised term of the reward, once they are known.
         nfe: the search's budget, once it is settled; 0 before.
         seconds: how long it has run.
+        stopped: what ended it, if it is ending: its time, for instance, of which the entries say nothing.
+        of: what kind of engine gave the scores, see `rollflow.Engine`.
     """
 
     entries: tuple[Entry, ...] = ()
     scales: tuple[tuple[float, float], ...] = ()
     nfe: int = 0
     seconds: float = 0.0
+    stopped: str = ""
+    of: str = ""
 
 
 def written(replay: Replay) -> str:
     """As JSON; every number comes back as it was, with those that are not finite as Python's `json` has them."""
-    return json.dumps([replay.scales, replay.nfe, replay.seconds, replay.entries], separators=(",", ":"))
+    entries, *rest = replay
+    return json.dumps([*rest, entries], separators=(",", ":"))
 
 
 def read(text: str) -> Replay:
@@ -59,9 +64,9 @@ def read(text: str) -> Replay:
         RequestError: it is something else.
     """
     try:
-        scales, nfe, seconds, entries = json.loads(text)
+        scales, nfe, seconds, stopped, of, entries = json.loads(text)
         normalised = tuple((float(mean), float(over)) for mean, over in scales)
-        return Replay(tuple(starmap(_entry, entries)), normalised, int(nfe), float(seconds))
+        return Replay(tuple(starmap(_entry, entries)), normalised, int(nfe), float(seconds), str(stopped), str(of))
     except (ValueError, TypeError) as error:
         raise RequestError(f"a replay of {len(text)} characters: rollflow did not write it ({said(error)})") from error
 

@@ -53,6 +53,10 @@ class Cancelled(RollflowError, concurrent.futures.CancelledError):
     """The request was cancelled."""
 
 
+class Abandoned(Cancelled):
+    """The engine was closed before the request was done."""
+
+
 class EngineBusy(RollflowError):
     """Too many requests wait already; `seconds` is how long one more is expected to wait."""
 

@@ -140,8 +140,6 @@ class Host:
         with self._lock:
             self.preparations.closing = self.preparations.closing or not drain
             first, self.closed = not self.closed, True
-            if self.keeping is not None and not drain:
-                self.keeping.leave_open()
             thread = self._thread
         if thread is None:
             if first:

@@ -102,6 +102,7 @@ class Job:
         render: Callable[[Finished], Result],
         keep: object = None,
         spent: float = 0.0,
+        of: str = "",
     ):
         self.id, self.request = identity, request
         self._keep = keep  # the engine, which would end its work if nobody referred to it
@@ -116,7 +117,7 @@ class Job:
         self._lock = threading.Lock()
         self._history: History | None = None
         self._started, self._ended, self._nfe = 0.0, 0.0, 0
-        self._spent = spent  # seconds that other processes have run it
+        self._spent, self._of = spent, of  # seconds that other processes have run it; the kind of its engine
         self._watchers = Watchers()
 
     def __repr__(self) -> str:
@@ -280,7 +281,10 @@ class Job:
         history, update = self._history, self.update
         if history is None or update is None:
             return Replay()
-        return Replay(history.entries(start), history.scales, self._nfe, self._spent + update.seconds)
+        stopped = history.stopped  # before the entries, which may be of a finish
+        return Replay(
+            history.entries(start), history.scales, self._nfe, self._spent + update.seconds, stopped, self._of
+        )
 
     @property
     def resumed(self) -> int | None:

@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +93,7 @@ class Journal:
         clock: seconds since 1970.
 
     Attributes:
-        failure: why the last commit could not be made; None while all could.
+        failure: why the last commit could not be made; None if it could.
 
     Raises:
         RequestError: the folder cannot be used, another process has it, or another version has written it.
@@ -99,6 +102,8 @@ class Journal:
     def __init__(self, folder: str | Path, *, reading: bool = False, clock: Callable[[], float] = time.time):
         self.folder, self._reading, self._clock = Path(folder), reading, clock
         self._lock_file: int | None = None
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
         try:
             if not reading:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,15 +115,16 @@ class Journal:
             if not reading:
                 self._writer.executescript(_TABLES)
                 self._writer.execute(f"PRAGMA user_version = {VERSION}")
+                _sync(self.folder)
+            self._reader = self._connect()
             self._scored = _ends(self._writer)  # how many entries of each search are there or on their way
+            (self._opened,) = self._writer.execute("SELECT COALESCE(MAX(number), 0) FROM searches").fetchone()
         except (OSError, sqlite3.Error) as error:
-            if self._lock_file is not None:
-                os.close(self._lock_file)
+            self._let_go()
             raise RequestError(
                 f"journal={shown(str(folder))}: it cannot be used as a journal ({said(error)}); give another folder"
             ) from error
-        self._reads = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._reading_now = threading.Lock()
         self._work: list[tuple[Work, concurrent.futures.Future[None] | None]] = []
         self._changed, self._urgent, self._closing = threading.Condition(), False, reading
         self.failure: BaseException | None = None
@@ -166,10 +172,17 @@ class Journal:
             if not entries:
                 return
             self._scored[id] = have + len(entries)
-        values = id, have, len(entries), written(replay._replace(entries=entries))
+        values = id, have, len(entries), written(replay._replace(entries=entries)), id
 
         def work(to: sqlite3.Connection) -> None:
-            to.execute("INSERT OR REPLACE INTO scores (id, start, count, replay) VALUES (?, ?, ?, ?)", values)
+            done = to.execute(
+                "INSERT OR REPLACE INTO scores (id, start, count, replay) SELECT ?, ?, ?, ? WHERE EXISTS "
+                "(SELECT 1 FROM searches WHERE id = ? AND status = 'accepted')",
+                values,
+            )
+            if not done.rowcount:  # it is over
+                with self._changed:
+                    self._scored.pop(id, None)
 
         self._add(work, None)
 
@@ -177,22 +190,23 @@ class Journal:
         """Drops the scores of a search, which begins anew."""
         with self._changed:
             self._scored.pop(id, None)
-        self._add(lambda to: _drop(to, id), None)
+            self._add(lambda to: _drop(to, id), None)
 
     def finish(self, id: str, result: dict[str, Any], image: bytes) -> concurrent.futures.Future[None]:
         """Keeps a result and its image; the scores, which nobody needs any more, go."""
-
-        def work(to: sqlite3.Connection) -> None:
-            self._end(to, id, "done", "result", result)
-            to.execute("INSERT OR REPLACE INTO images (id, bytes) VALUES (?, ?)", (id, image))
-
-        return self._promise(work)
+        return self._promise(partial(self._end, id, "done", json.dumps(result), None, image))
 
     def fail(
-        self, id: str, status: Literal["failed", "cancelled"], error: dict[str, Any]
+        self,
+        id: str,
+        status: Literal["failed", "cancelled"],
+        error: dict[str, Any],
+        result: dict[str, Any] | None = None,
+        image: bytes | None = None,
     ) -> concurrent.futures.Future[None]:
-        """Keeps how a search ended without a result."""
-        return self._promise(lambda to: self._end(to, id, status, "error", error))
+        """Keeps how a search ended, and of a cancelled one what it had found."""
+        found = None if result is None else json.dumps(result)
+        return self._promise(partial(self._end, id, status, found, json.dumps(error), image))
 
     def fetched(self, id: str) -> None:
         """Somebody has the result."""
@@ -205,6 +219,7 @@ class Journal:
         def work(to: sqlite3.Connection) -> None:
             old = "SELECT id FROM searches WHERE status != 'accepted' AND ended < ?"
             to.execute(f"DELETE FROM images WHERE id IN ({old})", (before,))
+            to.execute(f"DELETE FROM scores WHERE id IN ({old})", (before,))
             to.execute("DELETE FROM searches WHERE status != 'accepted' AND ended < ?", (before,))
 
         self._add(work, None)
@@ -219,10 +234,15 @@ class Journal:
             self._closing = self._urgent = True
             self._changed.notify()
         self._thread.join()
-        for connection in (*self._readers, self._writer):
-            with suppress(sqlite3.Error):
-                connection.close()
-        self._readers.clear()
+        with self._reading_now:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for connection in (self._reader, self._writer):
+            if connection is not None:
+                with suppress(sqlite3.Error):
+                    connection.close()
+        self._reader = self._writer = None
         if self._lock_file is not None:
             os.close(self._lock_file)
         self._lock_file = None
@@ -242,26 +262,33 @@ class Journal:
 
     def by_key(self, owner: str, key: str) -> str | None:
         """The id of the search that was accepted with an idempotency key."""
-        return _by_key(self._reader, owner, key)
+        rows = self._rows("SELECT id FROM searches WHERE owner = ? AND key = ?", (owner, key))
+        return rows[0][0] if rows else None
 
-    def unfinished(self) -> list[Kept]:
-        """Those that are not over, with their scores, in the order in which they came."""
-        return [self._with_scores(one) for one in self._found("WHERE status = 'accepted' ORDER BY number")]
+    def unfinished(self, left: bool = False) -> list[Kept]:
+        """Those that are not over, with their scores, in the order in which they came.
 
-    def jobs(self, limit: int = 100, status: Status | None = None) -> list[Kept]:
-        """The last ones, without their scores, the last first."""
-        where, values = ("", ()) if status is None else ("WHERE status = ? ", (status,))
-        return self._found(f"{where}ORDER BY number DESC LIMIT ?", (*values, limit))
+        Args:
+            left: only those that were there when the journal was opened.
+        """
+        most = self._opened if left else 2**62
+        found = self._found("WHERE status = 'accepted' AND number <= ? ORDER BY number", (most,))
+        return [self._with_scores(one) for one in found]
+
+    def jobs(self, limit: int = 100, status: Status | None = None, owner: str | None = None) -> list[Kept]:
+        """The last ones, of a status or an owner, without their scores, the last first."""
+        given = {name: value for name, value in (("status", status), ("owner", owner)) if value is not None}
+        where = f"WHERE {' AND '.join(f'{name} = ?' for name in given)} " if given else ""
+        return self._found(f"{where}ORDER BY number DESC LIMIT ?", (*given.values(), limit))
 
     def evaluated(self, id: str) -> int:
         """How many evaluations of a search are there."""
-        row = self._reader.execute("SELECT MAX(start + count) FROM scores WHERE id = ?", (id,)).fetchone()
-        return row[0] or 0
+        return _prefix(self._rows("SELECT start, count FROM scores WHERE id = ? ORDER BY start", (id,)))
 
     def image(self, id: str) -> bytes | None:
         """The file of a result's image."""
-        row = self._reader.execute("SELECT bytes FROM images WHERE id = ?", (id,)).fetchone()
-        return None if row is None else row[0]
+        rows = self._rows("SELECT bytes FROM images WHERE id = ?", (id,))
+        return rows[0][0] if rows else None
 
     # The rest is its own affair.
 
@@ -273,21 +300,14 @@ class Journal:
             connection.execute("PRAGMA synchronous = FULL")
         return connection
 
-    @property
-    def _reader(self) -> sqlite3.Connection:
-        """The connection of this thread."""
-        connection = getattr(self._reads, "connection", None)
-        if connection is None:
-            connection = self._reads.connection = self._connect()
-            with self._changed:
-                self._readers.append(connection)
-        return connection
+    def _rows(self, question: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._reading_now:
+            if self._reader is None:
+                raise EngineClosed("the journal was closed")
+            return self._reader.execute(question, values).fetchall()
 
     def _found(self, rest: str, values: Sequence[Any] = ()) -> list[Kept]:
-        rows = self._reader.execute(
-            f"SELECT id, key, owner, request, status, created, ended, result, error, fetched FROM searches {rest}",
-            values,
-        ).fetchall()
+        rows = self._rows(f"SELECT {', '.join(_COLUMNS)} FROM searches {rest}", values)
         return [_kept(**dict(zip(_COLUMNS, row, strict=True))) for row in rows]
 
     def _with_scores(self, kept: Kept) -> Kept:
@@ -296,20 +316,30 @@ class Journal:
         entries: list[Entry] = []
         found = Replay()
         question = "SELECT start, replay FROM scores WHERE id = ? ORDER BY start"
-        for start, text in self._reader.execute(question, (kept.id,)).fetchall():
-            if start != len(entries):  # a commit failed between
+        for start, text in self._rows(question, (kept.id,)):
+            if start > len(entries):  # a commit failed between
                 break
             part = read(text)
-            entries += part.entries
+            entries[start:] = part.entries
             found = part._replace(scales=part.scales or found.scales)
         return replace(kept, replay=found._replace(entries=(*entries,)))
 
-    def _end(self, to: sqlite3.Connection, id: str, status: Status, name: str, value: dict[str, Any]) -> None:
+    def _end(
+        self,
+        id: str,
+        status: Status,
+        result: str | None,
+        error: str | None,
+        image: bytes | None,
+        to: sqlite3.Connection,
+    ) -> None:
         """The first end of a search counts."""
-        to.execute(
-            f"UPDATE searches SET status = ?, ended = ?, {name} = ? WHERE id = ? AND status = 'accepted'",
-            (status, self._clock(), json.dumps(value), id),
+        ended = to.execute(
+            "UPDATE searches SET status = ?, ended = ?, result = ?, error = ? WHERE id = ? AND status = 'accepted'",
+            (status, self._clock(), result, error, id),
         )
+        if ended.rowcount and image is not None:
+            to.execute("INSERT OR REPLACE INTO images (id, bytes) VALUES (?, ?)", (id, image))
         _drop(to, id)
         with self._changed:
             self._scored.pop(id, None)
@@ -341,23 +371,30 @@ class Journal:
 
     def _commit(self, batch: Sequence[tuple[Work, concurrent.futures.Future[None] | None]]) -> None:
         failed: dict[int, BaseException] = {}
+        writer = self._writer
+        assert writer is not None, "it is closed after this thread has ended"
         try:
-            self._writer.execute("BEGIN IMMEDIATE")
+            writer.execute("BEGIN IMMEDIATE")
             for i, (work, _) in enumerate(batch):
                 try:
-                    with _savepoint(self._writer):
-                        work(self._writer)
-                except (RollflowError, sqlite3.IntegrityError) as error:  # of this one alone
+                    with _savepoint(writer):
+                        work(writer)
+                except sqlite3.OperationalError:  # the disk is full, or the like
+                    raise
+                except Exception as error:  # of this one alone
                     failed[i] = error
-            self._writer.execute("COMMIT")
-        except BaseException as error:
+            writer.execute("COMMIT")
+            self.failure = None
+        except Exception as error:
             with suppress(sqlite3.Error):
-                self._writer.execute("ROLLBACK")
+                writer.execute("ROLLBACK")
             self.failure = error
             LOG.error("the journal %s could not be written (%s)", self.folder, said(error))
             failed = dict.fromkeys(range(len(batch)), RollflowError(f"the journal cannot be written ({said(error)})"))
+            with suppress(sqlite3.Error), self._changed:  # whoever goes on from what was not written is told so
+                self._scored = _ends(writer)
         for i, (_, future) in enumerate(batch):
-            if future is None or future.cancelled():
+            if future is None or not future.set_running_or_notify_cancel():
                 continue
             if i in failed:
                 future.set_exception(failed[i])
@@ -392,7 +429,29 @@ def _by_key(connection: sqlite3.Connection, owner: str, key: str) -> str | None:
 
 
 def _ends(connection: sqlite3.Connection) -> dict[str, int]:
-    return dict(connection.execute("SELECT id, MAX(start + count) FROM scores GROUP BY id"))
+    """How many evaluations of each search are there without a gap, which a commit that failed may have left."""
+    rows = connection.execute("SELECT id, start, count FROM scores ORDER BY id, start")
+    return {id: _prefix([row[1:] for row in own]) for id, own in groupby(rows, key=itemgetter(0))}
+
+
+def _prefix(ends: Sequence[tuple[Any, ...]]) -> int:
+    end = 0
+    for start, count in ends:
+        if start > end:
+            break
+        end = max(end, start + count)
+    return end
+
+
+def _sync(folder: Path) -> None:
+    """Has the folder itself on disk, and those that may have been made for it."""
+    for one in (folder, *folder.absolute().parents):
+        with suppress(OSError):
+            descriptor = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _drop(connection: sqlite3.Connection, id: str) -> None:
@@ -412,5 +471,5 @@ def locked(path: Path) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(file)
-        raise OSError("another process has it open") from error
+        raise OSError("a process has it open") from error
     return file

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from rollflow import wire
-from rollflow.errors import EngineClosed, EngineDead, RollflowError, said
+from rollflow.errors import Abandoned, EngineClosed, EngineDead, RequestError, RollflowError, said, shown
 from rollflow.job import Job
 from rollflow.journal import Journal, Kept
 from rollflow.pictures import described, written
@@ -24,138 +24,197 @@ LOG = logging.getLogger("rollflow")
 
 
 class Followed:
-    """A job whose scores are kept, and how many are."""
+    """A job that is kept: how many of its scores are, and since when its request is."""
 
-    def __init__(self, job: Job, start: int):
-        self.job, self.start, self.checked = job, start, start == 0
+    def __init__(self, job: Job, promise: concurrent.futures.Future[None] | None, start: int):
+        self.job, self.promise, self.start = job, promise, start
+        self.fits = start == 0  # whether it is known that it goes on from what was kept
+        self.ended = False
         self.watched: AbstractContextManager[None] | None = None
 
 
 class Journaling:
-    """Writes what becomes of an engine's jobs into a journal; one thread of its own looks at those that changed.
+    """Writes what becomes of an engine's jobs into a journal. All of it happens on one thread of its own.
 
     Args:
-        journal: where to.
+        journal: where to; it is closed with this.
         clock: of the engine, which deadlines count on.
     """
 
     def __init__(self, journal: Journal, clock: Callable[[], float]):
         self.journal, self._clock = journal, clock
-        self._promises: dict[str, concurrent.futures.Future[None]] = {}
-        self._followed: dict[str, Followed] = {}
+        self._followed: dict[str, Followed] = {}  # until their ends are durable
         self._changed: dict[str, None] = {}
         self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), False
+        self._resumed = set[str]()
+        self._empty = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
+    # On callers' threads.
+
     def named(self, id: Any) -> str:
-        """What a job is called in the journal."""
-        return f"job-{secrets.token_hex(8)}" if id is None else str(id)
+        """What a job is called in the journal.
+
+        Raises:
+            RequestError: another job of the engine is called that, or it is no text.
+        """
+        name = f"job-{secrets.token_hex(8)}" if id is None else str(id)
+        if not name.isprintable():
+            raise RequestError(f"id={shown(name)}: in a journal it is a text without control characters")
+        if name in self._followed:
+            raise RequestError(f"id={shown(name)}: the journal has a search of that id; give another one")
+        return name
 
     def request(self, asked: Request) -> dict[str, Any]:
         """A request as it is kept; raises `RequestError` for one that cannot be."""
         return wire.to_json(asked, self._clock)
 
-    def unfinished(self) -> list[tuple[Kept, Request]]:
-        """What was begun by another engine and is not over."""
-        own = {*self._followed}  # looked at first: one is gone from them only when its end is in the journal
-        found = [kept for kept in self.journal.unfinished() if kept.id not in own]
-        return [(kept, wire.from_json(kept.request, self._clock)) for kept in found]
+    def claimed(self) -> list[Kept]:
+        """What was begun by another engine and is not over, each once."""
+        found = self.journal.unfinished(left=True)
+        with self._lock:
+            found = [kept for kept in found if kept.id not in self._resumed]
+            self._resumed.update(kept.id for kept in found)
+        return found
+
+    def asked(self, kept: Kept) -> Request:
+        """The request of a search that was kept; raises `RequestError` where it cannot be made any more."""
+        return wire.from_json(kept.request, self._clock)
 
     def accept(self, job: Job, request: dict[str, Any]) -> None:
-        """Begins to keep a job's request; `wait` says when it is durable."""
-        self._promises[job.id] = self.journal.accept(job.id, request)
+        """Begins to keep a job; `wait` says when its request is durable."""
+        with self._lock:
+            if job.id in self._followed:
+                raise RequestError(f"id={shown(job.id)}: the journal has a search of that id; give another one")
+            followed = self._followed[job.id] = Followed(job, self.journal.accept(job.id, request), 0)
+        self._follow(followed)
+
+    def resume(self, job: Job, kept: Kept) -> None:
+        """Keeps what becomes of a job that was kept before."""
+        with self._lock:
+            followed = self._followed[job.id] = Followed(job, None, len(kept.replay.entries))
+        self._follow(followed)
 
     def wait(self, jobs: Sequence[Job]) -> None:
-        """Waits until requests are durable, and follows their jobs from then on; raises the first error."""
-        promises = [self._promises.pop(job.id) for job in jobs]
-        for job, promise in zip(jobs, promises, strict=True):
-            promise.result()
-            self.follow(job)
-
-    def follow(self, job: Job, kept: Kept | None = None) -> None:
-        """Keeps a job's scores from now on, and its end; `kept` is what it was resumed from."""
-        followed = Followed(job, 0 if kept is None else len(kept.replay.entries))
+        """Waits until requests are durable; raises the first error. Who cancels the others then has that kept, too."""
         with self._lock:
-            self._followed[job.id] = followed
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="rollflow-journaling", daemon=True)
-                self._thread.start()
-        followed.watched = job.watched(partial(self._touch, job.id))
-        followed.watched.__enter__()
-        self._touch(job.id)
-        job.add_done_callback(partial(self._ended, followed))
+            promises = [self._followed[job.id].promise for job in jobs if job.id in self._followed]
+        for promise in promises:
+            if promise is not None:
+                promise.result()
 
-    def leave_open(self) -> None:
-        """The engine is about to end without finishing its jobs: they are still to be done, and stay so."""
-        self._closing = True
+    def flush(self) -> None:
+        """Waits until the ends of all jobs that are over are durable."""
+        with self._lock:
+            over = [one for one in self._followed.values() if one.job.done()]
+            self._empty.wait_for(lambda: all(self._followed.get(one.job.id) is not one for one in over))
+        self.journal.flush()
 
     def close(self) -> None:
-        """All jobs of the engine are over: writes what is left, and closes the journal."""
+        """No job will go on: writes what is left, and closes the journal."""
         self._closing = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
         self.journal.close()
 
-    # On the engine's threads.
+    def _follow(self, followed: Followed) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="rollflow-journaling", daemon=True)
+                self._thread.start()
+        touch = partial(self._touch, followed.job.id)
+        followed.watched = followed.job.watched(touch)
+        followed.watched.__enter__()
+        if followed.promise is not None:
+            followed.promise.add_done_callback(lambda _: touch())
+        touch()
 
     def _touch(self, id: str) -> None:
+        """Of any thread: something changed, the end included."""
         self._changed[id] = None
         if not self._wake.is_set():
             self._wake.set()
 
-    def _ended(self, followed: Followed, job: Job) -> None:
-        """On a thread for callbacks."""
-        if followed.watched is not None:
-            followed.watched.__exit__(None, None, None)
-        error = job.exception()
-        open_still = isinstance(error, EngineDead | EngineClosed) or (error is not None and self._closing)
-        if open_still:  # another engine goes on with it
-            self._keep(followed)
-            return
-        try:
-            if error is None:
-                result = job.result()
-                kind, file = written(result)
-                promise = self.journal.finish(job.id, described(result, kind), file)
-            else:
-                status: Literal["failed", "cancelled"] = "cancelled" if job.cancelled() else "failed"
-                promise = self.journal.fail(job.id, status, {"type": type(error).__name__, "message": str(error)})
-            promise.add_done_callback(lambda _: self._followed.pop(job.id, None))
-        except EngineClosed:  # the journal was closed meanwhile: the job is still to be done
-            LOG.warning("the end of the job %s came after its journal was closed: it will be done again", job.id)
-
     # On its own.
 
     def _run(self) -> None:
-        while not self._closing or self._changed:
+        while not self._closing:
             self._wake.wait()
             self._wake.clear()
             changed, self._changed = self._changed, {}
-            with self._lock:
-                jobs = [one for id in changed if (one := self._followed.get(id)) is not None]
-            for followed in jobs:
-                if not followed.job.done():
-                    self._keep(followed)
+            self._look([*changed])
             if not self._closing:
                 time.sleep(PACE)
+        self._look([*self._followed])
+
+    def _look(self, ids: Sequence[str]) -> None:
+        for id in ids:
+            followed = self._followed.get(id)
+            if followed is None or followed.ended:
+                continue
+            try:
+                self._write(followed)
+            except Exception as error:  # of one job: the others are kept on
+                LOG.exception("the job %s could not be kept (%s): it would be done again", id, said(error))
+
+    def _write(self, followed: Followed) -> None:
+        """Writes what is new of a job, once its request is there."""
+        promise, job = followed.promise, followed.job
+        if promise is not None and not promise.done():  # it will be touched again
+            return
+        if promise is not None and promise.exception() is not None:  # it is not in the journal, or another's
+            self._leave(followed)
+            return
+        over = job.done()  # before the scores are looked at
+        error = job.exception() if over else None
+        if not over or isinstance(error, EngineDead | EngineClosed | Abandoned):  # another engine may go on with it
+            self._keep(followed)
+        if not over:
+            return
+        followed.ended = True
+        if followed.watched is not None:
+            followed.watched.__exit__(None, None, None)
+        if not isinstance(error, EngineDead | EngineClosed | Abandoned):
+            self._end(job, error).add_done_callback(lambda _: self._leave(followed))
+
+    def _end(self, job: Job, error: BaseException | None) -> concurrent.futures.Future[None]:
+        if error is None:
+            try:
+                result = job.result()
+                kind, file = written(result)
+                return self.journal.finish(job.id, described(result, kind), file)
+            except EngineClosed:
+                raise
+            except Exception as fault:
+                error = fault
+        status: Literal["failed", "cancelled"] = "cancelled" if job.cancelled() else "failed"
+        return self.journal.fail(job.id, status, {"type": type(error).__name__, "message": str(error)})
 
     def _keep(self, followed: Followed) -> None:
         """Hands over the scores that are new."""
         job = followed.job
-        try:
-            if not followed.checked and job.resumed is not None:
-                followed.checked = True
-                if job.resumed == 0:  # what was kept did not fit: it began anew
-                    self.journal.restart(job.id)
-                    followed.start = 0
-            if followed.checked:
-                new = job.entries(followed.start)
-                self.journal.log(job.id, followed.start, new)
-                followed.start += len(new.entries)
-        except RollflowError as error:
-            if job.done():  # and its scores are gone already
+        if not followed.fits:
+            if job.resumed is None:
                 return
-            LOG.warning(
-                "scores of the job %s could not be kept (%s): they would be computed again", job.id, said(error)
-            )
+            followed.fits = True
+            if job.resumed == 0:  # what was kept did not: it began anew
+                self._restart(followed)
+        new = job.entries(followed.start)
+        try:
+            self.journal.log(job.id, followed.start, new)
+        except RollflowError:  # some before could not be written
+            self._restart(followed)
+            new = job.entries()
+            self.journal.log(job.id, 0, new)
+        followed.start += len(new.entries)
+
+    def _restart(self, followed: Followed) -> None:
+        self.journal.restart(followed.job.id)
+        followed.start = 0
+
+    def _leave(self, followed: Followed) -> None:
+        with self._lock:
+            if self._followed.get(followed.job.id) is followed:
+                del self._followed[followed.job.id]
+            self._empty.notify_all()

@@ -16,7 +16,16 @@ from rollflow import methods
 from rollflow.admission import Admission
 from rollflow.device.attempts import model_error
 from rollflow.entries import Replay
-from rollflow.errors import Cancelled, EngineClosed, EngineDead, FunctionError, OutOfTime, RollflowError, said
+from rollflow.errors import (
+    Abandoned,
+    Cancelled,
+    EngineClosed,
+    EngineDead,
+    FunctionError,
+    OutOfTime,
+    RollflowError,
+    said,
+)
 from rollflow.models import Geometry
 from rollflow.models.text import Text
 from rollflow.plan import Plan
@@ -167,11 +176,11 @@ class Register:
         ticket.tell(Started(ticket.search.history, now, ticket.plan.nfe))
         if request.seconds is not None:
             self._end_at(ticket, now + request.seconds, "seconds")
-        self._scheduler.add(ticket.search)
+        self.touched(ticket)
 
     def _search(self, ticket: Ticket, lease: Lease) -> Search:
         """A request's search, at its beginning or where another process has left it."""
-        brief, replay = self._brief(ticket), ticket.replay
+        brief, (replay, ticket.replay) = self._brief(ticket), (ticket.replay, None)
         if replay is not None and replay.entries:
             search = Search(ticket.plan, brief, lease, self._ledger, self._odds)
             try:
@@ -179,7 +188,7 @@ class Register:
                 return search
             except Exception as error:  # of what the method does with scores of others: it did not with its own
                 search.discard()
-                LOG.warning("a search that was to be resumed begins anew, with the same result (%s)", said(error))
+                LOG.warning("a search that was to be resumed begins anew (%s)", said(error))
         return Search(ticket.plan, brief, lease, self._ledger, self._odds)
 
     def _brief(self, ticket: Ticket) -> Brief:
@@ -216,7 +225,8 @@ class Register:
             return
         if ticket.overdue is not None and not search.ending:
             self._stop(ticket, finish=not ticket.cancelled)
-            return
+            if search.ending:  # and was looked at by that
+                return
         self._scheduler.add(search)
         if search.done and not ticket.shown and ticket not in self.over:
             ticket.ended = self._clock()
@@ -232,7 +242,9 @@ class Register:
         """The time of a request is up: it ends with its best so far, or with the first that it will have."""
         if ticket.over or ticket.cancelled:
             return
-        if ticket.search is None:
+        if ticket.search is None and ticket.replay is not None and ticket.replay.entries:
+            ticket.overdue = reason  # what it has found already is its result
+        elif ticket.search is None:
             self.refuse(ticket, OutOfTime(f"the {reason} of the request passed before it could begin: give it more"))
         elif not ticket.search.ending:
             ticket.overdue = reason
@@ -365,7 +377,7 @@ class Register:
         self.closing = True
         if not drain:
             for ticket in [*self.tickets.values()]:
-                self.refuse(ticket, Cancelled("the engine was closed"))
+                self.refuse(ticket, Abandoned("the engine was closed"))
 
     def forsake(self) -> None:
         """Waits no longer for what is on the device."""

@@ -11,7 +11,7 @@ import torch
 
 from rollflow import Request
 from rollflow.entries import Entry, Replay, read, written
-from rollflow.errors import EngineClosed, RequestError
+from rollflow.errors import EngineClosed, RequestError, RollflowError
 from rollflow.journal import Journal, KeyTaken
 from rollflow.wire import from_json, to_json
 
@@ -152,7 +152,7 @@ class TestJournal:
             journal.accept("d", {}, key="a").result(10)  # its key is free again
 
     def test_one_process_has_it(self, tmp_path, journal):
-        with pytest.raises(RequestError, match="another process has it open"):
+        with pytest.raises(RequestError, match="a process has it open"):
             Journal(journal.folder)
         journal.accept("a", {}).result(10)
         with Journal(journal.folder, reading=True) as looking:
@@ -166,6 +166,43 @@ class TestJournal:
         (tmp_path / "file").write_text("x")
         with pytest.raises(RequestError, match="cannot be used as a journal"):
             Journal(tmp_path / "file")
+
+    def test_after_a_commit_that_failed_scores_are_kept_anew(self, tmp_path):
+        entries = tuple(Entry("committed", 0, float(i)) for i in range(4))
+        with Journal(tmp_path) as journal:
+            journal.accept("a", {}).result(10)
+            journal.log("a", 0, Replay(entries[:1]))
+            journal.flush(10)
+            journal._writer.execute("PRAGMA max_page_count = 1")  # the disk is full
+            journal.log("a", 1, Replay((Entry("x" * 100_000, 0, 1.0),)))
+            with pytest.raises(RollflowError, match="cannot be written"):
+                journal.accept("b", {}).result(10)
+            assert journal.failure is not None
+            journal._writer.execute("PRAGMA max_page_count = 1000000")
+            with pytest.raises(RollflowError, match="are missing"):
+                journal.log("a", 2, Replay(entries[2:3]))
+            journal.restart("a")
+            journal.log("a", 0, Replay(entries))
+            journal.flush(10)
+            assert journal.get("a").replay.entries == entries and journal.failure is None
+
+    def test_a_promise_that_nobody_waits_for_any_more(self, journal):
+        for i in range(20):
+            journal.accept(str(i), {}).cancel()
+        journal.accept("last", {}).result(10)
+        assert "last" in {one.id for one in journal.unfinished()}
+
+    def test_an_odd_value_harms_no_other_of_its_commit(self, journal):
+        odd, good = journal.accept("\ud800", {}), journal.accept("good", {})
+        assert isinstance(odd.exception(10), UnicodeEncodeError) and good.exception(10) is None
+
+    def test_scores_of_what_is_over_are_not_kept(self, journal):
+        journal.accept("a", {}).result(10)
+        journal.finish("a", {"reward": 1.0}, b"1").result(10)
+        journal.log("a", 0, SCORES)
+        journal.finish("a", {"reward": 2.0}, b"2").result(10)
+        journal.fail("a", "cancelled", {}).result(10)
+        assert journal.evaluated("a") == 0 and journal.image("a") == b"1" and journal.get("a").result == {"reward": 1.0}
 
     def test_what_was_promised_survives_kill_9(self, tmp_path):
         writer = (

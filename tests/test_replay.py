@@ -3,22 +3,25 @@
 import random
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import PATIENCE, SIZE, Gate, bon, brightness, engine, fingerprint, rbf
+from tiny import PATIENCE, SIZE, Clock, Gate, bon, brightness, engine, fingerprint, rbf
 
 import rollflow
 from rollflow import Engine, Request, methods, rewards
 from rollflow.entries import Entry, Replay, read, written
-from rollflow.errors import RequestError
+from rollflow.errors import OutOfTime, RequestError
 from rollflow.journal import Journal
 from rollflow.pictures import described
 from rollflow.pictures import written as written_file
 from rollflow.row import Brief, Row
+from rollflow.schedule.pool import Pool
 from rollflow.sde import Step
 from rollflow.search.particle import Particle
-from rollflow.search.replay import Absent, Restoring
+from rollflow.search.replay import Absent, Restoring, Unfit, room
 
 
 def slope(images, prompts):
@@ -104,7 +107,7 @@ def test_scores_of_another_search_are_left_aside(shared, replay, caplog):
     assert "begins anew" in caplog.text
 
 
-def test_where_there_is_no_room_it_begins_anew(caplog):
+def test_slots_are_enough_wherever_it_is_resumed():
     request = Request("a", reward=brightness, method="evosearch", nfe=48, steps=4)
     with engine() as made:
         job = made.submit(request)
@@ -113,32 +116,125 @@ def test_where_there_is_no_room_it_begins_anew(caplog):
     with engine(slots=rollflow.admission.promise(plan)) as small:
         for cut in range(1, 48, 5):
             again = small.submit(request, replay=kept._replace(entries=kept.entries[:cut]))
-            assert fingerprint(again.result(PATIENCE)) == whole
+            assert fingerprint(again.result(PATIENCE)) == whole and again.resumed == cut
         assert small.stats().live == small.stats().promised == 0
 
 
-def test_it_is_cancelled_while_states_are_made_again(shared):
-    gate = Gate(closed=True)
-    request = rbf(method="svdd")
+class Gated:
+    """A reward with a gradient that waits at a gate: states of guided searches are made again with it."""
+
+    differentiable, concurrent = True, True
+
+    def __init__(self):
+        self.gate = Gate(closed=False)
+
+    def __call__(self, images, prompts):
+        self.gate.called.set()
+        assert self.gate.open.wait(PATIENCE), "nobody opened the gate"
+        return slope(images, prompts)
+
+
+@pytest.fixture
+def held():
+    """An engine with a clock, a guided request, its whole result, its entries, and the gate of its reward, closed."""
+    reward, clock = Gated(), Clock()
+    request = Request("a", reward, "rbf", 48, steps=6, options={"gradient": 0.1}, seconds=1000.0)
+    with engine(clock=clock) as made:
+        job = made.submit(request)
+        whole = fingerprint(job.result(PATIENCE))
+        reward.gate.called.clear()
+        reward.gate.open.clear()
+        yield made, request, whole, job.entries(), reward.gate
+        reward.gate.open.set()
+
+
+def test_it_is_cancelled_while_states_are_made_again(held):
+    made, request, _, kept, gate = held
+    job = made.submit(request, replay=kept._replace(entries=kept.entries[:20]))
+    assert gate.called.wait(PATIENCE) and job.resumed == 20  # for the gradient of a state that is made again
+    job.cancel()
+    gate.open.set()
+    assert job.best(PATIENCE) is None and job.cancelled()
+    assert made.generate(bon()).committed_nfe == 4 and made.stats().live == 0
+
+
+def test_its_time_ends_while_states_are_made_again(held):
+    made, request, _, kept, gate = held
+    job = made.submit(request, replay=kept._replace(entries=kept.entries[:20]))
+    assert gate.called.wait(PATIENCE)
+    made.clock.pass_in(made, 2000.0)
+    gate.open.set()
+    result = job.result(PATIENCE)
+    assert result.stopped == "seconds" and job.resumed == 20 and 40 > result.committed_nfe >= 20
+    assert result.reward > 0 or result.history
+
+
+@pytest.mark.parametrize("method", ["rbf", "svdd", "smc", "sop"])
+def test_of_a_limited_time_what_was_used_is_gone(shared, method):
+    request = Request("a", brightness, method, 48, steps=6, seconds=1000.0)
     job = shared.submit(request)
     job.result(PATIENCE)
-    kept = job.entries()._replace(entries=job.entries().entries[:9])
-    ahead = shared.submit(bon(reward=gate))
+    kept = job.entries()._replace(seconds=999.9999)
+    again = shared.submit(request, replay=kept._replace(entries=kept.entries[:30]))
+    result = again.result(PATIENCE)
+    assert again.resumed == 30 and result.stopped in ("seconds", "budget") and result.committed_nfe >= 30
+    assert again.entries().seconds >= 999.0  # should it be resumed once more
+
+
+def test_what_was_over_in_time_stays_so(shared):
+    """Its time had ended it, and it died while its finalist was finished."""
+    request = Request("a", brightness, "rbf", 48, steps=6, seconds=1000.0, finish=2)
+    gate = Gate(closed=True)
+    clock = Clock()
+    with engine(clock=clock) as made:
+        first = made.submit(replace(request, reward=gate))
+        assert gate.called.wait(PATIENCE)
+        clock.pass_in(made, 2000.0)
+        gate.open.set()
+        whole = first.result(PATIENCE)
+        kept = first.entries()
+    assert whole.stopped == "seconds" and [entry.kind for entry in kept.entries[-2:]] == ["finish"] * 2
     again = shared.submit(request, replay=kept)
-    again.cancel()
-    gate.open.set()
-    ahead.result(PATIENCE)
-    assert again.cancelled() and shared.generate(bon()).committed_nfe == 4
-    assert shared.stats().live == 0
+    result = again.result(PATIENCE)
+    assert again.resumed == len(kept.entries) - 2 and fingerprint(result) == fingerprint(whole)
 
 
-def test_of_a_limited_time_what_was_used_is_gone(shared):
-    request = rbf(nfe=None, seconds=1000.0)
-    replay = Replay((), (), 12, 999.0)
-    job = shared.submit(request, replay=replay)
-    assert job.request.nfe == 12 and job.request.seconds == pytest.approx(1.0)
-    assert job.result(PATIENCE).committed_nfe <= 12
-    assert job.entries().seconds >= 999.0  # should it be resumed once more
+def test_a_deadline_that_passed_meanwhile_ends_it_with_what_it_had(shared):
+    request = Request("a", brightness, "svdd", 48, steps=6)
+    job = shared.submit(request)
+    job.result(PATIENCE)
+    kept = job.entries()
+    late = replace(request, deadline=shared.clock() - 10.0)
+    again = shared.submit(late, replay=kept._replace(entries=kept.entries[:20]))
+    result = again.result(PATIENCE)
+    assert result.stopped == "deadline" and again.resumed == 20
+    with pytest.raises(OutOfTime):
+        shared.submit(late).result(PATIENCE)
+
+
+def test_scores_of_another_kind_of_engine_are_left_aside(shared, caplog):
+    job = shared.submit(rbf())
+    whole, kept = fingerprint(job.result(PATIENCE)), job.entries()
+    with engine(name="another") as other:
+        again = other.submit(rbf(), replay=kept)
+        assert fingerprint(again.result(PATIENCE)) == whole and again.resumed == 0
+    assert "begins anew" in caplog.text
+
+
+def test_room_is_promised_or_refused():
+    pool, step = Pool(6), Step(*[0.0] * 8)
+    lease, other = pool.lease(2), pool.lease(2)
+    places = [Absent() for _ in range(5)]
+    for i, one in enumerate(places):
+        one.row = Row(Brief(0, "a", SIZE, 0, 0.0, None, rewards.make(brightness)), i, i, -1, -1, step)
+    living = [Particle(0, step, one) for one in places]
+    with pytest.raises(Unfit, match="5 slots"):
+        room(lease, Restoring(living))
+    room(lease, Restoring(living[:4]))
+    assert lease.promise == 4 and pool.promised == 6
+    lease.close()
+    other.close()
+    assert pool.promised == 0
 
 
 def test_slots_of_ancestors_are_counted():
@@ -162,20 +258,50 @@ class TestJournal:
         first = engine(journal=tmp_path)
         jobs = {name: first.submit(request, id=name) for name, request in requests.items()}
         jobs["job 0"].result(PATIENCE)
-        jobs["job 1"].cancel()
+        cancelled = jobs["job 1"].cancel()
         first.close(drain=False)
         with Journal(tmp_path, reading=True) as kept:
             states = {one.id: one.status for one in kept.jobs()}
+        assert states["job 0"] == "done" and states["job 1"] == ("cancelled" if cancelled else "done")
+        assert all(states[name] == ("accepted" if jobs[name].cancelled() else "done") for name in [*jobs][2:])
         with engine(journal=tmp_path) as second:
             found = {job.id: fingerprint(job.result(PATIENCE)) for job in second.resume()}
             assert not second.resume()
-        for name, state in states.items():
-            assert state == "accepted" if name in found else state in ("done", "cancelled")
-        assert found == {name: whole[name] for name in found}
+        assert found == {name: whole[name] for name, state in states.items() if state == "accepted"}
         with Journal(tmp_path, reading=True) as kept:
             done = kept.get("job 5")
             assert done.status == "done" and done.result["nfe"] == 24 and kept.image("job 5").startswith(b"\x89PNG")
             assert not kept.unfinished() and kept.evaluated("job 5") == 0
+
+    def test_ends_are_written_however_long_that_takes(self, tmp_path, monkeypatch):
+        slow = threading.Event()
+        monkeypatch.setattr("rollflow.host.CLOSING", 0.0)
+        monkeypatch.setattr("rollflow.journaling.written", lambda result: slow.wait(PATIENCE) and ("png", b"file"))
+        made = engine(journal=tmp_path)
+        made.generate(rbf(reward="jpeg"))
+        closing = threading.Thread(target=made.close)
+        closing.start()
+        slow.set()
+        closing.join(PATIENCE)
+        with Journal(tmp_path, reading=True) as kept:
+            assert [one.status for one in kept.jobs()] == ["done"]
+
+    def test_what_cannot_be_written_is_a_failure(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("rollflow.journaling.written", lambda result: 1 / 0)
+        with engine(journal=tmp_path) as made:
+            made.generate(rbf(reward="jpeg"))
+        with Journal(tmp_path, reading=True) as kept:
+            assert [(one.status, one.error["type"]) for one in kept.jobs()] == [("failed", "ZeroDivisionError")]
+
+    def test_one_that_cannot_be_read_harms_no_other(self, tmp_path):
+        with Journal(tmp_path) as journal:
+            journal.accept("old", {"prompt": "a", "gone": 1}).result(PATIENCE)
+            journal.accept("good", {"prompt": "a", "reward": "jpeg", "nfe": 12}).result(PATIENCE)
+        with engine(journal=tmp_path) as made:
+            (job,) = made.resume()
+            assert job.id == "good" and job.result(PATIENCE).committed_nfe == 12
+        with Journal(tmp_path, reading=True) as kept:
+            assert {one.id: one.status for one in kept.jobs()} == {"old": "failed", "good": "done"}
 
     def test_only_names_can_be_kept(self, tmp_path):
         with engine(journal=tmp_path) as made:
@@ -212,7 +338,8 @@ class TestJournal:
             [sys.executable, str(here / "killed.py"), str(tmp_path)], capture_output=True, text=True, timeout=300
         )
         assert lives.returncode == 0, lives.stderr[-2000:]
-        assert lives.stdout.split() == ["20"]
+        killed, resumed, last = map(int, lives.stdout.split())
+        assert killed == 20 and resumed > 10 and last > 0
         with engine() as made:
             whole = [made.generate(request) for request in killed_requests()]
         with Journal(tmp_path, reading=True) as kept:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import workers
+from desks import opened, over, run, settled
 from PIL import Image
 from tiny import PATIENCE
 from workers import Told, ask
@@ -22,34 +23,6 @@ def shared():
     made = workers.engine()
     yield made
     made.close()
-
-
-def run(main, timeout=PATIENCE):
-    asyncio.run(asyncio.wait_for(main, timeout))
-
-
-async def opened(*channels, ready=True, **options):
-    """A desk on channels worked by hand, all ready."""
-    desk = Desk(channels, **options)
-    starting = asyncio.ensure_future(desk.start())
-    await asyncio.sleep(0)
-    for channel in channels:
-        channel.say(op="ready", stats={"nfe_per_second": 10.0, "free": 7})
-    await starting
-    await settled()
-    return desk
-
-
-async def settled():
-    """Until what was said by hand has been heard."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-def over(channel, id, reward=1.0):
-    found = {"result": {"reward": reward, "format": "png"}, "better": [[2, reward, 0, 0.1]]}
-    far = {"nfe": 12, "best": reward, "level": 3, "seconds": 1.0}
-    channel.say(b"image", op="over", id=id, status="done", **found, **far)
 
 
 def alike(order):
@@ -80,7 +53,7 @@ def test_a_search_is_followed_to_its_result(shared):
         middle = order.improvements[1][0]  # where a reader broke off
         again = [event.nfe async for event in order.events(after=middle) if event != "over"]
         assert again == [nfe for nfe, _, _ in order.improvements if nfe > middle]
-        assert desk.get(order.id) is order and desk.get("srch_none") is None and desk.listed() == [order]
+        assert desk.get(order.id) is order and desk.get("srch_none") is None and await desk.listed() == [order]
         while (stats := desk.stats()).nfe.get("committed", 0) < 30:  # which come some times a second
             await asyncio.sleep(0.01)
         assert stats.ended == {"done": 1} and 0 < stats.occupancy <= 1
@@ -117,7 +90,7 @@ def test_what_cannot_be_honoured_is_refused_at_the_door(shared, field, message):
         await desk.start()
         with pytest.raises(RequestError, match=message):
             await desk.submit(ask(**field))
-        assert desk.listed() == []
+        assert await desk.listed() == []
         await desk.close()
 
     run(main())
@@ -327,7 +300,7 @@ def test_keys_give_the_same_search():
         assert first is again is not other and len(channel.ran()) == 2
         with pytest.raises(KeyReused, match="'k' came with another request"):
             await desk.submit(ask(seed=1), key="k", owner="me")
-        assert desk.listed("me") == [first]
+        assert await desk.listed("me") == [first]
         await desk.close()
 
     run(main())
@@ -467,7 +440,7 @@ def test_a_restart_goes_on_and_knows_what_was(shared, tmp_path):
         await again.over()
         known = desk.get(done.id)
         assert alike(known) == alike(done) and await known.image() == image
-        assert {one.id for one in desk.listed()} == {done.id, slow.id}
+        assert {one.id for one in await desk.listed()} == {done.id, slow.id}
         whole = await desk.submit(ask(reward="slow", nfe=60))
         await whole.over()
         assert alike(again) == alike(whole) and await again.image() == await whole.image()

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import socket
 import time
 from urllib.parse import urlsplit
@@ -18,10 +19,11 @@ from serving import Served
 from tiny import PATIENCE
 
 from rollflow.journal import Journal
-from rollflow.serve import sse
+from rollflow.serve import fields, images, sse
 from rollflow.serve.desk import Desk
 from rollflow.serve.limits import ServeSettings
 from rollflow.serve.local import LocalChannel
+from rollflow.serve.orders import Ordered, Progress
 
 REWARDS = ("bright", "slow", "gated", "count")
 ASK = {"prompt": "a", "reward": "bright", "method": "rbf", "steps": 4, "nfe": 12, "seed": 3}
@@ -180,6 +182,8 @@ def test_the_same_key_is_the_same_search(http):
     other = http.post(SEARCHES, json={**ASK, "seed": 9}, headers=header)
     assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
     assert http.post(SEARCHES, json=ASK, headers={"Idempotency-Key": "x" * 256}).status_code == 400
+    images = http.post(IMAGES, json=ASK, headers=header)
+    assert images.status_code == 400 and "POST /v1/searches" in images.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -269,6 +273,8 @@ WRONG = [  # a body beside ASK's fields, the status, the field at fault, and a w
     ({"times": [{"a": 1}]}, 400, "times", "list"),
     ({"initial": -4}, 400, "initial", "initial"),
     ({"size": "8"}, 400, "size", "512x512"),
+    ({"size": "16384x16384"}, 400, "size", "at most 4194304 pixels"),
+    ({"priority": 1}, 400, "priority", "at most 0"),
     ({"size": "8x8", "width": 8}, 400, "size", "one of both"),
     ({"response_format": "pickle"}, 400, "response_format", "b64_json"),
     ({"partial_images": 1}, 400, "partial_images", "stream"),
@@ -317,7 +323,14 @@ def test_bodies_that_are_none(http, body, headers, status, word, chunked):
     assert answer.status_code == status and word in answer.json()["error"]["message"]
 
 
+def answered(http, status):
+    found = re.search(rf'rollflow_http_responses_total{{status="{status}"}} ([\d.]+)', http.get("/metrics").text)
+    return float(found[1]) if found else 0.0
+
+
 def test_errors_are_never_tracebacks(http, monkeypatch):
+    failed = answered(http, 500)
+
     def broken(*_):
         raise ZeroDivisionError("secret")
 
@@ -330,11 +343,16 @@ def test_errors_are_never_tracebacks(http, monkeypatch):
     for answer, status in answers:
         assert answer.status_code == status and {*answer.json()["error"]} == {"message", "type", "param", "code"}
         assert "secret" not in answer.text and "Traceback" not in answer.text
+        assert answer.headers["x-request-id"].startswith("req_")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answered(http, 500) == failed + 1
 
 
 def test_what_a_server_says_of_itself(http, monkeypatch):
     assert http.get("/health").json()["status"] == "ok" and http.get("/ready").status_code == 200
     assert [one["id"] for one in http.get("/v1/models").json()["data"]] == ["tiny"]
+    told = http.get("/v1/options").json()
+    assert told["rewards"] == [*REWARDS] and told["limits"]["pixels"] == 2048 * 2048
     told = http.get("/openapi.json").json()["paths"]
     schema = told[IMAGES]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"prompt", "n", "reward", "stop_at", "interpolant", "partial_images"} <= {*schema}
@@ -397,3 +415,70 @@ def test_what_a_restart_leaves_goes_on_for_those_who_come_again(engine, gate, tm
         assert http.post(SEARCHES, json=body, headers={"Idempotency-Key": "k"}).json()["id"] == id
         assert http.get(f"{SEARCHES}/{id}/image").headers["content-type"] == "image/png"
     journal.close()
+
+
+def test_connections_without_a_request_end(engine, monkeypatch):
+    usual = serving.quiet
+    monkeypatch.setattr(serving, "quiet", lambda app: usual(app, headers=0.05))
+    with Served([LocalChannel(engine)], ServeSettings(model="tiny", rewards=REWARDS, heartbeat=0.05)) as served:
+        where = urlsplit(served.url)
+        for head in (b"", b"GET /heal"):
+            with socket.create_connection((where.hostname, where.port), PATIENCE) as client:
+                client.sendall(head)
+                assert client.recv(1000) == b""  # it was closed
+        with httpx.Client(base_url=served.url, timeout=PATIENCE) as http, serving.opened(workers.GATE) as gate:
+            id = http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"]
+            with http.stream("GET", f"{SEARCHES}/{id}/events") as answer:
+                parts = answer.iter_text()
+                text = "".join(next(parts) for _ in range(6))  # longer than a connection may be without a request
+                gate.set()
+                assert "search.done" in text + "".join(parts)
+
+
+def test_more_connections_than_there_may_be_are_told_to_come_again(engine, monkeypatch):
+    usual = serving.quiet
+    monkeypatch.setattr(serving, "quiet", lambda app: usual(app, 2))
+    with Served([LocalChannel(engine)], ServeSettings(model="tiny", rewards=REWARDS)) as served:
+        where = urlsplit(served.url)
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        with socket.create_connection((where.hostname, where.port)):
+            until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+        until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
+
+
+def test_a_server_with_keys_says_nothing_to_others(engine, tmp_path):
+    (tmp_path / "keys").write_text("the-key-of-this-test\n")
+    settings = ServeSettings(model="tiny", rewards=REWARDS, keys=str(tmp_path / "keys"))
+    key = {"Authorization": "Bearer the-key-of-this-test"}
+    with Served([LocalChannel(engine)], settings) as served:
+        for path, status in (("/metrics", 401), (SEARCHES, 401), ("/health", 200), ("/ready", 200), ("/docs", 200)):
+            assert httpx.get(f"{served.url}{path}").status_code == status
+            assert httpx.get(f"{served.url}{path}", headers=key).status_code == 200
+
+
+class Timed(Ordered):
+    """A search of a limited time, whose budget is a guess until it begins."""
+
+    async def events(self, after=-1, every=False):
+        self.budget = 1000
+        for nfe in range(100, 1100, 100):
+            yield Progress(nfe, nfe / 1000)
+
+    async def preview(self):
+        return b"png"
+
+    image = preview
+
+    async def over(self):
+        self.result = {"format": "png"}
+
+
+def test_partial_images_of_a_limited_time_are_spread_over_it(served):
+    order = Timed("srch_1", {}, "", None, served.desk, 100)
+
+    async def told():
+        asked = fields.Asked([{"seconds": 5}], stream=True, partial=3)
+        return [one async for one in images._of_one(None, served.counter, asked, 0, order)]
+
+    found = events("".join(one.decode() for one in asyncio.run(told())))
+    assert [data["nfe"] for name, _, data in found if name == "image_generation.partial_image"] == [300, 500, 800]

@@ -1,14 +1,20 @@
 """What a server allows: keys and whose searches they are, rates, rewards by name, deadlines, and spans."""
 
+import asyncio
+import os
+import signal
+import threading
 import time
 
 import pytest
 
 from rollflow import cli
-from rollflow.cli import serving
+from rollflow.cli import connections, serving
 from rollflow.errors import EngineBusy, EngineDead, OutOfTime, RequestError
+from rollflow.rewards import weights
 from rollflow.serve import fields
-from rollflow.serve.desk import RewardCounts
+from rollflow.serve.allowed import check_reward, usual
+from rollflow.serve.desk import Desk, RewardCounts
 from rollflow.serve.failures import Failure, ended, refused
 from rollflow.serve.keys import Keys, check_host, local
 from rollflow.serve.limits import Rate, ServeSettings
@@ -41,7 +47,17 @@ def test_signatures_are_of_one_owner_and_one_search(keys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# none\n", "short\n", f"a b {ONE}\n", f"a {ONE}\na {TWO}\n", f"{ONE}\nb {ONE}\n"]
+    "text",
+    [
+        "",
+        "# none\n",
+        "short\n",
+        f"a b {ONE}\n",
+        f"a {ONE}\na {TWO}\n",
+        f"{ONE}\nb {ONE}\n",
+        f"clé-{ONE}\n",
+        f"{ONE}\0\n",
+    ],
 )
 def test_key_files_that_are_none(tmp_path, text):
     (tmp_path / "keys").write_text(text)
@@ -50,6 +66,13 @@ def test_key_files_that_are_none(tmp_path, text):
     assert ONE not in str(caught.value)
     with pytest.raises(RequestError, match="cannot be read"):
         Keys(tmp_path / "missing")
+
+
+def test_the_mark_of_an_editor_makes_no_key_of_a_comment(tmp_path):
+    (tmp_path / "keys").write_text(f"# one\nsomebody {ONE}\n", encoding="utf-8-sig")
+    assert Keys(tmp_path / "keys").owner(f"Bearer {ONE}") == "somebody"
+    (tmp_path / "keys").write_text(f"# a-comment-of-one-long-word\n{ONE}\n".replace("# ", "#"), encoding="utf-8-sig")
+    assert Keys(tmp_path / "keys").owner("Bearer #a-comment-of-one-long-word") is None
 
 
 def test_without_keys_only_this_machine_may_call():
@@ -81,13 +104,58 @@ def test_so_many_requests_a_minute_for_each_owner():
 def test_rewards_that_the_operator_allows():
     url = "http:url=http://judge:8000/score"
     for text in ("count", "0.7*count + 0.3*jpeg", "count:strict=true", "z(count) - jpeg:quality=50"):
-        fields.check_reward("reward", text, None)
-    fields.check_reward("reward", url, ("count", url))
-    fields.check_reward("reward", f"count + {url}", ("count", url))
+        check_reward("reward", text, None)
+    check_reward("reward", url, ("count", url))
+    check_reward("reward", f"count + {url}", ("count", url))
     for text, allowed in ((url, None), (url, ("http", url + "2")), ("jpeg", ("count",)), ("a.py:b", None), ("", None)):
         with pytest.raises(Failure) as caught:
-            fields.check_reward("reward", text, allowed)
+            check_reward("reward", text, allowed)
         assert caught.value.status == 400 and caught.value.param == "reward"
+
+
+def test_rewards_that_have_to_be_fetched_take_the_operators_word(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "here", lambda *wanted: None)
+    assert {"count", "jpeg"} <= {*usual()} and not {"http", "judge", "clip", "hps"} & {*usual()}
+    with pytest.raises(Failure, match="no reward 'clip' here"):
+        check_reward("reward", "clip", None)
+    check_reward("reward", "clip", ("clip",))
+    monkeypatch.setattr(weights, "here", lambda *wanted: tmp_path)
+    assert "clip" in usual() and "http" not in usual()
+
+
+def test_expressions_are_short():
+    terms = [f"jpeg:quality={i}" for i in range(9)]
+    check_reward("reward", " + ".join([*terms[:8], *terms[:8]]), None)
+    for text in (" + ".join(terms), "jpeg" + " + 1" * 250):
+        with pytest.raises(Failure, match=r"at most (8|1000)") as caught:
+            check_reward("reward", text, None)
+        assert caught.value.param == "reward"
+
+
+def test_images_are_no_larger_than_allowed():
+    settings = ServeSettings(max_pixels=64 * 64 * 4, own=(64, 64, 1))
+
+    def asked(**more):
+        return fields.search({"prompt": "a", **more}, settings).requests[0]
+
+    assert asked(size="128x128")["width"] == 128 and asked(height=256)["height"] == 256 and asked(frames=4)
+    for fault, more in (
+        ("size", {"size": "129x128"}), ("width", {"width": 257}), ("height", {"height": 129, "width": 128}),
+        ("frames", {"frames": 5}), ("frames", {"frames": 5, "size": "64x64"}), ("frames", {"frames": 0}),
+    ):  # fmt: skip
+        with pytest.raises(Failure) as caught:
+            asked(**more)
+        assert (caught.value.status, caught.value.param) == (400, fault)
+    assert "width" not in fields.search({"prompt": "a"}, ServeSettings(max_pixels=1)).requests[0]
+
+
+def test_nobody_goes_first_unless_the_operator_lets_him():
+    body = {"prompt": "a", "priority": 1}
+    with pytest.raises(Failure, match="at most 0") as caught:
+        fields.search(body, ServeSettings())
+    assert caught.value.param == "priority"
+    assert fields.search(body, ServeSettings(max_priority=1)).requests[0]["priority"] == 1
+    assert fields.search({**body, "priority": -5}, ServeSettings()).requests[0]["priority"] == -5
 
 
 def test_a_timeout_becomes_a_deadline_before_it():
@@ -118,6 +186,10 @@ def test_statuses_of_errors():
     assert (named.status, named.param) == (400, "steps")
     quoted = refused(RequestError("the prompt 'seed' has no words"), fields.names())
     assert quoted.param == "prompt"
+    unknown = RequestError("the model does not know cats in 'two red cats': its words are red, seed")
+    assert refused(unknown, fields.names(), {"prompt": "two red cats"}).param == "prompt"
+    assert refused(unknown, fields.names(), {"prompt": "a", "negative": "two red cats"}).param == "negative"
+    assert refused(RequestError("steps=0 for 'a'"), fields.names(), {"prompt": "a"}).param == "steps"
     assert ended({"type": "FunctionError", "message": "ill\nTraceback"}).body["error"]["message"] == "ill Traceback"
     assert ended(None).status == 410 and ended(None).headers["x-should-retry"] == "false"
 
@@ -163,6 +235,10 @@ def test_no_spans_without_a_collector(monkeypatch):
         (["--max-nfe", "0"], "max_nfe=0"),
         (["--workers", "0"], "--workers 0"),
         (["--grace", "-1"], "--grace"),
+        (["--keep", "0"], "--keep 0: it must be seconds, at least 1"),
+        (["--max-priority", "-1"], "max_priority=-1"),
+        (["--max-pixels", "0"], "max_pixels=0"),
+        (["--rewards", "clip:model=/nowhere"], "there is no such folder"),
         (["--port", "70000"], "choose another"),
         (["--host", "::1", "--model", "nowhere"], "there is no model"),
     ],
@@ -177,3 +253,53 @@ def test_what_is_not_installed_is_told_with_its_extra(monkeypatch, capsys):
     monkeypatch.setattr(serving, "find_spec", lambda name: None if name == "uvicorn" else name)
     assert cli.main(["serve"]) == 2
     assert capsys.readouterr().err == "rollflow: error: a server takes uvicorn: pip install 'rollflow[serve]'\n"
+
+
+def test_what_a_command_lets_in():
+    settings = serving.Serve(max_queued=3)._settings()
+    assert settings.max_n == 3 and settings.max_pixels == 4 * 64 * 64 and settings.own == (64, 64, 1)
+    assert serving.most_pixels("shapes-video") == (4 * 32 * 32 * 9, (32, 32, 9))
+    assert serving.most_pixels("owner/name") == (2048 * 2048, None)
+
+
+def test_connections_are_as_many_as_files_may_be_open(monkeypatch):
+    resource, limits, raised = pytest.importorskip("resource"), [1024, 4096], []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (*limits,))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: raised.append(both))
+    assert [connections.most_connections(waiting) for waiting in (1, 50, 100, 1000)] == [64, 500, 1000, 4096 - 128]
+    assert raised == [(1128, 4096), (4096, 4096)]
+    limits[:] = [resource.RLIM_INFINITY] * 2
+    assert connections.most_connections(1000) == 10_000
+
+
+@pytest.mark.parametrize("daemon", [True, False])
+def test_threads_that_hang_keep_no_process(monkeypatch, daemon):
+    ends, release = [], threading.Event()
+    hanging = threading.Thread(target=release.wait, daemon=daemon)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), hanging])
+    hanging.start()
+    try:
+        assert serving.left(3, patience=0) == 3 and ends == [3]
+    finally:
+        release.set()
+        hanging.join()
+    assert serving.left(0) == 0 and ends == [3]
+
+
+class Slow(Desk):
+    """It is told to end before it has started."""
+
+    async def start(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    async def close(self, grace=0.0):
+        self.waited = grace
+
+
+def test_a_signal_before_the_start_waits_for_nothing():
+    desk, said = Slow([]), []
+    with serving.listening("127.0.0.1", 0) as at:
+        assert asyncio.run(serving.serve(desk, ServeSettings(), at, 60.0, "serving", said.append)) == 0
+    assert desk.waited == 0 and said == []

@@ -20,7 +20,7 @@ def server(tmp_path_factory):
     """The process and its address."""
     journal = tmp_path_factory.mktemp("journal")
     words = ["serve", "--port", "0", "--max-nfe", "400", "--journal", str(journal)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # as in most shells
     process = subprocess.Popen(
         [sys.executable, "-m", "rollflow", *words], stdout=subprocess.PIPE, text=True, env=environment
     )

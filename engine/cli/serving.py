@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rollflow.cli.connections import most_connections
+from rollflow.cli.connections import quiet as quiet
 from rollflow.cli.options import ModelOptions, by_default
 from rollflow.errors import RequestError, said, shown
+from rollflow.names import BUILT_IN
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from rollflow.serve.desk import Desk
     from rollflow.serve.limits import ServeSettings
 
+TELL = partial(print, flush=True)  # through a pipe, too
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-GRACE_OF_ANSWERS = 5  # seconds that the last answers may take to be written
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
 Folder = Annotated[Path | None, by_default("none: searches end with the process", metavar="FOLDER")]
 Lanes = Annotated[int | None, by_default("as measured; 1 of several workers on a CPU")]
 Cores = Annotated[int | None, by_default("all, divided by the workers")]
 AnyNumber = Annotated[int | None, by_default("any number")]
-Named = Annotated[tuple[str, ...], by_default("all but http and judge", metavar="REWARD ...")]
+Pixels = Annotated[int | None, by_default("4 times a built-in model's own, else 2048 x 2048")]
+Named = Annotated[
+    tuple[str, ...], by_default("those that call no other server and whose weights are here", metavar="REWARD ...")
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Serve:
     journal: Folder = None
     """A folder that keeps searches: after a restart they go on where they were."""
     keep: float = 86400.0
-    """Seconds that a search can be asked for after its end."""
+    """Seconds that a search can be asked for after its end, at least 1."""
     grace: float = 30.0
     """Seconds after SIGTERM in which what was asked for may end."""
     max_queued: int = 1000
@@ -63,7 +73,8 @@ class Serve:
     max_queued_nfe: AnyNumber = None
     """Function evaluations that may wait."""
     api_key_file: KeyFile = None
-    """A file with a key a line, as KEY or NAME KEY, one of which clients must send."""
+    """A file with a key a line, as KEY or NAME KEY, one of which clients must send, and Prometheus for /metrics, too;
+    /health, /ready, the page and /docs take none."""
     requests_per_minute: AnyNumber = None
     """Requests of a key for searches in a minute, or of all clients where there are no keys."""
     rewards: Named = ()
@@ -74,11 +85,15 @@ class Serve:
     max_prompt: int = 4000
     """Characters of a prompt."""
     max_n: int = 16
-    """Images of a request."""
+    """Images of a request; never more than --max-queued."""
     max_nfe: int = 10_000
     """Function evaluations of a search."""
     max_seconds: float = 600.0
     """Seconds that a search may ask for in place of function evaluations."""
+    max_pixels: Pixels = None
+    """Pixels of an image, of a clip those of all its frames together."""
+    max_priority: int = 0
+    """The highest priority that a request may ask for; lower ones are everybody's."""
     runtime: ModelOptions = field(default_factory=ModelOptions)
 
     def __call__(self) -> int:
@@ -89,22 +104,22 @@ class Serve:
         for name in ("workers", "max_queued", "max_queued_nfe", "cores", "lanes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
-        for name in ("keep", "grace"):
-            if not 0 <= getattr(self, name) < 1e9:
-                raise RequestError(f"--{name} {getattr(self, name):g}: it must be seconds, at least 0")
+        for name, least in (("keep", 1), ("grace", 0)):
+            if not least <= getattr(self, name) < 1e9:
+                raise RequestError(f"--{name} {getattr(self, name):g}: it must be seconds, at least {least}")
         if self.rewards:
-            from rollflow.rewards import make
+            from rollflow.cli.judging import check_weights
+            from rollflow.request import Request
 
-            for one in self.rewards:
-                make(one)
+            check_weights([Request("two red circles", one) for one in self.rewards])
         settings = self._settings()
         with listening(self.host, self.port) as at:
             loop = _loop()
             try:
-                return loop.run_until_complete(self._serve(settings, at))
+                code = loop.run_until_complete(self._serve(settings, at))
             finally:
-                loop.run_until_complete(loop.shutdown_default_executor())
                 loop.close()
+        return left(code)
 
     def _settings(self) -> ServeSettings:
         from rollflow.serve.keys import Keys, check_host
@@ -112,8 +127,12 @@ class Serve:
 
         keys = None if self.api_key_file is None else str(self.api_key_file)
         check_host(self.host, bool(Keys(keys)))
-        same = ("host", "max_body", "max_prompt", "max_n", "max_nfe", "max_seconds", "requests_per_minute")
-        given = {name: getattr(self, name) for name in same}
+        same = ("host", "max_body", "max_prompt", "max_nfe", "max_seconds", "max_priority", "requests_per_minute")
+        given: dict[str, Any] = {name: getattr(self, name) for name in same}
+        given["max_n"] = min(self.max_n, self.max_queued)  # more could never be let in
+        pixels, own = most_pixels(self.runtime.model)
+        given["max_pixels"] = pixels if self.max_pixels is None else self.max_pixels
+        given |= {} if own is None else {"own": own}
         return ServeSettings(model=self.runtime.model, rewards=self.rewards or None, keys=keys, **given)
 
     async def _serve(self, settings: ServeSettings, at: socket.socket) -> int:
@@ -130,7 +149,8 @@ class Serve:
                 max_queued_nfe=self.max_queued_nfe,
                 keep=self.keep,
             )
-            return await serve(desk, settings, at, self.grace, f"serving {self.runtime.model}")
+            most = most_connections(self.max_queued)
+            return await serve(desk, settings, at, self.grace, f"serving {self.runtime.model}", connections=most)
         finally:
             if journal is not None:
                 await asyncio.to_thread(journal.close)
@@ -153,7 +173,13 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def serve(
-    desk: Desk, settings: ServeSettings, at: socket.socket, grace: float, title: str, say: Callable[[str], Any] = print
+    desk: Desk,
+    settings: ServeSettings,
+    at: socket.socket,
+    grace: float,
+    title: str,
+    say: Callable[[str], Any] = TELL,
+    connections: int | None = None,
 ) -> int:
     """Serves a desk until a signal, and drains it; returns 0, or 130 where a second signal cut that short.
 
@@ -164,6 +190,7 @@ async def serve(
         grace: seconds that what was asked for may take after the signal.
         title: begins the line that tells the address when it is ready.
         say: takes that line.
+        connections: that there may be.
 
     Raises:
         RollflowError: the desk cannot start.
@@ -171,7 +198,7 @@ async def serve(
     from rollflow.serve.app import create_app
 
     app = create_app(desk, settings)
-    http, signals = quiet(app), asyncio.Queue[int]()
+    http, signals = quiet(app, connections), asyncio.Queue[int]()
     loop = asyncio.get_running_loop()
 
     def listen() -> None:
@@ -183,14 +210,16 @@ async def serve(
     stopping, again = (loop.create_task(signals.get()) for _ in range(2))
     try:
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
+        started = starting.done()
+        if started:
             starting.result()
             listen()  # again: Ray has put its own handlers there
             say(f"{title} at {address(at)}")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         else:
             starting.cancel()
-        closing = loop.create_task(desk.close(grace))
+        # What a journal has left is not waited for where nothing works on it yet.
+        closing = loop.create_task(desk.close(grace if started else 0))
         await asyncio.wait({closing, again}, return_when=asyncio.FIRST_COMPLETED)
         if closing.done():
             closing.result()
@@ -217,24 +246,39 @@ def address(at: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def quiet(app: Any) -> uvicorn.Server:
-    """uvicorn, which leaves signals alone: they are the command's."""
-    import uvicorn
+def left(code: int, patience: float = 1.0) -> int:
+    """Ends the process with `code` where threads are left; returns `code` elsewhere.
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
+    Python would wait for calls of rewards that hang, and crash where a model is still being loaded. All that must not
+    be lost has been written before.
+    """
+    until = time.monotonic() + patience
+    others = [one for one in threading.enumerate() if one is not threading.current_thread()]
+    for one in others:
+        if not one.daemon:
+            one.join(max(0.0, until - time.monotonic()))
+    if any(one.is_alive() for one in others):
+        if (ray := sys.modules.get("ray")) is not None:
+            ray.shutdown()  # or a cluster that was started here would stay
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=GRACE_OF_ANSWERS,
-    )
-    return Server(config)
+
+def most_pixels(model: str) -> tuple[int, tuple[int, int, int] | None]:
+    """Pixels of an image, or of a clip's frames together, and the model's own height, width and frames.
+
+    Four times the own ones of a built-in model; of another one, whose own size is not known before it is loaded, those
+    of an image of 2048x2048.
+    """
+    from rollflow.models import own_size
+
+    if model not in BUILT_IN:
+        return 2048 * 2048, None
+    height, width, frames = own_size(model) or (64, 64, 1)
+    own = height or 64, width or 64, frames or 1
+    return 4 * math.prod(own), own
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -30,6 +30,7 @@ class History:
         invalid: particles whose reward or gradient was no finite number.
         unguided: the indices of those whose gradient was none.
         scales: mean and deviation of each normalised term of the reward, once they are known.
+        stopped: what ended the search proper, if it is over.
         resumed: how many of its evaluations were another process's, see `rollflow.search.replay`.
         notes: what the method noted, in order; see `rollflow.draw.Note`.
     """
@@ -39,7 +40,7 @@ class History:
         self._rows: list[tuple[Any, ...]] = []  # plain tuples, which cost the garbage collector nothing
         self._terms: list[tuple[float, ...] | None] = []
         self.committed = self.cached = self.executed = self.level = self.invalid = 0
-        self.resumed, self.unguided = 0, set[int]()
+        self.resumed, self.unguided, self.stopped = 0, set[int](), ""
         self.scales: tuple[tuple[float, float], ...] = ()
         self.best = -math.inf
         self.notes: list[Mapping[str, Any]] = []

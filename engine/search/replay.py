@@ -77,12 +77,14 @@ class Restoring:
         self.slots, self.left = self._most(), len(self._order)
         self._places: dict[Absent, Slot] = {}  # of those that are there
         self._away: dict[int, Absent] = {}  # by the numbers of rows on their way
+        self._numbers: dict[Absent, int] = {}
         self._next = 0
 
     def waiting(self, apart: bool) -> int:
         """How many can run now, of those that run apart or of the others; see `rollflow.row.Row.apart`."""
         count = 0
-        for node in self._order[self._next :]:
+        for i in range(self._next, len(self._order)):
+            node = self._order[i]
             assert node.row is not None
             if node.row.apart is not apart or any(parent not in self._places for parent in node.parents):
                 break
@@ -93,13 +95,14 @@ class Restoring:
         """The next row, with that number, to a slot; a guided one is judged again, for its gradient."""
         node = self._order[self._next]
         self._next += 1
-        self._away[number] = node
+        self._away[number], self._numbers[node] = node, number
         row, places = node.row, [self._places[parent].index for parent in node.parents]
         assert row is not None
         mixture = None if row.mixture is None else Mixture(tuple(places[1:]), row.mixture.coarse)
         row = row._replace(
             number=number, slot=slot.index, parent=places[0] if places else NONE, mixture=mixture,
             scored=row.guide is not None, ahead=False, limit=None,
+            origin=self._numbers[node.parents[0]] if node.parents else NONE,
         )  # fmt: skip
         anew = Particle(row.level, row.step, slot, number=number)
         return row, Flight(row.kind, row.nfe, anew, None, None, -1, -1, None, number)

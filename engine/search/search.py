@@ -25,6 +25,7 @@ from rollflow.search.refresh import Refresh
 from rollflow.search.replay import Absent, Restoring, Unfit, room
 from rollflow.search.turn import Flight, Turn
 
+TIMED = ("seconds", "deadline")  # ends of a search that do not follow from its rewards
 _CHILDREN, _DRAWS = 2**20, 2**20  # how many fit into a noise key
 _KINDS: tuple[Kind, Kind] = ("committed", "guided")
 
@@ -325,10 +326,14 @@ class Search:
                     _fits(entry, "refresh", None)
                 taken += len(particles)
                 self._take_refreshed(self._refresh)
+            elif replay.stopped in TIMED and replay.entries[taken].kind in ("finish", "refresh"):
+                break  # its time ended it here: what follows is of its finalists
             else:
                 self._retake(replay.entries[taken], places)
                 taken += 1
         self.history.resumed = taken
+        if self._finals is None and taken < len(replay.entries) and replay.stopped in TIMED:
+            self.stop(replay.stopped)
         living = [particle for place, known in places if not place.released and (particle := known()) is not None]
         restoring = Restoring(living)
         if restoring.left:
@@ -625,7 +630,7 @@ class Search:
             Final(particle, self.plan.finish(particle.time, count))
             for particle, count in zip(finalists, finish, strict=True)
         ]
-        self.stopped = reason
+        self.stopped = self.history.stopped = reason
         turn, self._turn = self._turn, None
         if turn is not None:
             for flight in turn.leftover():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from rollflow import __version__
 from rollflow.errors import RollflowError
 from rollflow.serve import failures, images, machine, openapi, searches
+from rollflow.serve.allowed import usual
 from rollflow.serve.counter import Counter
 from rollflow.serve.desk import Desk
 from rollflow.serve.gate import Gate
@@ -30,6 +32,11 @@ PAGES = {  # what a browser is given, by its address
     "/page/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
     "/page/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
 }
+ABOUT = (
+    "Where the server has API keys, /v1/... and /metrics take one, as Authorization: Bearer KEY; /health, /ready, "
+    "/openapi.json, /docs and / are open: they say nothing of anybody's searches. The address of an image that an "
+    "answer gives carries a signature in place of the key."
+)
 Endpoint = Callable[[Call, Counter, str], Awaitable[Response]]
 
 
@@ -41,10 +48,13 @@ def create_app(desk: Desk, settings: ServeSettings) -> FastAPI:
     Raises:
         RequestError: a key file that cannot be used, or none for a host that other machines reach.
     """
+    if settings.rewards is None:  # once: it looks at the disk
+        settings = replace(settings, rewards=usual())
     keys = Keys(settings.keys)
     check_host(settings.host, bool(keys))
     counter = Counter(desk, settings, keys)
-    app = FastAPI(title="rollflow", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    about: dict[str, Any] = {"title": "rollflow", "version": __version__, "description": ABOUT}
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json", **about)
     app.state.counter = counter
     routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/v1/images/generations", images.generate),
@@ -63,14 +73,13 @@ def create_app(desk: Desk, settings: ServeSettings) -> FastAPI:
         ("GET", "/metrics", machine.metrics),
     ]
     for method, path, endpoint in routes:
-        about = openapi.about(method, path, settings)
-        app.add_api_route(path, _bound(endpoint, counter), methods=[method], response_model=None, **about)
+        told = openapi.about(method, path, settings)
+        app.add_api_route(path, _bound(endpoint, counter), methods=[method], response_model=None, **told)
     for path, (file, kind) in PAGES.items():
         app.add_api_route(path, _page(file, kind), methods=["GET"], include_in_schema=False, response_model=None)
     handlers: dict[type[Exception], Any] = {
         HTTPException: failures.of_http,
         RollflowError: failures.of_rollflow,
-        Exception: failures.unexpected,
     }
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)

@@ -38,7 +38,12 @@ class Counter:
         self._followed: dict[str, asyncio.Task[None]] = {}  # by id: an idempotency key may find one again
 
     async def place(
-        self, asked: fields.Asked, owner: str, key: str | None = None, parent: str | None = None
+        self,
+        asked: fields.Asked,
+        owner: str,
+        key: str | None = None,
+        parent: str | None = None,
+        fleeting: bool = False,
     ) -> list[Ordered]:
         """Hands in all searches of a request, or none.
 
@@ -47,12 +52,13 @@ class Counter:
             owner: whose they are.
             key: of the client, by which the same search is found again; of one search.
             parent: the trace that the client says it belongs to, in W3C's traceparent.
+            fleeting: they are only for who waits for the answer, see `Desk.submit`.
 
         Raises:
             Failure: one of them was refused.
         """
         self.rate.take(owner)
-        placing = [self.desk.submit(one, key=key, owner=owner) for one in asked.requests]
+        placing = [self.desk.submit(one, key=key, owner=owner, fleeting=fleeting) for one in asked.requests]
         found = await asyncio.gather(*placing, return_exceptions=True)
         placed = [one for one in found if isinstance(one, Ordered)]
         error = next((one for one in found if isinstance(one, BaseException)), None)
@@ -61,7 +67,8 @@ class Counter:
             if not isinstance(error, RollflowError):
                 raise error
             self.metrics.refused(type(error).__name__)
-            raise refused(error, fields.names(asked.requests[0].get("method"))) from error
+            first = asked.requests[0]
+            raise refused(error, fields.names(first.get("method")), first) from error
         for one in placed:
             self._follow(one, parent)
         return placed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections import Counter
@@ -12,20 +13,23 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from rollflow.errors import EngineBusy, EngineClosed, RequestError, RollflowError, shown
-from rollflow.journal import Journal, KeyTaken
+from rollflow.errors import EngineClosed, RequestError, RollflowError, shown
+from rollflow.journal import Journal, Kept, KeyTaken
 from rollflow.serve.dispatcher import Dispatcher
-from rollflow.serve.ended import Ended
+from rollflow.serve.ended import Ended, left, write
 from rollflow.serve.messages import Channel, told
 from rollflow.serve.orders import Ordered as Ordered
 from rollflow.serve.orders import Progress as Progress
-from rollflow.serve.orders import recalled
+from rollflow.serve.orders import kept_as, recalled
+from rollflow.serve.previews import Previews
+from rollflow.serve.room import Room
 from rollflow.serve.roster import WorkerStats as WorkerStats
 from rollflow.serve.tallies import DeskStats as DeskStats
 from rollflow.serve.tallies import RewardCounts as RewardCounts
 from rollflow.serve.tallies import tallied
 
 KEEP = 86400.0  # seconds that what is over can be asked for
+MOST_LISTED = 100
 LOG = logging.getLogger("rollflow")
 
 
@@ -59,13 +63,14 @@ class Desk:
     ):
         self._dispatcher = Dispatcher(channels, self._news, self._over, clock, **options)
         self._journal, self._keep, self._clock = journal, keep, clock
-        self._max_queued, self._max_nfe = max_queued, max_queued_nfe
         self._active: dict[str, Ordered] = {}
-        self._ended, self._entering = Ended(keep, clock, self._forget), 0
+        self._room = Room(max_queued, max_queued_nfe, self._active, self._dispatcher.workers, clock)
+        self._ended = Ended(keep, clock, self._forget)
+        self._previews = Previews(self._look, clock)
         self._by_key: dict[tuple[str, str], str] = {}
         self._entering_keys: dict[tuple[str, str], asyncio.Future[None]] = {}
         self._counts, self._errors = Counter[str](), Counter[str]()
-        self._rate, self.draining = 0.0, False
+        self.draining = self._known = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pruning: asyncio.Task[Any] | None = None
         self._idle = asyncio.Event()
@@ -80,7 +85,11 @@ class Desk:
         """
         for kept in [] if self._journal is None else self._journal.unfinished():  # before anybody can ask for them
             order = self._active[kept.id] = recalled(kept, self)
-            self._dispatcher.give(order)
+            if order.fleeting:  # who waited for it has gone with the process before
+                self._over(order, left(order), b"")
+            else:
+                self._dispatcher.give(order)
+        self._known = True
         try:
             await self._dispatcher.start()
         except BaseException:
@@ -91,26 +100,32 @@ class Desk:
     async def close(self, grace: float = 0.0) -> None:
         """Takes nothing more, finishes what is there, and ends the workers.
 
-        What is not over within `grace` seconds goes on after the next start if there is a journal, and fails without.
+        What is not over within `grace` seconds goes on after the next start if there is a journal, unless it is
+        fleeting, and fails without.
         """
         self.draining = True
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._all_over(), grace)
         await self._dispatcher.close()
-        for order in [*self._active.values()]:
-            if order.ending:  # its end is being written
-                continue
-            error = EngineClosed(
-                "the service ended before this search did; "
-                + ("ask again" if self._journal is None else "it goes on when the service starts again")
-            )
-            if self._journal is None:
-                order.end("failed", {"error": told(error)}, None, time.time())
-            else:
-                order.leave(told(error))
+        self._leave()
         if self._pruning is not None:
             self._pruning.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._leave()  # what was being accepted meanwhile
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _leave(self) -> None:
+        """Lets go of what is not over."""
+        for order in [*self._active.values()]:
+            if order.ending or order.done:  # its end is being written
+                continue
+            if self._journal is None:
+                order.end("failed", left(order), None, time.time())
+            elif order.fleeting:
+                self._over(order, left(order), b"")
+            else:
+                why = "the service ended before this search did; it goes on when the service starts again"
+                order.leave(told(EngineClosed(why)))
 
     @property
     def ready(self) -> bool:
@@ -124,37 +139,40 @@ class Desk:
 
     # Searches.
 
-    async def submit(self, request: dict[str, Any], *, key: str | None = None, owner: str = "") -> Ordered:
+    async def submit(
+        self, request: dict[str, Any], *, key: str | None = None, owner: str = "", fleeting: bool = False
+    ) -> Ordered:
         """Takes a search; when it returns, the search is durable, if there is a journal.
 
         Args:
             request: plain JSON, see `rollflow.wire`.
             key: an idempotency key of the owner's: the same one gives the same search.
             owner: whose it is.
+            fleeting: it is only for who waits for it now: it does not go on after a restart.
 
         Raises:
             RequestError: it cannot be honoured.
             KeyReused: the key came with another request before.
-            EngineBusy: too many wait; its `seconds` say when to come again.
+            EngineBusy: too many wait, or no worker is ready; its `seconds` say when to come again.
             EngineClosed: the desk is closing.
         """
-        task = self._do(self._submit(request, key, owner))
+        task = self._do(self._submit(request, key, owner, fleeting))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:  # nobody will know of the search, unless by its key
             task.add_done_callback(partial(self._forsake, key))
             raise
 
-    async def _submit(self, request: dict[str, Any], key: str | None, owner: str) -> Ordered:
+    async def _submit(self, request: dict[str, Any], key: str | None, owner: str, fleeting: bool) -> Ordered:
         if key is None:
-            return await self._accept(request, None, owner)
+            return await self._accept(request, None, owner, fleeting)
         while (entering := self._entering_keys.get((owner, key))) is not None:
             await asyncio.shield(entering)
         if (known := self._of_key(owner, key)) is not None:
             return self._same(known, request, key)
         self._entering_keys[owner, key] = asyncio.get_running_loop().create_future()
         try:
-            return await self._accept(request, key, owner)
+            return await self._accept(request, key, owner, fleeting)
         except KeyTaken as taken:
             if (known := self.get(taken.id)) is None:
                 raise
@@ -162,18 +180,19 @@ class Desk:
         finally:
             self._entering_keys.pop((owner, key)).set_result(None)
 
-    async def _accept(self, request: dict[str, Any], key: str | None, owner: str) -> Ordered:
-        self._check_room(0)
-        self._entering += 1
-        try:
+    async def _accept(self, request: dict[str, Any], key: str | None, owner: str, fleeting: bool) -> Ordered:
+        self._check_open()
+        id = f"srch_{secrets.token_hex(12)}"
+        with self._room.entering(id):
             answer = await self._dispatcher.ask({"op": "check", "request": request})
-            nfe = int(answer.header["nfe"])
-            self._check_room(nfe, own=1)  # again: others came, or the desk began to close
-            order = Ordered(f"srch_{secrets.token_hex(12)}", request, owner, key, self, nfe)
+            nfe = self._room.expected(request, int(answer.header["nfe"]))
+            self._check_open()  # again: others came, or the desk began to close
+            self._room.reserve(id, nfe)
+            order = Ordered(id, request, owner, key, self, nfe)
+            order.fleeting = fleeting
             if self._journal is not None:
-                await asyncio.wrap_future(self._journal.accept(order.id, request, key=key, owner=owner))
-        finally:
-            self._entering -= 1
+                kept = kept_as(request, fleeting)
+                await asyncio.wrap_future(self._journal.accept(id, kept, key=key, owner=owner))
         self._active[order.id] = order
         if key is not None:
             self._by_key[owner, key] = order.id
@@ -184,18 +203,25 @@ class Desk:
         """A search by its id, also one of before a restart if there is a journal; None if there is none."""
         found = self._active.get(id) or self._ended.get(id)
         if found is None and self._journal is not None and (kept := self._journal.get(id)) is not None:
-            found = recalled(kept, self)
+            found = self._recalled(kept)
         return found
 
-    def listed(self, owner: str = "", limit: int = 100) -> list[Ordered]:
-        """The last searches of an owner, the last first."""
+    async def listed(self, owner: str = "", limit: int = MOST_LISTED) -> list[Ordered]:
+        """The last searches of an owner, the last first; 100 at most."""
+        limit = min(limit, MOST_LISTED)
+        kept = [] if self._journal is None else await asyncio.to_thread(self._journal.jobs, limit, owner=owner)
         here = [*self._active.values(), *self._ended.orders()]
         found = {order.id: order for order in here if order.owner == owner}
-        if self._journal is not None:
-            for kept in self._journal.jobs(limit=limit if not owner else 10 * limit):
-                if kept.owner == owner and kept.id not in found:
-                    found[kept.id] = recalled(kept, self)
+        found |= {one.id: self._recalled(one) for one in kept if one.id not in found}
         return sorted(found.values(), key=lambda order: -order.created)[:limit]
+
+    def _recalled(self, kept: Kept) -> Ordered:
+        """A search that memory does not have; one without an end is only of the journal."""
+        order = recalled(kept, self)
+        if kept.status == "accepted" and self._known and kept.id not in self._room:
+            why = "the end of this search could not be written to the journal: it runs again when the service starts"
+            order.end("failed", {"error": told(RollflowError(why))}, None, time.time())
+        return order
 
     def stats(self) -> DeskStats:
         """What it holds now."""
@@ -207,13 +233,19 @@ class Desk:
     async def preview(self, order: Ordered) -> bytes | None:
         """See `Ordered.preview`."""
         if order.status in ("queued", "running"):
-            with suppress(RollflowError, TimeoutError):  # it ended in between, or with its worker
-                return (await self._dispatcher.ask({"op": "peek", "id": order.id}, order)).payload or None
+            found = await self._previews.get(order)
+            if found is not None or order.status in ("queued", "running"):
+                return found
         return await self.image(order)
+
+    async def _look(self, order: Ordered) -> bytes | None:
+        with suppress(RollflowError, TimeoutError):  # it ended in between, or with its worker
+            return (await self._dispatcher.ask({"op": "peek", "id": order.id}, order)).payload or None
+        return None
 
     async def image(self, order: Ordered) -> bytes | None:
         """See `Ordered.image`."""
-        if order.file is not None or self._journal is None or order.status != "done":
+        if order.file is not None or self._journal is None or order.result is None:
             return order.file
         found = await asyncio.to_thread(self._journal.image, order.id)
         if found is not None:
@@ -250,55 +282,23 @@ class Desk:
     async def _end(self, order: Ordered, outcome: dict[str, Any], payload: bytes) -> None:
         """A search is over for those who ask when that is durable."""
         status, file = outcome["status"], payload or None
-        if self._journal is not None:
-            try:
-                await asyncio.wrap_future(self._write_end(self._journal, order.id, outcome, payload))
-                file = None if status == "done" else file
-            except RollflowError:  # the disk is full, or the like; the result is there nevertheless
-                LOG.exception("the end of the search %s could not be written", order.id)
+        if self._journal is not None and await write(self._journal, order.id, outcome, payload):
+            file = None
         self._counts[status] += 1
         if status == "failed" and outcome["error"]["type"] in ("FunctionError", "RewardUnavailable"):
-            self._errors[str(order.request.get("reward", "count"))] += 1
+            self._errors[_reward(order.request)] += 1
         order.end(status, outcome, file, time.time())
         self._active.pop(order.id, None)
+        self._previews.forget(order.id)
         self._ended.add(order)
         if not self._active:
             self._idle.set()
 
-    @staticmethod
-    def _write_end(journal: Journal, id: str, outcome: dict[str, Any], payload: bytes) -> Any:
-        if outcome["status"] == "done":
-            result = {**outcome["result"], "improvements": outcome.get("better", [])}
-            return journal.finish(id, result, payload)
-        return journal.fail(id, outcome["status"], outcome["error"])
-
     # The rest is its own affair.
 
-    def _check_room(self, nfe: int, own: int = 0) -> None:
-        """Raises for a request that cannot wait; `own`: it counts among those that are entering already."""
+    def _check_open(self) -> None:
         if self.draining:
             raise EngineClosed("the service is closing: ask again later")
-        active = self._active.values()
-        waiting = [order for order in active if order.status == "queued"]
-        queued = len(waiting) + self._entering - own
-        if queued >= self._max_queued:
-            raise EngineBusy(
-                f"{queued} searches wait already, and at most {self._max_queued} may: come again", self._wait()
-            )
-        queued_nfe = sum(order.left for order in waiting)
-        if self._max_nfe is not None and queued_nfe and queued_nfe + nfe > self._max_nfe:
-            raise EngineBusy(
-                f"nfe={nfe}: searches of {queued_nfe} NFE wait already, and at most {self._max_nfe} may: come again",
-                self._wait(),
-            )
-
-    def _wait(self) -> float:
-        """Seconds until all that is here is done, at the measured rate."""
-        now = self._clock()
-        rate = sum(worker.now(now).nfe_per_second for worker in self._dispatcher.workers)
-        self._rate = rate or self._rate
-        left = sum(order.left for order in self._active.values())
-        return max(1.0, left / self._rate) if self._rate else 1.0
 
     def _of_key(self, owner: str, key: str) -> Ordered | None:
         id = self._by_key.get((owner, key))
@@ -326,7 +326,7 @@ class Desk:
                 self._journal.prune(self._keep)
 
     async def _all_over(self) -> None:
-        while self._active or self._entering:
+        while self._active or len(self._room):
             self._idle.clear()
             if not self._active:
                 await asyncio.sleep(0.01)  # one is being checked
@@ -343,3 +343,9 @@ class Desk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _reward(request: dict[str, Any]) -> str:
+    """What metrics call its reward: a name without options; clients may ask for any number of expressions."""
+    name = str(request.get("reward", "count")).partition(":")[0]
+    return name if re.fullmatch(r"[A-Za-z_][\w.-]*", name) else "expression"

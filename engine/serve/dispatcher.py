@@ -12,6 +12,8 @@ import asyncio
 import heapq
 import itertools
 import logging
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ WINDOW = 64  # searches of a worker at a time
 SHARED, ALONE = 2, 2  # deaths of workers that a search may be part of among others, and by itself
 HUNG = 60.0  # seconds without a tick after which a worker counts as dead
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead worker is started again; doubles with each failure
-STARTING = 600.0  # seconds that a start may take before it counts as a failure of the whole
+STARTING = 600.0  # seconds that a start may take before it counts as failed
 STARTS = 3  # failed starts in a row of every worker, after which a start of the whole has failed
 PATIENCE = 30.0  # seconds that a question waits for a worker
 LOG = logging.getLogger("rollflow")
@@ -37,6 +39,10 @@ LOG = logging.getLogger("rollflow")
 
 class Died(RollflowError):
     """The worker that was asked has died."""
+
+
+class Unready(EngineBusy):
+    """There is no worker to take it now; `seconds` is when to come again."""
 
 
 class Dispatcher:
@@ -47,7 +53,7 @@ class Dispatcher:
         on_news: takes a search and news of it.
         on_over: takes a search, its outcome and the file of its image; once for each search.
         clock: seconds.
-        window, hung, pause: see above.
+        window, hung, pause, starting: see above.
     """
 
     def __init__(
@@ -59,10 +65,11 @@ class Dispatcher:
         window: int = WINDOW,
         hung: float = HUNG,
         pause: float = FIRST_PAUSE,
+        starting: float = STARTING,
     ):
         self.workers = [WorkerState(channel, number) for number, channel in enumerate(channels)]
         self._on_news, self._on_over, self._clock = on_news, on_over, clock
-        self._window, self._hung, self._pause = window, hung, pause
+        self._window, self._hung, self._pause, self._starting = window, hung, pause, starting
         self._waiting: list[tuple[int, int, Ordered]] = []  # a heap: the highest priority, then the first
         self._suspects: deque[Ordered] = deque()
         self._at: dict[str, WorkerState] = {}
@@ -83,7 +90,7 @@ class Dispatcher:
             self._launch(worker)
         self._watching = self._loop.create_task(self._watch())
         while not any(worker.state == "ready" for worker in self.workers):
-            if all(worker.state == "unfit" or worker.failed_starts >= STARTS for worker in self.workers):
+            if all(worker.unfit or worker.failed_starts >= STARTS for worker in self.workers):
                 raise self._unfit or EngineDead("no worker could be started: what they wrote says why")
             await self._changed.wait()
 
@@ -94,10 +101,10 @@ class Dispatcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the loop of a worker's engine has ticked of late, or a worker is being started."""
+        """Whether the loop of a worker's engine has ticked of late, or a worker is being started or will be soon."""
         now = self._clock()
-        bound = {"ready": self._hung, "starting": STARTING}
-        return any(worker.tick_age(now) < bound.get(worker.state, 0.0) for worker in self.workers)
+        started = [worker for worker in self.workers if worker.life and worker.state != "unfit"]
+        return not self._closed and any(not self._hangs(worker, now) for worker in started)
 
     def give(self, order: Ordered) -> None:
         """Takes a search; its outcome comes by `on_over`."""
@@ -116,14 +123,18 @@ class Dispatcher:
         heapq.heapify(self._waiting)
         self._suspects = deque(one for one in self._suspects if one is not order)
         self._on_over(order, _cancelled(order), b"")
+        if not self._suspects:  # a worker that is being emptied for it takes searches again
+            for worker in self.workers:
+                worker.reserved &= any(one.deaths >= SHARED for one in worker.orders.values())
+            self._spread()
 
     async def ask(self, header: dict[str, Any], order: Ordered | None = None) -> Message:
         """Asks the worker that has a search, or the least loaded one, and waits for its answer.
 
         Raises:
-            EngineBusy: no worker was ready in time.
+            Unready: no worker was ready in time, or two that were asked died, of whatever.
             EngineClosed: it was closed.
-            RollflowError: what the answer says; of a question that two workers died of, that.
+            RollflowError: what the answer says.
         """
         for _ in range(2):
             worker = await self._asking() if order is None else self._at.get(order.id)
@@ -142,7 +153,7 @@ class Dispatcher:
             if "error" in answer.header:
                 raise raised(answer.header["error"])
             return answer
-        raise RollflowError("the workers that were asked about this request died: see what they wrote")
+        raise Unready("the workers that were asked about this request died: come again, or see what they wrote", 5.0)
 
     async def close(self) -> None:
         """Ends the workers."""
@@ -199,7 +210,7 @@ class Dispatcher:
             if self._closed:
                 raise EngineClosed("the service has ended: ask again later")
             if self._clock() > until:
-                raise EngineBusy("no worker is ready: they are being started again; come again", 5.0)
+                raise Unready("no worker is ready: they are being started again; come again", 5.0)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), 1.0)
         return min((one for one in self.workers if one.state == "ready"), key=lambda one: (one.reserved, one.nfe))
@@ -211,6 +222,7 @@ class Dispatcher:
             return
         worker.life += 1
         worker.state, worker.heard, worker.age = "starting", self._clock(), 0.0
+        worker.begun, worker.ended = worker.heard, -math.inf
         of = worker, worker.life
         worker.channel.start(partial(self._come, self._heard, *of), partial(self._come, self._died, *of))
 
@@ -241,14 +253,20 @@ class Dispatcher:
             if future is not None and not future.done():
                 future.set_result(message)
         elif header["op"] == "ready":
-            worker.state, worker.failed_starts, worker.proven = "ready", 0, True
+            worker.state, worker.failed_starts, worker.proven, worker.unfit = "ready", 0, True, False
             worker.heard, worker.age = self._clock(), 0.0
             self._wake()
             self._spread()
         elif header["op"] == "unfit" and worker.proven:  # what it lacks now may come back
+            self._end(worker)
             self._died(worker, life, str(header["error"].get("message")))
         elif header["op"] == "unfit":
-            worker.state, self._unfit = "unfit", self._unfit or raised(header["error"])
+            worker.state, worker.unfit, self._unfit = "unfit", True, self._unfit or raised(header["error"])
+            if not all(one.unfit for one in self.workers):
+                why = header["error"].get("message")
+                LOG.warning("the worker %s cannot be used (%s): it is tried again in %g s", worker, why, LONGEST_PAUSE)
+            self._end(worker)  # what it holds is for the next try
+            self._loop.call_later(LONGEST_PAUSE, self._launch, worker)
             self._wake()
 
     def _died(self, worker: WorkerState, life: int, reason: str) -> None:
@@ -279,17 +297,35 @@ class Dispatcher:
         self._spread()
 
     async def _watch(self) -> None:
-        """Ends workers whose engine does not tick."""
+        """Ends workers whose engine does not tick, and those that are not ready for too long."""
         while True:
             await asyncio.sleep(min(1.0, self._hung / 4))
             now = self._clock()
             for worker in self.workers:
-                if worker.state == "ready" and worker.tick_age(now) > self._hung:
-                    worker.channel.kill()
+                if self._hangs(worker, now) and now - worker.ended >= self._hung:
+                    LOG.warning("the worker %s is %s and hangs: it is ended", worker, worker.state)
+                    worker.ended = now  # what could not be ended is tried again
+                    self._end(worker)
+
+    def _hangs(self, worker: WorkerState, now: float) -> bool:
+        if worker.state == "starting":
+            return now - worker.begun >= self._starting
+        return worker.state == "ready" and worker.tick_age(now) >= self._hung
+
+    def _end(self, worker: WorkerState) -> None:
+        """Kills it on a thread of its own, since a cluster's answer may take its time."""
+        threading.Thread(target=_kill, args=(worker.channel,), name="rollflow-kill", daemon=True).start()
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _kill(channel: Channel) -> None:
+    try:
+        channel.kill()
+    except Exception:  # the worker may be gone already
+        LOG.exception("the worker %r could not be ended", channel)
 
 
 def _cancelled(order: Ordered) -> dict[str, Any]:

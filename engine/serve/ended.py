@@ -1,12 +1,21 @@
-"""Searches that are over, in memory: for some time, and no more than so many and so large."""
+"""Searches that are over: how their end is kept, and in memory for some time, no more than so many and so large."""
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
+from rollflow.errors import EngineClosed, RollflowError
+from rollflow.journal import Journal
+from rollflow.serve.messages import told
 from rollflow.serve.orders import Ordered
 
+PAUSES = (0.1, 0.5, 2.0)  # seconds before an end that could not be written is written again
+LOG = logging.getLogger("rollflow")
 MOST, MOST_BYTES = 20_000, 1 << 30  # searches, and the files of their images
 
 
@@ -49,3 +58,31 @@ class Ended:
             del self._found[id]
             self._bytes -= len(order.file or b"")
             self._forget(order)
+
+
+def left(order: Ordered) -> dict[str, Any]:
+    """The outcome of a search whose service has ended."""
+    why = f"the service ended before the search {order.id} did: ask again"
+    return {"status": "cancelled", "error": told(EngineClosed(why))}
+
+
+async def write(journal: Journal, id: str, outcome: dict[str, Any], payload: bytes) -> bool:
+    """Writes an end; False where that cannot be, as on a full disk: the result is there nevertheless."""
+    for pause in (*PAUSES, None):
+        try:
+            await asyncio.wrap_future(_written(journal, id, outcome, payload))
+            return True
+        except RollflowError as error:
+            if pause is None or isinstance(error, EngineClosed):
+                LOG.exception("the end of the search %s could not be written: after a restart it runs again", id)
+                return False
+            await asyncio.sleep(pause)
+    return False
+
+
+def _written(journal: Journal, id: str, outcome: dict[str, Any], payload: bytes) -> concurrent.futures.Future[None]:
+    found = outcome.get("result")
+    result = None if found is None else {**found, "improvements": outcome.get("better", [])}
+    if outcome["status"] == "done":
+        return journal.finish(id, result or {}, payload)
+    return journal.fail(id, outcome["status"], outcome["error"], result=result, image=payload or None)

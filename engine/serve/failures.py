@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from rollflow.errors import (
     LONGEST,
+    QUOTED,
     Cancelled,
     EngineBusy,
     EngineClosed,
@@ -24,6 +25,7 @@ from rollflow.errors import (
     RequestError,
     RollflowError,
     line,
+    shown,
 )
 
 SOON = 5.0  # seconds after which a client may ask again where nothing is known of the wait
@@ -32,6 +34,7 @@ _STATUS: Mapping[str, tuple[int, str]] = {  # by the type of an error: status an
     "BudgetError": (400, "budget_too_small"),
     "KeyReused": (422, "idempotency_key_reused"),
     EngineBusy.__name__: (429, "queue_full"),
+    "Unready": (503, "not_ready"),
     EngineClosed.__name__: (503, "draining"),
     EngineDead.__name__: (503, "engine_dead"),
     OutOfTime.__name__: (504, "out_of_time"),
@@ -39,6 +42,8 @@ _STATUS: Mapping[str, tuple[int, str]] = {  # by the type of an error: status an
     FunctionError.__name__: (500, "reward_failed"),
     "RewardUnavailable": (500, "reward_failed"),
 }
+TEXTS = ("prompt", "negative")  # fields whose words messages quote
+_QUOTED = (QUOTED, 60)  # characters to which messages cut what they quote
 _FIRST = re.compile(r"['\"]?([a-z_]+)['\"]?[=:]")  # the field that a message begins with
 
 
@@ -88,18 +93,25 @@ def later(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)) if math.isfinite(seconds) else math.ceil(SOON))}
 
 
-def refused(error: RollflowError, fields: Collection[str] = ()) -> Failure:
+def wrong(name: str, value: object, what: str) -> Failure:
+    """The answer to a field whose value cannot be; `what` says what can."""
+    return Failure(f"{name}={shown(value)}: {what}", 400, name, "invalid_value")
+
+
+def refused(error: RollflowError, fields: Collection[str] = (), request: Mapping[str, Any] | None = None) -> Failure:
     """The answer to a request that was not let in.
 
     Args:
         error: why.
         fields: names of fields, of which the message may name one.
+        request: what was asked for, of whose texts the message may quote one.
     """
     if isinstance(error, Failure):
         return error
     status, code = next((_STATUS[k.__name__] for k in type(error).__mro__ if k.__name__ in _STATUS), (500, "failed"))
     headers = later(getattr(error, "seconds", SOON)) if status in (429, 503) else {}
-    return Failure(str(error), status, param(str(error), fields) if status == 400 else None, code, headers)
+    fault = param(str(error), fields, request) if status == 400 else None
+    return Failure(str(error), status, fault, code, headers)
 
 
 def ended(error: Mapping[str, Any] | None) -> Failure:
@@ -111,10 +123,17 @@ def ended(error: Mapping[str, Any] | None) -> Failure:
     return Failure(message, status, None, code, later(SOON) if status == 503 else again)
 
 
-def param(message: str, fields: Collection[str]) -> str | None:
-    """The field at fault: the one that a message begins with, or the first that it names, with a value if any has."""
+def param(message: str, fields: Collection[str], request: Mapping[str, Any] | None = None) -> str | None:
+    """The field at fault: the one that a message begins with, the text that it quotes, or the first that it names.
+
+    Of those that it names, one with a value comes first.
+    """
     if (begin := _FIRST.match(message)) is not None and begin[1] in fields:
         return begin[1]
+    for name in TEXTS:
+        text = (request or {}).get(name)
+        if isinstance(text, str) and any(shown(text, most) in message for most in _QUOTED):
+            return name
     bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", message)
     words = re.findall(r"([a-z_]+)=", bare) + re.findall(r"[a-z_]+", bare)
     return next((word for word in words if word in fields and word != "model"), None)  # which many messages speak of
@@ -137,11 +156,6 @@ async def of_rollflow(call: Call, error: Exception) -> JSONResponse:
     """The answer to what was raised on purpose."""
     assert isinstance(error, RollflowError)
     return refused(error).response()
-
-
-async def unexpected(call: Call, error: Exception) -> JSONResponse:
-    """The answer to a fault of the server's own: the log has what it is."""
-    return INTERNAL.response()
 
 
 def _allowed(call: Call) -> str:

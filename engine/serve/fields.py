@@ -8,13 +8,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
-from rollflow import methods, rewards, wire
+from rollflow import methods, wire
 from rollflow.errors import RequestError, shown
 from rollflow.request import Request
-from rollflow.rewards import expression
-from rollflow.serve.failures import Failure, param
+from rollflow.serve.allowed import check_reward
+from rollflow.serve.failures import Failure, param, wrong
 from rollflow.serve.limits import ServeSettings
 from rollflow.values import flag, whole
 
@@ -25,17 +26,13 @@ SEARCH = tuple(name for name in wire.FIELDS if name not in (*wire.TENSORS, wire.
 ASKED = ("model", "size", "user")  # OpenAI's, of any search
 IMAGES = ("n", "response_format", "stream", "partial_images")  # OpenAI's, of images alone
 PROGRESS = "progress"
+SIDES = ("height", "width", "frames")
 USUAL = {  # OpenAI's that have one way here
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),
     "moderation": ("auto",),
     "output_format": ("png",),
 }
-REMOTE = ("http", "judge")  # rewards that call other servers, which the operator has to allow
-STEERING = {  # options of rewards that say how to measure: none says where weights, files, servers or keys are
-    "frames", "threshold", "text_threshold", "nms", "share", "sure", "strict", "scenes", "question", "answer",
-    "confidence", "side", "quality", "sign", "grid", "scale", "prefix", "logit",
-}  # fmt: skip
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -78,18 +75,18 @@ def images(body: Mapping[str, Any], settings: ServeSettings, timeout: str | None
     given = _known(body, (*IMAGES, PROGRESS, *USUAL))
     for name, allowed in USUAL.items():
         if name in given and given[name] not in allowed:
-            raise _wrong(name, given[name], f"it must be {' or '.join(map(repr, allowed))}; leave it out")
+            raise wrong(name, given[name], f"it must be {' or '.join(map(repr, allowed))}; leave it out")
     count = _checked("n", lambda: whole("n", given.get("n", 1), 1, settings.max_n))
     form = given.get("response_format", "b64_json")
     if form not in ("b64_json", "url"):
-        raise _wrong("response_format", form, "it must be 'b64_json' or 'url'")
+        raise wrong("response_format", form, "it must be 'b64_json' or 'url'")
     stream = _checked("stream", lambda: flag("stream", given.get("stream", False)))
     progress = _checked(PROGRESS, lambda: flag(PROGRESS, given.get(PROGRESS, False)))
     looks = given.get("partial_images", 0)
     partial = _checked("partial_images", lambda: whole("partial_images", looks, 0, MOST_PARTIAL))
     for name, wanted in (("partial_images", partial > 0), (PROGRESS, progress)):
         if wanted and not stream:
-            raise _wrong(name, given[name], "it goes with stream=true; give both, or neither")
+            raise wrong(name, given[name], "it goes with stream=true; give both, or neither")
     request = _request(given, settings)
     if not stream and "seconds" not in request:
         request |= _in_time(timeout, request)
@@ -115,7 +112,7 @@ def _known(body: Mapping[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
     given = {name: value for name, value in body.items() if value is not None}
     method = given.get("method", Request.method)
     if not isinstance(method, str) or method not in methods.names():
-        raise _wrong("method", method, f"choose one of {', '.join(methods.names())}")
+        raise wrong("method", method, f"choose one of {', '.join(methods.names())}")
     allowed = [*SEARCH, *ASKED, *more, *methods.options_of(method)]
     for name in given:
         if name not in allowed:
@@ -129,14 +126,14 @@ def _request(given: Mapping[str, Any], settings: ServeSettings) -> dict[str, Any
     """A search as `rollflow.wire` has it; what its values are is checked when it is handed in, limits here."""
     prompt = given.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise _wrong("prompt", prompt, "say what the image should show")
+        raise wrong("prompt", prompt, "say what the image should show")
     if len(prompt) > settings.max_prompt:
-        raise _wrong("prompt", prompt, f"it has {len(prompt)} characters, at most {settings.max_prompt} are read")
+        raise wrong("prompt", prompt, f"it has {len(prompt)} characters, at most {settings.max_prompt} are read")
     if isinstance(given.get("negative"), str) and len(given["negative"]) > settings.max_prompt:
-        raise _wrong("negative", given["negative"], f"at most {settings.max_prompt} characters are read")
+        raise wrong("negative", given["negative"], f"at most {settings.max_prompt} characters are read")
     _check_model(given.get("model"), settings)
     if not isinstance(given.get("user", ""), str):
-        raise _wrong("user", given["user"], "it must be a text")
+        raise wrong("user", given["user"], "it must be a text")
     own = [name for name in given if name in SEARCH or name not in names()]
     for name in own:
         _check_plain(name, given[name], name == "options")
@@ -144,6 +141,10 @@ def _request(given: Mapping[str, Any], settings: ServeSettings) -> dict[str, Any
         if name in given:
             check_reward(name, given[name], settings.rewards)
     found = {name: given[name] for name in own} | _size(given)
+    if "priority" in found:
+        priority = found["priority"]
+        found["priority"] = _checked("priority", lambda: whole("priority", priority, -(2**31), settings.max_priority))
+    _check_pixels(given, found, settings)
     if "nfe" in found:
         found["nfe"] = _checked("nfe", lambda: whole("nfe", found["nfe"], 1, settings.max_nfe))
     if "seconds" in found:
@@ -151,43 +152,6 @@ def _request(given: Mapping[str, Any], settings: ServeSettings) -> dict[str, Any
     elif "nfe" not in found:
         found["nfe"] = min(NFE, settings.max_nfe)
     return found
-
-
-def check_reward(name: str, text: object, allowed: tuple[str, ...] | None) -> None:
-    """Refuses a reward that requests may not name.
-
-    Args:
-        name: of the field.
-        text: what it says: a name or an expression of names.
-        allowed: see `ServeSettings.rewards`.
-
-    Raises:
-        Failure: an unknown name, or an option that would say where something is.
-    """
-    if not isinstance(text, str):
-        raise _wrong(name, text, "it must be the name of a reward, or an expression of names")
-    known = [one for one in rewards.names() if one not in REMOTE] if allowed is None else [*allowed]
-    if text in known:
-        return
-    try:
-        named = [*expression.rewards_of(expression.parse(text))]
-    except RequestError as error:
-        raise Failure(str(error), 400, name, "unknown_reward") from error
-    for one in named:
-        if str(one) in known:
-            continue
-        if one.name not in known:
-            near = get_close_matches(one.name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"requests here may name {', '.join(known)}"
-            raise Failure(f"{name}: there is no reward {shown(str(one))} here; {hint}", 400, name, "unknown_reward")
-        for option, _ in one.options:
-            if option not in STEERING:
-                raise Failure(
-                    f"{name}={shown(str(one))}: the option {option} is the server's to set; leave it out",
-                    400,
-                    name,
-                    "forbidden_option",
-                )
 
 
 def _check_model(model: object, settings: ServeSettings) -> None:
@@ -207,13 +171,13 @@ def _check_plain(name: str, value: Any, mapping: bool) -> None:
         for key, one in value.items():
             _check_plain(key, one, False)
     elif isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(one, Mapping) for one in value)):
-        raise _wrong(name, value, "it must be a text, a number, true, false or a list of those")
+        raise wrong(name, value, "it must be a text, a number, true, false or a list of those")
 
 
 def _check_seconds(seconds: object, most: float) -> None:
     given = seconds if isinstance(seconds, int | float) and not isinstance(seconds, bool) else math.nan
     if not 0 < given <= most:
-        raise _wrong("seconds", seconds, f"it must be a number above 0, and at most {most:g}")
+        raise wrong("seconds", seconds, f"it must be a number above 0, and at most {most:g}")
 
 
 def _size(given: Mapping[str, Any]) -> dict[str, int]:
@@ -222,10 +186,24 @@ def _size(given: Mapping[str, Any]) -> dict[str, int]:
         return {}
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if found is None:
-        raise _wrong("size", size, "it must be 'auto' or as in '512x512', width by height")
+        raise wrong("size", size, "it must be 'auto' or as in '512x512', width by height")
     if "width" in given or "height" in given:
-        raise _wrong("size", size, "width and height are given, too; give one of both")
+        raise wrong("size", size, "width and height are given, too; give one of both")
     return {"width": int(found[1]), "height": int(found[2])}
+
+
+def _check_pixels(given: Mapping[str, Any], found: dict[str, Any], settings: ServeSettings) -> None:
+    """Refuses an image or a clip that is larger than memory should be asked for."""
+    asked = [side for side in SIDES if side in found]
+    found |= {side: _checked(side, partial(whole, side, found[side], 1)) for side in asked}
+    size = {side: found.get(side, own) for side, own in zip(SIDES, settings.own, strict=True)}
+    if math.prod(size.values()) <= settings.max_pixels or not asked:
+        return
+    fault = max(asked, key=lambda side: found[side] / settings.own[SIDES.index(side)])
+    fault = fault if fault in given else "size"
+    clip = f" in {size['frames']} frames" if size["frames"] > 1 else ""
+    most = f"at most {settings.max_pixels} pixels are drawn here, those of all frames together"
+    raise wrong(fault, given[fault], f"{size['width']}x{size['height']}{clip} is too large, {most}")
 
 
 def _in_time(timeout: str | None, request: Mapping[str, Any]) -> dict[str, float]:
@@ -244,7 +222,3 @@ def _checked(name: str, check: Any) -> Any:
         return check()
     except RequestError as error:
         raise Failure(str(error), 400, param(str(error), (name,)) or name, "invalid_value") from error
-
-
-def _wrong(name: str, value: object, what: str) -> Failure:
-    return Failure(f"{name}={shown(value)}: {what}", 400, name, "invalid_value")

@@ -5,6 +5,7 @@ It is plain ASGI: a middleware that wraps responses would hide from them that th
 
 from __future__ import annotations
 
+import logging
 import secrets
 from urllib.parse import parse_qs
 
@@ -13,10 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollflow.errors import shown
 from rollflow.serve.counter import Counter
-from rollflow.serve.failures import Failure
+from rollflow.serve.failures import INTERNAL, Failure
 from rollflow.serve.keys import local
 
-GUARDED = "/v1/"
+LOG = logging.getLogger("rollflow")
+GUARDED = ("/v1/", "/metrics")  # what takes a key; /health and /ready, the page and what it says of the API take none
 POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode()))
 
@@ -33,13 +35,16 @@ class Gate:
         self._app, self._counter = app, counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it."""
+        """Passes a request on, or refuses it; answers for what fails behind it, so that such an answer is as others."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        begun = False
 
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._counter.metrics.answered(message["status"])
                 number = (b"x-request-id", f"req_{secrets.token_hex(8)}".encode())  # OpenAI's client reads it
                 message["headers"] = [*message.get("headers", ()), *SAFE, number]
@@ -50,7 +55,13 @@ class Gate:
         except Failure as failure:
             await failure.response()(scope, receive, counted)
             return
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if begun:  # the answer ends where it is, and the server's log says why
+                raise
+            LOG.exception("a request met a fault of rollflow")
+            await INTERNAL.response()(scope, receive, counted)
 
     def _owner(self, scope: Scope) -> str:
         keys, headers = self._counter.keys, Headers(scope=scope)

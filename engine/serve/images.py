@@ -32,11 +32,14 @@ NO_TOKENS = {  # what OpenAI's client expects to read; a search has function eva
 async def generate(call: Call, counter: Counter, owner: str) -> Response:
     """Searches for images and answers with them, or with events until they are there.
 
-    A client that goes cancels its searches.
+    A client that goes cancels its searches, so that nothing would be there for its Idempotency-Key to find.
     """
+    if "idempotency-key" in call.headers:
+        what = "images are not kept for a second request: leave it out, or hand in a job at POST /v1/searches"
+        raise Failure(f"Idempotency-Key: {what}", 400, None, "idempotency_key_unsupported")
     body = await read_json(call, counter.settings.max_body)
     asked = fields.images(body, counter.settings, call.headers.get(TIMEOUT))
-    orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"))
+    orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"), fleeting=True)
     if asked.stream:  # every refusal came before this: a stream that has begun has been let in
         events = _events(call, counter, asked, orders)
         return sse.EventStream(events, counter.settings.heartbeat, partial(cancel, orders))
@@ -121,13 +124,14 @@ async def _of_one(
     call: Call, counter: Counter, asked: fields.Asked, index: int, order: Ordered
 ) -> AsyncIterator[bytes]:
     """Images that get better, at even shares of the budget, and the final one."""
-    sent, budget = 0, order.budget or asked.nfe
+    sent = 0
     async for one in order.events(every=True) if asked.partial or asked.progress else _end_of(order):
         if isinstance(one, str):
             break
         about = {"id": order.id, "index": index, "nfe": one.nfe, "reward": finite(one.best_reward)}
         if asked.progress:
             yield sse.event("image_generation.progress", {"type": "image_generation.progress", **about})
+        budget = order.budget or asked.nfe  # anew: that of a limited time is a guess until the search begins
         if sent < asked.partial and one.nfe * (asked.partial + 1) >= budget * (sent + 1):
             image = await order.preview()
             if image is not None and not order.done:

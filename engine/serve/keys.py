@@ -16,11 +16,13 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 class Keys:
     """The keys of a file: one a line, as KEY or NAME KEY; empty lines and those that begin with # are left out.
 
+    A key is of ASCII: HTTP's headers have no other characters for sure.
+
     Args:
         path: the file; None: there are no keys, and everybody is the owner "".
 
     Raises:
-        RequestError: the file cannot be read, holds no key, a short one, or a name twice.
+        RequestError: the file cannot be read, holds no key, one that is short or not of ASCII, or a name twice.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -74,17 +76,18 @@ def local(host: str) -> bool:
 
 def _read(path: Path) -> dict[str, bytes]:
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeError) as error:
         raise RequestError(f"the key file {shown(str(path))} cannot be read ({said(error)})") from error
     found = dict[str, bytes]()
-    for words in lines:
+    for number, words in enumerate(lines, 1):
         if not words or words[0].startswith("#"):
             continue
         key = words[-1].encode()
-        if len(words) > 2 or len(key) < SHORTEST:
+        if len(words) > 2 or len(key) < SHORTEST or not (key.isascii() and words[-1].isprintable()):
             raise RequestError(
-                f"the key file {shown(str(path))}: a line is KEY or NAME KEY, a key of at least {SHORTEST} characters"
+                f"the key file {shown(str(path))}: line {number} must be KEY or NAME KEY, a key of at least {SHORTEST} "
+                "letters, digits or signs of ASCII"
             )
         owner = words[0] if len(words) == 2 else f"key-{hashlib.sha256(key).hexdigest()[:12]}"
         if owner in found or key in found.values():

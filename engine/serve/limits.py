@@ -27,13 +27,17 @@ class ServeSettings:
     Attributes:
         model: what the served model is called.
         rewards: what requests may name: names, with options that only steer what is measured, and whole specs such as
-            "http:url=http://judge:8000/score"; None is every built-in reward but those that call other servers.
+            "http:url=http://judge:8000/score"; None is what `rollflow.serve.allowed.usual` says.
         keys: the file of API keys; None: none are asked for.
         host: where the server listens.
         max_body: bytes of a request's body.
         max_prompt: characters of a prompt.
         max_n: images of a request.
         max_nfe: function evaluations of a search.
+        max_pixels: of an image, or of a clip's frames together; `own` is what a request that leaves a side to the model
+            counts with.
+        own: the model's own height, width and frames, as far as they are known.
+        max_priority: the highest priority that a request may have; lower ones, also below 0, are everybody's.
         max_seconds: seconds that a search may ask for in place of function evaluations.
         requests_per_minute: of each key, or of all clients where there are no keys; None: any number.
         heartbeat: seconds without an event after which a stream sends a comment, so that proxies keep it.
@@ -47,15 +51,21 @@ class ServeSettings:
     max_prompt: int = 4000
     max_n: int = 16
     max_nfe: int = 10_000
+    max_pixels: int = 2048 * 2048
+    own: tuple[int, int, int] = (512, 512, 1)
+    max_priority: int = 0
     max_seconds: float = 600.0
     requests_per_minute: int | None = None
     heartbeat: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_prompt", "max_n", "max_nfe", "max_seconds", "requests_per_minute", "heartbeat"):
+        above = ("max_body", "max_prompt", "max_n", "max_nfe", "max_pixels", "max_seconds", "requests_per_minute")
+        for name in (*above, "heartbeat"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RequestError(f"{name}={shown(value)}: it must be above 0")
+        if self.max_priority < 0:  # that of a request which names none
+            raise RequestError(f"max_priority={shown(self.max_priority)}: it must be at least 0")
 
 
 class Rate:

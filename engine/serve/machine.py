@@ -7,10 +7,10 @@ from typing import Any
 from starlette.requests import Request as Call
 from starlette.responses import JSONResponse, Response
 
-from rollflow import methods, rewards
+from rollflow import methods
 from rollflow.errors import shown
 from rollflow.request import Request
-from rollflow.serve import fields
+from rollflow.serve import allowed, fields
 from rollflow.serve import metrics as exposition
 from rollflow.serve.counter import Counter, finite
 from rollflow.serve.failures import Failure, later
@@ -51,10 +51,9 @@ async def model(call: Call, counter: Counter, owner: str) -> Response:
 async def options(call: Call, counter: Counter, owner: str) -> Response:
     """What requests may name: rewards, methods with their own options, and the limits."""
     settings = counter.settings
-    named = settings.rewards or [name for name in rewards.names() if name not in fields.REMOTE]
     found = {
         "model": settings.model,
-        "rewards": [*named],
+        "rewards": [*(allowed.usual() if settings.rewards is None else settings.rewards)],
         "methods": {
             name: {option.name: {"default": _plain(option.default), "help": option.help} for option in own}
             for name in methods.names()
@@ -65,6 +64,8 @@ async def options(call: Call, counter: Counter, owner: str) -> Response:
             "n": settings.max_n,
             "nfe": settings.max_nfe,
             "seconds": settings.max_seconds,
+            "pixels": settings.max_pixels,
+            "priority": settings.max_priority,
             "prompt": settings.max_prompt,
             "body": settings.max_body,
             "requests_per_minute": settings.requests_per_minute,

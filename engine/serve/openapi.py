@@ -79,8 +79,10 @@ def body(settings: ServeSettings, images: bool) -> dict[str, Any]:
     found["method"]["enum"] = [*methods.names()]
     found["nfe"] |= {"maximum": settings.max_nfe, "default": fields.NFE}
     found["prompt"] |= {"maxLength": settings.max_prompt}
+    drawn = f"at most {settings.max_pixels} pixels, those of all frames together"
     found["model"] = {"type": "string", "default": settings.model}
-    found["size"] = {"type": "string", "default": "auto", "description": "width by height, as in 512x512"}
+    found["size"] = {"type": "string", "default": "auto", "description": f"width by height, as in 512x512; {drawn}"}
+    found["priority"] |= {"maximum": settings.max_priority}
     found["user"] = {"type": "string", "description": "who it is for; nothing looks at it"}
     if images:
         found["n"] = {"type": "integer", "default": 1, "maximum": settings.max_n, "description": "seeds count on"}

@@ -12,6 +12,7 @@ from rollflow.entries import Replay, read, written
 from rollflow.journal import Kept
 
 USUAL = 100  # NFE of a request that leaves its budget open
+FLEETING = "_fleeting"  # beside a request's own fields in a journal
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 
 
@@ -56,6 +57,7 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
+        fleeting: whether it is only for who waits for it now, and not to go on after a restart.
         created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
@@ -77,6 +79,7 @@ class Ordered:
         self.replay = Replay(())  # its scores so far, for another worker
         self.place = self.deaths = self.alone = 0  # the dispatcher's: its turn, and deaths of its workers
         self.cancelling = self.ending = False
+        self.fleeting = False
         self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
 
     def __repr__(self) -> str:
@@ -203,10 +206,17 @@ class Ordered:
         self._changed = asyncio.Event()
 
 
+def kept_as(request: dict[str, Any], fleeting: bool) -> dict[str, Any]:
+    """What a journal keeps of a request; `recalled` reads it."""
+    return {**request, FLEETING: True} if fleeting else request
+
+
 def recalled(kept: Kept, front: Front) -> Ordered:
     """A search of a journal, from before a restart; its budget is a guess where the request leaves it open."""
-    budget = kept.request.get("nfe")
-    order = Ordered(kept.id, kept.request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
+    request = {name: value for name, value in kept.request.items() if name != FLEETING}
+    budget = request.get("nfe")
+    order = Ordered(kept.id, request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
+    order.fleeting = FLEETING in kept.request
     order.created, order.replay = kept.created, kept.replay
     if kept.status != "accepted":
         result = dict(kept.result or {})

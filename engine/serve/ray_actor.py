@@ -7,6 +7,7 @@ searches to others. Ray's own restarts and retries stay off, since they are boun
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from rollflow.errors import RequestError, RollflowError, line, said
 from rollflow.serve.messages import Message, pack, told, unpack
 from rollflow.serve.process import PRETRAINED
 
+WAITING = 30.0  # seconds after which an actor that Ray has not placed yet is spoken of
+LOG = logging.getLogger("rollflow")
 _connecting = threading.Lock()
 
 
@@ -32,6 +35,7 @@ class Actor:
         self._first = first
         self._loop: asyncio.AbstractEventLoop | None = None
         self._frames, self._come = list[bytes](), asyncio.Event()
+        self._next, self._early = 0, dict[int, Sequence[bytes]]()
         self._station: Any = None
 
     async def open(self) -> int:
@@ -49,10 +53,13 @@ class Actor:
         threading.Thread(target=make, name="rollflow-start", daemon=True).start()
         return os.getpid()
 
-    async def take(self, frames: Sequence[bytes]) -> None:
-        """Messages for the station."""
-        for frame in frames:
-            self._station.take(unpack(frame))
+    async def take(self, number: int, frames: Sequence[bytes]) -> None:
+        """Messages for the station, the calls numbered from 0: Ray does not run those of an async actor in order."""
+        self._early[number] = frames
+        while self._next in self._early:
+            self._next += 1
+            for frame in self._early.pop(self._next - 1):
+                self._station.take(unpack(frame))
 
     async def news(self) -> list[bytes]:
         """The station's messages since the last call, as soon as there are some."""
@@ -125,7 +132,13 @@ class RayChannel:
         try:
             ray = connected()
             self._actor = actor = self._made(ray)
-            self.pid = ray.get(actor.open.remote())
+            opened = actor.open.remote()
+            if not ray.wait([opened], timeout=WAITING)[0] and not self._closed:
+                LOG.warning(
+                    "a worker waits for %d cores and %g GPUs of the Ray cluster for %g s now: see `ray status`",
+                    self._cpus, self._gpus, WAITING,
+                )  # fmt: skip
+            self.pid = ray.get(opened)
             threading.Thread(target=_write, args=(queue, actor), name="rollflow-to-ray", daemon=True).start()
             while not self._closed:
                 for frame in ray.get(actor.news.remote()):
@@ -191,9 +204,11 @@ def connected() -> Any:
 
 def _write(queue: SimpleQueue[Message | None], actor: Any) -> None:
     """Sends what is queued until None, all that is there in one call."""
+    number = 0
     while (message := queue.get()) is not None:
         frames = [pack(message)]
         while not queue.empty() and (more := queue.get()) is not None:
             frames.append(pack(more))
         with suppress(Exception):  # of an actor that is gone: the other thread says so
-            actor.take.remote(frames)
+            actor.take.remote(number, frames)
+            number += 1

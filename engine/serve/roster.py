@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,8 @@ class WorkerStats:
 
     Attributes:
         name: its number and kind.
-        state: "starting" until it is warmed up, "ready", "dead" until it is started again, "unfit" where it cannot be.
+        state: "starting" until it is warmed up, "ready", "dead" until it is started again, "unfit" where it cannot be
+            for now.
         age: seconds since the last known tick of its engine's loop.
         running: searches that it has.
         outstanding_nfe: what they have left to spend.
@@ -54,6 +56,8 @@ class WorkerState:
         orders: searches that it has, by id.
         reserved: whether it takes nothing more, until it is empty and takes one search alone.
         failed_starts: deaths in a row before it was ready; proven: whether it was ever ready.
+        unfit: whether its last start ended with what it lacks.
+        begun, ended: when it was started, and when it was last to be killed in this life.
     """
 
     def __init__(self, channel: Channel, number: int):
@@ -61,7 +65,8 @@ class WorkerState:
         self.state: State = "dead"
         self.life = self.deaths = self.failed_starts = 0
         self.orders: dict[str, Ordered] = {}
-        self.reserved = self.proven = False
+        self.reserved = self.proven = self.unfit = False
+        self.begun, self.ended = 0.0, -math.inf
         self.heard, self.age = 0.0, 0.0  # when the last message came, and how old the loop's tick was then
         self.stats: dict[str, Any] = {}
         self._before: dict[str, Counter[str]] = {}  # counters of earlier lives

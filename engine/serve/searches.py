@@ -17,7 +17,7 @@ from rollflow.serve.limits import read_json
 from rollflow.serve.orders import Ordered, Progress
 
 LONGEST_KEY = 255  # characters of an Idempotency-Key
-MOST_LISTED = 1000
+MOST_LISTED = 100
 
 
 def told(order: Ordered, call: Call, counter: Counter) -> dict[str, Any]:
@@ -65,7 +65,7 @@ async def listed(call: Call, counter: Counter, owner: str) -> Response:
         raise Failure(
             f"limit={shown(given)}: it must be a whole number from 1 to {MOST_LISTED}", 400, "limit", "invalid_value"
         )
-    found = counter.desk.listed(owner, int(given))
+    found = await counter.desk.listed(owner, int(given))
     return JSONResponse({"object": "list", "data": [told(one, call, counter) for one in found]})
 
 

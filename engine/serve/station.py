@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -21,10 +20,12 @@ from rollflow.errors import Cancelled, EngineClosed, EngineDead, RollflowError, 
 from rollflow.job import Job
 from rollflow.serve.flight import Flight
 from rollflow.serve.messages import Message, told
+from rollflow.serve.pool import Pool
 
 PACE = 0.05  # seconds between messages of news, at least
 BEAT = 0.5  # seconds between messages of news, at most, and between looks at the engine
 PATIENCE = 30.0  # seconds that an image may take
+REMEMBERED = 4096  # cancels of searches that have not come yet
 LOG = logging.getLogger("rollflow")
 
 
@@ -51,9 +52,11 @@ class Station:
         self._lock, self._sending = threading.Lock(), threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
         self._ticked, self._stats, self._told_dead = clock(), dict[str, Any](), False
-        self._doors = ThreadPoolExecutor(4, "rollflow-door")  # a check may take seconds
-        self._encoders = ThreadPoolExecutor(2, "rollflow-encoder")
-        self._looks = ThreadPoolExecutor(2, "rollflow-look")
+        self._parting: dict[str, tuple[Flight, Job, float]] = {}  # cancelled, with what is in flight; until when
+        self._cancelled: dict[str, None] = {}  # of searches that are not known yet: calls may overtake one another
+        self._doors = Pool(4, "rollflow-door")  # a check may take seconds
+        self._encoders = Pool(2, "rollflow-encoder")
+        self._looks = Pool(2, "rollflow-look")
         self._loops = [
             threading.Thread(target=run, name=f"rollflow-{run.__name__.strip('_')}", daemon=True)
             for run in (self._pump, self._tick)
@@ -63,7 +66,7 @@ class Station:
         """Warms the engine up and says `ready`, or with the reason `unfit`, on another thread; returns at once."""
         for loop in self._loops:
             loop.start()
-        self._doors.submit(self._guarded, self._open, warm_up)
+        self._doors.submit(partial(self._guarded, self._open, warm_up))
 
     def take(self, message: Message) -> None:
         """Takes a message, on any thread; returns at once."""
@@ -74,15 +77,21 @@ class Station:
                 return
             if header["op"] == "run":
                 flight = self._flights[id] = Flight(id)
-                self._doors.submit(self._guarded, self._run, flight, header)
+                flight.cancelled = id in self._cancelled
+                self._cancelled.pop(id, None)
+                self._doors.submit(partial(self._guarded, self._run, flight, header))
             elif header["op"] == "cancel":
                 if (known := self._flights.get(id)) is not None:
                     known.cancelled = True
-                    self._doors.submit(self._guarded, self._cancel, known)
+                    self._doors.submit(partial(self._guarded, self._cancel, known))
+                else:
+                    self._cancelled[id] = None
+                    if len(self._cancelled) > REMEMBERED:
+                        del self._cancelled[next(iter(self._cancelled))]
             elif header["op"] == "check":
-                self._doors.submit(self._guarded, self._answer, header, partial(self._check, header))
+                self._doors.submit(partial(self._guarded, self._answer, header, partial(self._check, header)))
             elif header["op"] == "peek":
-                self._looks.submit(self._guarded, self._answer, header, partial(self._peek, id))
+                self._looks.submit(partial(self._guarded, self._answer, header, partial(self._peek, id)))
 
     def leave(self) -> None:
         """Ends it, cancels its searches and leaves the engine; sends nothing from now on."""
@@ -91,7 +100,7 @@ class Station:
             flights = [*self._flights.values()]
         self._wake.set()
         for pool in (self._doors, self._encoders, self._looks):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
         for flight in flights:
             self._cancel(flight)
 
@@ -159,8 +168,26 @@ class Station:
         """On the engine's thread for callbacks: the result is written elsewhere."""
         if flight.watched is not None:
             flight.watched.__exit__(None, None, None)
-        if not self._stop.is_set():
-            self._encoders.submit(self._guarded, self._over, flight, job)
+        if not job.cancelled():
+            self._encoders.submit(partial(self._guarded, self._over, flight, job))
+            return
+        with self._lock:  # its best is known when the calls that it was in come back: no thread waits for them
+            self._parting[flight.id] = flight, job, self._clock() + PATIENCE
+        job._best.add_done_callback(lambda _: self._part(flight.id))
+
+    def _part(self, id: str) -> None:
+        """Ends a search that was cancelled, once: with its best, or without one where that did not come in time."""
+        with self._lock:
+            flight, job, _ = self._parting.pop(id, (None, None, 0.0))
+        if flight is not None and job is not None:
+            self._encoders.submit(partial(self._guarded, self._over, flight, job))
+
+    def _part_late(self) -> None:
+        now = self._clock()
+        with self._lock:
+            late = [id for id, (_, _, until) in self._parting.items() if now >= until]
+        for id in late:
+            self._part(id)
 
     def _over(self, flight: Flight, job: Job) -> None:
         error = job.exception()
@@ -171,7 +198,7 @@ class Station:
         if error is not None:
             outcome["error"] = told(error)
         try:
-            result = job.best(PATIENCE) if isinstance(error, Cancelled) else job.result() if error is None else None
+            result = job.best(0) if isinstance(error, Cancelled) else job.result() if error is None else None
             if result is not None:
                 kind, payload = pictures.written(result)
                 outcome["result"] = pictures.described(result, kind)
@@ -208,6 +235,8 @@ class Station:
         while not self._stop.is_set():
             self._wake.wait(BEAT)
             self._wake.clear()
+            if self._parting:
+                self._guarded(self._part_late)
             beats = self._clock() - last >= BEAT
             if self._changed or beats:
                 last = self._clock() if beats else last

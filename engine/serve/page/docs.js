@@ -31,4 +31,4 @@ function endpoint(path, method, about) {
 const told = await (await fetch("/openapi.json")).json();
 const sections = Object.entries(told.paths).flatMap(([path, methods]) =>
   Object.entries(methods).map(([method, about]) => endpoint(path, method, about)));
-document.getElementById("docs").replaceChildren(...sections);
+document.getElementById("docs").replaceChildren(make("p", told.info.description), ...sections);
