@@ -412,7 +412,7 @@ def test_another_batch_does_not_fit(source, tmp_path):
     with pytest.raises(RequestError, match="has a batch with format='parquet', and not 'embedded'"):
         batch(source, out, "embedded", options={"nfe": 4})
     held = Shards(out, reading.source(source, 4), {"nfe": 4}, "parquet")
-    with pytest.raises(RequestError, match="another process has it open"):
+    with pytest.raises(RequestError, match="a process has it open"):
         batch(source, out, options={"nfe": 4})
     held.close()
     source.write_text(LINES.replace("last", "lost"))

@@ -78,8 +78,7 @@ class RewardServing:
 
         keys = Keys(self.api_key_file)
         check_host(self.host, bool(keys))
-        from rollflow.cli.ending import leave
-        from rollflow.cli.serving import listening
+        from rollflow.cli.serving import left, listening
         from rollflow.serve import reward_server
         from rollflow.serve.reward_bodies import Limits
 
@@ -92,7 +91,7 @@ class RewardServing:
             server = reward_server.RewardServer(made, settings)
             asyncio.run(_serve(server, at, self.grace))
         if server.hangs:  # Python would wait for its thread
-            leave(0)
+            left(0)
 
     def _named(self) -> dict[str, str]:
         """The rewards as they were given, by the names that callers use."""
