@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,20 @@ from tiny import PATIENCE
 
 from rollflow.cli import batch as command
 from rollflow.cli import main
-from rollflow.errors import EngineBusy, EngineDead, RequestError
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, FunctionError, RequestError, RewardUnavailable
+from rollflow.serve import batch as running
 from rollflow.serve import lines as reading
 from rollflow.serve.batch import State, run
 from rollflow.serve.formats import COLUMNS, WRITERS
+from rollflow.serve.messages import told
 from rollflow.serve.shards import Counts, Shards
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# of searches that fail: how their prompts begin
+ENDS = {"fails": "FunctionError", "deadly": "EngineDead", "left": "EngineClosed", "waits": "RewardUnavailable"}
 
 
 class Search:
@@ -35,10 +42,8 @@ class Search:
 
     def end(self):
         prompt = self.request["prompt"]
-        if prompt.startswith("fails"):
-            self.status, self.error = "failed", {"type": "FunctionError", "message": "the reward raised"}
-        elif prompt == "dies":
-            self.status, self.error = "failed", {"type": "EngineDead", "message": "no worker is left"}
+        if error := next((ENDS[word] for word in ENDS if prompt.startswith(word)), None):
+            self.status, self.error = "failed", {"type": error, "message": "the reward raised"}
         else:
             self.status = "done"
             self.result = {
@@ -64,6 +69,8 @@ class Desk:
         if self.busy:
             self.busy -= 1
             raise EngineBusy("too many", 0.0)
+        if request["prompt"] == "dies":
+            raise EngineDead("no worker is left")
         if "nfee" in request or not isinstance(request["prompt"], str):
             raise RequestError("nfee: there is no such field")
         search = Search(request)
@@ -94,12 +101,12 @@ def source(tmp_path):
     return file
 
 
-def batch(file, out, kind="parquet", shard=4, desk=None, options=None, **given):
+def batch(file, out, kind="parquet", shard=4, desk=None, options=None, again=False, **given):
     """Runs a batch, and lets the folder go however it ends."""
-    shards = Shards(out, reading.source(file, shard), options or {}, kind)
+    shards = Shards(out, reading.source(file, shard), options or {}, kind, again)
     try:
-        running = run(desk or Desk(), shards, {"nfe": 2}, **{"window": 3, **given})
-        return asyncio.run(asyncio.wait_for(running, PATIENCE))
+        work = run(desk or Desk(), shards, {"nfe": 2}, **{"window": 3, "pauses": (), **given})
+        return asyncio.run(asyncio.wait_for(work, PATIENCE))
     finally:
         shards.close()
 
@@ -211,14 +218,107 @@ def test_strict_ends_at_the_first_line_that_fails(source, tmp_path):
     assert {"nfe": 2, "prompt": "two red circles"} not in desk.asked
 
 
-def test_a_desk_that_dies_is_no_fault_of_a_line(tmp_path):
+@pytest.mark.parametrize(("prompt", "error"), [("dies", EngineDead), ("left", EngineClosed)])
+def test_a_desk_that_ends_is_no_fault_of_a_line(tmp_path, prompt, error):
     file = tmp_path / "lines"
-    file.write_text("a\nb\ndies\nc")
-    with pytest.raises(EngineDead, match="no worker is left"):
+    file.write_text(f"a\nb\n{prompt}\nc")
+    with pytest.raises(error):
         batch(file, tmp_path / "out", window=1)
-    file.write_text("a\nb\ndies\nc")  # the same bytes: the same batch
     shards = Shards(tmp_path / "out", reading.source(file, 4), {}, "parquet")
     assert [shards.has(number) for number in range(1, 5)] == [True, True, False, False]
+    shards.close()
+
+
+def test_a_line_that_workers_die_of_fails_alone(tmp_path):
+    file = tmp_path / "lines"
+    file.write_text("a\ndeadly\nb")
+    assert batch(file, tmp_path / "out") == Counts(3, 1, 6)
+    assert [row["error_type"] for row in rows(tmp_path / "out")] == [None, "EngineDead", None]
+
+
+# Lines that are done again
+# -------------------------
+
+
+def test_what_a_search_is_told_of_a_reward_that_may_come_back():
+    error = FunctionError("the reward http raised RewardUnavailable for 3 images: busy")
+    error.__cause__ = RewardUnavailable("busy")  # as the engine raises it
+    assert told(error) == {"type": "RewardUnavailable", "message": str(error)}
+
+
+def test_a_line_waits_for_its_reward(tmp_path, monkeypatch):
+    class Mended(Desk):
+        async def submit(self, request):
+            if len(self.asked) == 3:
+                monkeypatch.delitem(ENDS, "waits")
+            return await super().submit(request)
+
+    file, desk = tmp_path / "lines", Mended()
+    file.write_text("waits\nb")
+    assert batch(file, tmp_path / "out", desk=desk, window=1, pauses=[0.0] * 4) == Counts(2, 0, 6)
+    assert [request["prompt"] for request in desk.asked] == ["waits"] * 4 + ["b"]
+
+
+def test_an_outage_ends_the_batch_and_what_it_failed_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "UNAVAILABLE", 4)
+    file, out, desk = tmp_path / "lines", tmp_path / "out", Desk()
+    file.write_text("\n".join(["a", "b", "waits", "c", "d", *["waits"] * 9]))
+    with pytest.raises(RewardUnavailable, match=r"4 lines in a row had no reward, the last, 9, since.*--retry-failed"):
+        batch(file, out, window=1)
+    monkeypatch.delitem(ENDS, "waits")
+    assert batch(file, out, desk=desk, again=True) == Counts(14, 0, 42)
+    assert [request["prompt"] for request in desk.asked] == ["waits"] * 10
+    batch(file, tmp_path / "whole")
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [*WRITERS])
+def test_lines_that_failed_are_done_again_wherever_it_ends(source, tmp_path, kind, crash, monkeypatch):
+    batch(source, tmp_path / "first", kind)
+    assert batch(source, tmp_path / "first", kind, again=True).failed == 4
+    monkeypatch.delitem(ENDS, "fails")
+    batch(source, tmp_path / "mended", kind)
+    expected, end, changes = everything(tmp_path / "mended"), [*WRITERS].index(kind), math.inf
+    while end < changes:
+        out, desk = tmp_path / f"ends-{end}", Desk()
+        shutil.copytree(tmp_path / "first", out)
+        state = crash(end)
+        with suppress(Crash):
+            batch(source, out, kind, again=True)
+            changes = state["count"]
+        monkeypatch.undo()
+        monkeypatch.delitem(ENDS, "fails")
+        assert batch(source, out, kind, desk=desk, again=True) == Counts(21, 3, 3 * 18)
+        assert {request["prompt"] for request in desk.asked} <= {"fails here"}
+        assert everything(out) == expected, end
+        end += 19
+    assert changes > 20
+
+
+@pytest.mark.parametrize("kind", [*WRITERS])
+def test_counts_that_are_lost_and_shards_that_are_broken(source, tmp_path, kind):
+    out = tmp_path / "out"
+    batch(source, out, kind)
+    (out / "state" / "000000.json").unlink()
+    (out / "state" / "000001.json").write_bytes(b"{")
+    assert batch(source, out, kind) == Counts(21, 4, 3 * 17)
+    WRITERS[kind].file(out, 0).write_bytes(b"broken")
+    with pytest.raises(RequestError, match=r"shards/000000.* cannot be read .*: delete it"):
+        batch(source, out, kind)
+
+
+def test_a_line_is_done_also_while_its_shard_is_finished(tmp_path):
+    class Late(bytearray):
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            shards.finish(place)  # as its thread does it, between two reads of another
+            return found
+
+    (tmp_path / "lines").write_text("a")
+    shards = Shards(tmp_path / "out", reading.source(tmp_path / "lines", 4), {}, "parquet")
+    assert shards.put(dict.fromkeys(COLUMNS) | {"line": 1}, None, None) == 0
+    shards._whole = Late(1)
+    assert shards.has(1)
     shards.close()
 
 
@@ -312,7 +412,7 @@ def test_another_batch_does_not_fit(source, tmp_path):
     with pytest.raises(RequestError, match="has a batch with format='parquet', and not 'embedded'"):
         batch(source, out, "embedded", options={"nfe": 4})
     held = Shards(out, reading.source(source, 4), {"nfe": 4}, "parquet")
-    with pytest.raises(RequestError, match="another process has it open"):
+    with pytest.raises(RequestError, match="a process has it open"):
         batch(source, out, options={"nfe": 4})
     held.close()
     source.write_text(LINES.replace("last", "lost"))

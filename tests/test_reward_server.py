@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -28,9 +29,10 @@ from rollflow.rewards.http import HttpReward, written
 pytest.importorskip("fastapi")
 from rollflow.cli import main
 from rollflow.cli.serving import listening, quiet
+from rollflow.serve import reward_bodies
 from rollflow.serve.keys import Keys
 from rollflow.serve.reward_bodies import Limits
-from rollflow.serve.reward_server import RewardServer, RewardSettings, create_app
+from rollflow.serve.reward_server import READERS, RewardServer, RewardSettings, create_app
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,6 +75,7 @@ class Serving:
         self.thread.start()
 
     async def run(self, at):
+        self.loop = asyncio.get_running_loop()
         self.server.start()
         await self.http.serve([at])
         await self.server.close()
@@ -224,6 +227,52 @@ def test_an_error_harms_its_own_caller_alone(serve):
     assert gate.calls[1] == (6, ["a", "b", "fails", "nan", "c", "d"])
 
 
+def test_an_error_that_may_pass_is_nobody_s_own(serve):
+    gate = Gate()
+    server = serve(gate)
+    with held(server, gate, call("a"), call("later"), call("b")) as answers:
+        pass
+    assert [answer.result()[0] for answer in answers] == [503] * 3 and len(gate.calls) == 2
+
+
+def test_who_went_meanwhile_is_not_judged_by_himself(serve):
+    class Slow(Gate):
+        def __call__(self, images, prompts):
+            if "fails" in prompts and len(prompts) > 1:
+                self.together.set()
+                assert self.on.wait(PATIENCE)
+            return super().__call__(images, prompts)
+
+    gate = Slow()
+    gate.together, gate.on = threading.Event(), threading.Event()
+    server = serve(gate)
+    with held(server, gate, call("a"), call("fails")) as answers:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("POST", "/score", call("vanishes"), {"Content-Type": "application/json"})
+        until(lambda: server.server.scorers["gate"].waiting == 3)
+        gate.open.set()
+        assert gate.together.wait(PATIENCE)
+        connection.close()
+        until(lambda: server.server._open == 2)
+        gate.on.set()
+    assert [answer.result()[0] for answer in answers] == [200, 500]
+    assert [prompts for _, prompts in gate.calls[2:]] == [["a"], ["fails"]]
+
+
+def test_memory_that_runs_out_is_a_limit_of_one_size(serve):
+    class Small(Gate):
+        def __call__(self, images, prompts):
+            if images.numel() > 2 * 3 * 64 * 64:
+                raise torch.OutOfMemoryError
+            return super().__call__(images, prompts)
+
+    gate = Small()
+    server = serve(gate)
+    for size in ((64, 64), (8, 8), (64, 64)):
+        assert server.ask(body=call(*"abcd", size=size))[0] == 200
+    assert [rows for rows, _ in gate.calls] == [2, 2, 4, 2, 2]
+
+
 def test_a_call_of_more_images_than_a_batch_is_cut(serve):
     gate = Gate()
     server = serve(gate, batch=2)
@@ -260,16 +309,34 @@ def test_a_full_queue_and_a_server_that_drains(serve):
     assert answers[0].result()[0] == 200  # what was there before is answered
 
 
-def test_calls_that_would_fill_the_memory_come_again(serve):
+def test_calls_that_would_fill_the_memory_come_again(serve, monkeypatch):
+    unpacked, picture = [], reward_bodies._picture
+    monkeypatch.setattr(reward_bodies, "_picture", lambda *of: (unpacked.append(of), picture(*of))[1])
     gate = Gate()
-    server = serve(gate, memory=3 * 64 * 64 * 4 * 3)
+    server = serve(gate, memory=5 * reward_bodies.PIXEL * 64 * 64 // 2)
     assert len(server.ask(body=call(*"abcd", size=(64, 64)))[2]["scores"]) == 4  # the only one may be larger
     gate.began.clear()
     with held(server, gate, call("a", size=(64, 64)), call("b", size=(64, 64))) as answers:
         status, headers, found = server.ask(body=call("c", size=(64, 64)))
         assert status == 503 and int(headers["Retry-After"]) >= 1 and "bytes wait" in found["error"]["message"]
+        assert len(unpacked) == 4 + 3
     assert [answer.result()[0] for answer in answers] == [200, 200]
     assert server.ask(body=call("c", size=(64, 64)))[0] == 200 and server.server._held == 0
+
+
+def test_what_is_left_at_the_end_comes_again(serve):
+    gate = Gate()
+    server, stop = serve(gate), threading.Event()
+    readers = server.server._readers
+    busy = [readers.submit(stop.wait, PATIENCE) for _ in range(READERS)]  # bodies of others
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.ask, body=call("a"))
+        until(lambda: readers._work_queue.qsize() == 1)
+        asyncio.run_coroutine_threadsafe(server.server.close(), server.loop).result(PATIENCE)
+        status, _, found = answer.result()
+        stop.set()
+    assert status == 503 and "the server ended" in found["error"]["message"] and len(busy) == READERS
+    assert gate.calls == [] and server.server._held == 0
 
 
 # What anybody may send
@@ -309,7 +376,9 @@ TENSORS = "application/x-safetensors"
 GARBAGE = [
     ("application/json", b"", 400, "no JSON"),
     ("application/json", b"\xff\xfe\x00", 400, "no JSON"),
-    ("application/json", b"[" * 100_000, 400, "no JSON"),
+    ("application/json", b"[" * 10_000, 400, "no JSON"),
+    ("application/json", b"[" + b"[]," * 60_000 + b"[]]", 413, "lists, objects and commas"),
+    ("application/json", texts(["a"], [["x"] * 20_001]), 413, "20001 frames: at most 20000"),
     ("application/json", b"[1]", 400, "the body is [1]"),
     ("application/json", b'{"prompts": ["a"]}', 400, "the body is"),
     ("application/json", texts([], []), 400, "at least one"),
@@ -352,7 +421,7 @@ GARBAGE = [
 
 def test_garbage_gets_a_clean_error_and_harms_nobody(serve):
     gate = Gate()
-    server = serve(gate, limits=Limits(body=200_000, rows=8, prompt=100, pixels=100_000))
+    server = serve(gate, limits=Limits(body=200_000, rows=8, prompt=100, pixels=100_000, frames=20_000))
     for kind, body, status, part in GARBAGE:
         found, _, answer = server.ask(body=body, kind=kind)
         message = answer["error"]["message"]
@@ -375,6 +444,41 @@ def test_addresses_and_methods(serve):
     status, _, found = server.ask("/health", method="GET")
     assert (status, found["status"], found["rewards"]) == (200, "ok", ["gate", "other"])
     assert "/score/{name}" in server.ask("/openapi.json", method="GET")[2]["paths"]
+
+
+def test_a_body_that_takes_its_time(serve):
+    server = serve(upload=0.2, patience=PATIENCE)
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as client:
+        client.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
+        client.settimeout(0.01)
+        answer, end = b"", time.monotonic() + PATIENCE
+        while not answer and time.monotonic() < end:
+            client.sendall(b"x")
+            with suppress(TimeoutError):
+                answer = client.recv(1000)
+    assert b"408" in answer.partition(b"\r\n")[0]
+
+
+def test_names_of_others_lead_nowhere(serve, tmp_path):
+    (tmp_path / "keys").write_text("one-key-of-some-length\n")
+    for path, method in (("/score", "POST"), ("/health", "GET")):
+        status, _, found = serve().ask(path, call("a"), method=method, Host="evil.example:9000")
+        assert status == 421 and "Host 'evil.example:9000'" in found["error"]["message"]
+    for host in ("localhost", "[::1]:9000", "127.0.0.1:80"):
+        assert serve().ask(body=call("a"), Host=host)[0] == 200
+    guarded = serve(keys=Keys(tmp_path / "keys"))
+    assert guarded.ask(body=call("a"), Host="a.example", Authorization="Bearer one-key-of-some-length")[0] == 200
+
+
+def test_a_stranger_s_body_is_not_read(serve, tmp_path):
+    (tmp_path / "keys").write_text("one-key-of-some-length\n")
+    server = serve(keys=Keys(tmp_path / "keys"))
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as client:
+        client.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 60000000\r\n\r\n")
+        with suppress(OSError):  # it hangs up
+            for _ in range(600):
+                client.sendall(bytes(100_000))
+            pytest.fail("all of it was taken")
 
 
 def test_keys(serve, monkeypatch, tmp_path):
@@ -418,6 +522,9 @@ def test_the_command_serves_and_drains(tmp_path):
         "    pathlib.Path('began').touch()\n"
         "    while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
         "    return images.mean((1, 2, 3))\n"
+        "def stuck(images, prompts):\n"
+        "    pathlib.Path('stuck').touch()\n"
+        "    while True: time.sleep(0.01)\n"
     )
     command = [
         sys.executable,
@@ -426,6 +533,7 @@ def test_the_command_serves_and_drains(tmp_path):
         "reward-server",
         "mine.py:slow",
         "small=jpeg:quality=50",
+        "mine.py:stuck",
         "--port",
         "0",
     ]
@@ -434,12 +542,13 @@ def test_the_command_serves_and_drains(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        slow, small = (process.stdout.readline().split()[-1] for _ in range(2))
+        slow, small, stuck = (process.stdout.readline().split()[-1] for _ in range(3))
         assert slow.endswith("/score/slow") and small.endswith("/score/small")
         assert torch.equal(HttpReward(small)(images(7), ["a"]), rewards.make("jpeg:quality=50")(images(7), ["a"]))
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(HttpReward(slow), images(51), ["a"])
+        with ThreadPoolExecutor(2) as pool:
+            answer, lost = (pool.submit(HttpReward(one), images(51), ["a"]) for one in (slow, stuck))
             until((tmp_path / "began").exists)
+            until((tmp_path / "stuck").exists)
             process.send_signal(signal.SIGTERM)
 
             def refused():
@@ -451,6 +560,9 @@ def test_the_command_serves_and_drains(tmp_path):
             until(refused)
             (tmp_path / "go").touch()
             assert answer.result() == pytest.approx([0.2])
+            process.send_signal(signal.SIGTERM)  # the second: what still runs is not waited for
+            with pytest.raises(RewardUnavailable, match="the server ended"):
+                lost.result()
         assert process.wait(PATIENCE) == 0 and process.stderr.read() == ""
     finally:
         process.kill()

@@ -35,7 +35,8 @@ class Batch:
 
     A line is a prompt, or a JSON object with a "prompt", perhaps an "id", and any other field of a request, such as
     "reward", "method", "nfe" or "seed"; what it leaves out is as the options say. The same command goes on where an
-    earlier one ended, however it ended, and does no line twice. The exit code is 1 if a line failed.
+    earlier one ended, however it ended, and does no line twice. The exit code is 1 if a line failed. While a reward is
+    not available lines wait; after many in a row the batch ends with exit code 2, to be gone on with later.
     """
 
     lines: tyro.conf.Positional[Lines]
@@ -57,6 +58,8 @@ class Batch:
     """Searches that are there at a time."""
     strict: bool = False
     """End at the first line that fails, in place of writing down why it did."""
+    retry_failed: bool = False
+    """Do lines again that failed before; their shards are written anew."""
     search: SearchOptions = field(default_factory=SearchOptions)
     runtime: ModelOptions = field(default_factory=ModelOptions)
 
@@ -77,7 +80,7 @@ class Batch:
         defaults = wire.to_json(self._checked())
         del defaults["prompt"]
         options = {"shard": self.shard, **self._model(), **defaults}
-        shards = Shards(self.out, source(self.lines, self.shard), options, self.format)
+        shards = Shards(self.out, source(self.lines, self.shard), options, self.format, self.retry_failed)
         try:
             with following(shards.counts.lines, shards.source.total) as told:
                 counts = shards.counts

@@ -53,6 +53,8 @@ class RewardServing:
     """The most MiB of a call."""
     max_rows: int = 256
     """The most images, or clips, of a call."""
+    max_frames: int = 1 << 14
+    """The most images of a call, those of its clips included."""
     max_prompt: int = 10_000
     """The most characters of a prompt."""
     max_pixels: int = 1 << 26
@@ -65,7 +67,8 @@ class RewardServing:
     def __call__(self) -> None:
         """Serves until SIGTERM or Ctrl-C."""
         named = self._named()
-        for name in ("batch", "max_queued", "max_memory", "max_body", "max_rows", "max_prompt", "max_pixels"):
+        whole = ("batch", "max_queued", "max_memory", "max_body", "max_rows", "max_frames", "max_prompt", "max_pixels")
+        for name in whole:
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be at least 1")
         for name in ("wait", "grace"):
@@ -75,17 +78,20 @@ class RewardServing:
 
         keys = Keys(self.api_key_file)
         check_host(self.host, bool(keys))
-        from rollflow.cli.serving import listening
+        from rollflow.cli.serving import left, listening
         from rollflow.serve import reward_server
         from rollflow.serve.reward_bodies import Limits
 
         made = self._made(named)
-        limits = Limits(self.max_body << 20, self.max_rows, self.max_prompt, self.max_pixels)
+        limits = Limits(self.max_body << 20, self.max_rows, self.max_prompt, self.max_pixels, self.max_frames)
         settings = reward_server.RewardSettings(
             keys, limits, self.max_queued, self.max_memory << 20, self.batch, self.wait, device=self._device(),
         )  # fmt: skip
         with listening(self.host, self.port) as at:
-            asyncio.run(_serve(reward_server.RewardServer(made, settings), at, self.grace))
+            server = reward_server.RewardServer(made, settings)
+            asyncio.run(_serve(server, at, self.grace))
+        if server.hangs:  # Python would wait for its thread
+            left(0)
 
     def _named(self) -> dict[str, str]:
         """The rewards as they were given, by the names that callers use."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RollflowError
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RewardUnavailable, RollflowError
 from rollflow.serve.formats import COLUMNS
 from rollflow.serve.lines import Line, asked, lines
 from rollflow.serve.messages import raised
@@ -18,6 +18,8 @@ from rollflow.serve.shards import Counts, Shards
 LEAVES = 1000  # finished lines that are passed over before the loop may do something else
 FOUND = ("reward", "held_out", "nfe", "seed", "method", "stopped", "seconds", "width", "height", "frames")
 FINISHING = 2  # shards that are written at a time while searches go on
+PAUSES = (1.0, 5.0, 30.0, 60.0)  # seconds before a line whose reward was not available is tried again
+UNAVAILABLE = 100  # lines in a row without their reward, after which there is no use in going on
 
 
 @runtime_checkable
@@ -70,8 +72,12 @@ async def run(
     strict: bool = False,
     told: Callable[[State], None] = lambda state: None,
     clock: Callable[[], float] = time.monotonic,
+    pauses: Sequence[float] = PAUSES,
 ) -> Counts:
     """Does every line of the shards' source that is not done, and returns the counts of all.
+
+    A line whose reward is not available keeps its place in the window while it is tried again, so that an outage stops
+    the batch in place of failing lines; one that gets through to `UNAVAILABLE` lines in a row ends it.
 
     Args:
         desk: runs the searches.
@@ -81,21 +87,38 @@ async def run(
         strict: the first line that fails ends the batch; it does not count as done.
         told: is called when a line is over.
         clock: seconds.
+        pauses: see `PAUSES`.
 
     Raises:
         RequestError: a line failed, and it is `strict`.
+        RewardUnavailable: see above; what failed of it counts as done, see `Shards`.
         EngineClosed, EngineDead: the desk takes no more searches; what was done until then is kept.
         OSError: a file cannot be written.
     """
     disk, packing = ThreadPoolExecutor(1, "batch-disk"), ThreadPoolExecutor(FINISHING, "batch-shards")
     loop, start, before = asyncio.get_running_loop(), clock(), shards.counts
-    finishing = asyncio.Semaphore(FINISHING)
+    finishing, unavailable = asyncio.Semaphore(FINISHING), 0
 
     async def one(line: Line) -> None:
+        nonlocal unavailable
         row, image, kind = await _done(desk, line, defaults)
+        for pause in pauses:
+            if row["error_type"] != RewardUnavailable.__name__:
+                break
+            await asyncio.sleep(pause)
+            row, image, kind = await _done(desk, line, defaults)
         if strict and row["error"] is not None:
             raise RequestError(f"line {line.number}: {row['error']}: mend it, or leave --strict out")
         place = await loop.run_in_executor(disk, shards.put, row, image, kind)
+        if row["error_type"] == RewardUnavailable.__name__:
+            unavailable += 1
+        elif row["error"] is None:
+            unavailable = 0
+        if unavailable >= UNAVAILABLE:
+            raise RewardUnavailable(
+                f"{unavailable} lines in a row had no reward, the last, {line.number}, since {row['error']}: when it "
+                "is there again, give the same command with --retry-failed"
+            )
         seconds, new = clock() - start, shards.counts.lines - before.lines
         total = shards.source.total
         rate = (shards.counts.nfe - before.nfe) / seconds if seconds > 0 else None
@@ -150,28 +173,19 @@ async def _done(desk: Desk, line: Line, defaults: Mapping[str, Any]) -> tuple[di
         if search.status == "done" and search.result is not None:
             found = search.result
             image = await search.image()
-            for name in (
-                "reward",
-                "held_out",
-                "nfe",
-                "seed",
-                "method",
-                "stopped",
-                "seconds",
-                "width",
-                "height",
-                "frames",
-            ):
-                row[name] = found.get(name)
+            row |= {name: found.get(name) for name in FOUND}
             terms = found.get("terms")
             row["terms"] = None if terms is None else json.dumps(terms)
             return row, image, found.get("format", "png")
-        raise raised(search.error or {"type": "EngineClosed", "message": f"the search was {search.status}"})
+        error = raised(search.error or {"type": "EngineClosed", "message": f"the search was {search.status}"})
+        if isinstance(error, EngineClosed):
+            raise error
     except (EngineClosed, EngineDead):
-        raise  # no fault of the line's
-    except RollflowError as error:
-        row |= {"error_type": type(error).__name__, "error": str(error)}
-        return row, None, None
+        raise  # no fault of the line's; a search that workers died of ends with an EngineDead, too: that is one
+    except RollflowError as refused:
+        error = refused
+    row |= {"error_type": type(error).__name__, "error": str(error)}
+    return row, None, None
 
 
 async def _submitted(desk: Desk, request: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,6 +59,10 @@ class Writer(Protocol):
         """Writes a shard, which appears whole: its rows in order, with the images of a folder."""
         ...
 
+    def read(self, out: Path, place: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """The rows of a shard, each with the bytes of its image: `image` names its file, whatever held it."""
+        ...
+
 
 class Parquet(Writer):
     """One row a line; images are files of their own, or a column of bytes."""
@@ -90,6 +94,20 @@ class Parquet(Writer):
                     some = [{**row, "image": _bytes(row, images)} for row in some]
                 writer.write_table(arrow.Table.from_pylist(some, schema))
 
+    def read(self, out: Path, place: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """See `Writer`."""
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(self.file(out, place)) as file:
+            for rows in file.iter_batches(GROUP):
+                for row in rows.to_pylist():
+                    image = row["image"]
+                    if self.holds_images and image is not None:
+                        row["image"] = f"images/{place:06d}/{row['line']:09d}.image"  # what kind it is nobody asks
+                    elif image is not None:
+                        image = (out / image).read_bytes() if (out / image).exists() else None
+                    yield row, image
+
 
 class WebDataset(Writer):
     """A tar file a shard: of each image KEY.png, KEY.json with its row, and KEY.txt with its prompt.
@@ -109,9 +127,12 @@ class WebDataset(Writer):
     def write(self, out: Path, place: int, rows: Sequence[Mapping[str, Any]], images: Path) -> None:
         """See `Writer`."""
         failed = [{name: row[name] for name in COLUMNS} for row in rows if row["image"] is None]
+        errors = out / "errors" / f"{place:06d}.jsonl"
         if failed:
-            (out / "errors").mkdir(exist_ok=True)
-            write(out / "errors" / f"{place:06d}.jsonl", b"".join(_json(row) + b"\n" for row in failed))
+            errors.parent.mkdir(exist_ok=True)
+            write(errors, b"".join(_json(row) + b"\n" for row in failed))
+        else:
+            errors.unlink(missing_ok=True)  # of before they were done again
         with appearing(self.file(out, place)) as part, tarfile.open(part, "w") as tar:
             for row in rows:
                 if (image := _bytes(row, images)) is not None:
@@ -121,6 +142,22 @@ class WebDataset(Writer):
                         head = tarfile.TarInfo(f"{key}.{end}")  # of no time and no owner: the same bytes each time
                         head.size = len(content)
                         tar.addfile(head, io.BytesIO(content))
+
+    def read(self, out: Path, place: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """See `Writer`."""
+        none = dict[str, Any].fromkeys(COLUMNS)
+        errors = out / "errors" / f"{place:06d}.jsonl"
+        for text in errors.read_bytes().splitlines() if errors.exists() else ():
+            yield none | json.loads(text), None
+        with tarfile.open(self.file(out, place)) as tar:
+            name, image = "", None
+            for head in tar:
+                file = tar.extractfile(head)
+                content = b"" if file is None else file.read()
+                if head.name.endswith(".json"):  # after its image, as it was written
+                    yield none | json.loads(content) | {"image": f"images/{place:06d}/{name}"}, image
+                elif not head.name.endswith(".txt"):
+                    name, image = head.name, content
 
 
 def _bytes(row: Mapping[str, Any], images: Path) -> bytes | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rollflow import errors
-from rollflow.errors import EngineBusy, RollflowError, said, shown
+from rollflow.errors import EngineBusy, RewardUnavailable, RollflowError, said, shown
 
 LENGTHS = struct.Struct(">IQ")  # bytes of the header and of the payload
 MOST_HEADER, MOST_PAYLOAD = 1 << 28, 1 << 32
@@ -86,7 +86,8 @@ def told(error: BaseException) -> dict[str, Any]:
     """An error as JSON: its type's name and its message; of one that is not the package's, what both say."""
     if not isinstance(error, RollflowError):
         return {"type": "RollflowError", "message": said(error)}
-    found: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    kind = RewardUnavailable if isinstance(error.__cause__, RewardUnavailable) else type(error)  # it may pass
+    found: dict[str, Any] = {"type": kind.__name__, "message": str(error)}
     return found | ({"seconds": error.seconds} if isinstance(error, EngineBusy) else {})
 
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,33 @@ from torch import Tensor
 from rollflow.errors import RollflowError, said, shown
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
+PIXEL = 24  # bytes of a pixel: as three float32, once while it waits and once in a batch that is judged
+SIGNATURE, HEAD = b"\x89PNG\r\n\x1a\n", 24  # of a PNG file: how it begins, bytes until its width and height are known
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of 8-bit PNG files
+
+
+SCHEMA = {  # for OpenAPI
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["prompts", "images"],
+                    "properties": {
+                        "prompts": {"type": "array", "items": {"type": "string"}},
+                        "images": {
+                            "type": "array",
+                            "description": "base64 texts of PNG files; a clip is the list of its frames",
+                            "items": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+                        },
+                    },
+                }
+            },
+            "application/x-safetensors": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
 
 
 class Refused(RollflowError):
@@ -43,6 +70,7 @@ class Limits:
     Attributes:
         body: bytes.
         rows: images or clips.
+        frames: images, those of clips included.
         prompt: characters of each prompt.
         pixels: of all of its images together, frames included.
     """
@@ -51,6 +79,7 @@ class Limits:
     rows: int = 256
     prompt: int = 10_000
     pixels: int = 1 << 26
+    frames: int = 1 << 14
 
 
 class Asked(NamedTuple):
@@ -60,18 +89,45 @@ class Asked(NamedTuple):
     images: Float[Tensor, "row *frame 3 height width"]
 
 
-def read(kind: str, body: bytes, limits: Limits) -> Asked:
-    """The call that a body of a content type holds.
+class Sent(NamedTuple):
+    """A body that was looked through, but not unpacked.
+
+    Attributes:
+        prompts: a text a row.
+        size: height and width of the images.
+        bytes: that the images will take.
+        unpack: makes the call, or raises `Refused`.
+    """
+
+    prompts: list[str]
+    size: tuple[int, int]
+    bytes: int
+    unpack: Callable[[], Asked]
+
+
+def cost(kind: str, body: bytes) -> int:
+    """Bytes that it takes to look through a body, at most; what allows that is checked by `look`."""
+    if _form(kind) == JSON:
+        return len(body) * (2 if body.isascii() else 5)  # a text of up to four bytes a character, and its parts
+    return len(body) + 8 * len(_head(body))
+
+
+def look(kind: str, body: bytes, limits: Limits) -> Sent:
+    """What a body of a content type holds.
 
     Raises:
-        Refused: it holds none, or more than it may; 4xx.
+        Refused: no call, or more than it may; 4xx.
     """
-    form = kind.partition(";")[0].strip().lower()
+    form = _form(kind)
     if form == JSON:
         return _of_json(body, limits)
     if form == SAFETENSORS:
         return _of_safetensors(body, limits)
     raise Refused(415, f"the Content-Type is {shown(kind)}: it must be {JSON} or {SAFETENSORS}")
+
+
+def _form(kind: str) -> str:
+    return kind.partition(";")[0].strip().lower()
 
 
 def _parsed(text: bytes | str, what: str) -> Any:
@@ -81,68 +137,107 @@ def _parsed(text: bytes | str, what: str) -> Any:
         raise Refused(400, f"{what} is no JSON ({said(error)})") from error
 
 
-def _of_json(body: bytes, limits: Limits) -> Asked:
+def _check_marks(text: bytes, limits: Limits) -> None:
+    """Refuses JSON of so many small things that they would take many times its bytes."""
+    most = 100 + limits.frames + limits.rows * (2 + limits.prompt // 8)
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > most:
+        raise Refused(413, f"the body has more than {most} lists, objects and commas: send fewer images in a call")
+
+
+def _of_json(body: bytes, limits: Limits) -> Sent:
+    _check_marks(body, limits)
     found = _parsed(body, "the body")
     if not isinstance(found, dict) or set(found) != {"prompts", "images"}:
         raise Refused(400, f'the body is {shown(found)}: it must be {{"prompts": [...], "images": [...]}}')
     prompts, rows = _prompts(found["prompts"], limits), found["images"]
     if not isinstance(rows, list) or len(rows) != len(prompts):
         raise Refused(400, f"there are {len(prompts)} prompts: images must be a list of as many, one for each")
-    left, images = limits.pixels, list[Tensor]()
-    for i, row in enumerate(rows):
-        frames = row if isinstance(row, list) else [row]
-        if not frames:
-            raise Refused(400, f"images[{i}] is an empty list: a clip is the list of its frames")
-        pictures = []
-        for frame in frames:
-            pictures.append(_picture(frame, f"images[{i}]", left, limits))
-            left -= pictures[-1].shape[0] * pictures[-1].shape[1]
-            if pictures[-1].shape != pictures[0].shape:
-                raise Refused(422, f"images[{i}] has frames of several sizes: they must be of one")
-        pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, -3).float() / 255
-        images.append(pixels if isinstance(row, list) else pixels[0])
-        if images[-1].shape != images[0].shape:
+    frames = [
+        (frame, f"images[{i}]") for i, row in enumerate(rows) for frame in (row if isinstance(row, list) else [row])
+    ]
+    if len(frames) > limits.frames:
+        raise Refused(413, f"there are {len(frames)} frames: at most {limits.frames} may be in a call; send several")
+    shapes = [_shape(row, f"images[{i}]") for i, row in enumerate(rows)]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
             raise Refused(
                 422,
-                f"images[0] has the shape {[*images[0].shape]} and images[{i}] {[*images[-1].shape]}: the images of a "
-                "call must be of one size; send others in a call of their own",
+                f"images[0] has the shape {[*shapes[0]]} and images[{i}] {[*shape]}: the images of a call must be of "
+                "one size; send others in a call of their own",
             )
-    return Asked(prompts, torch.stack(images))
+    height, width = shapes[0][-2:]
+    if len(frames) * height * width > limits.pixels:  # before any is unpacked
+        raise _too_many_pixels(limits)
+
+    def unpack() -> Asked:
+        images = torch.empty(len(rows), *shapes[0])
+        for place, (frame, name) in zip(images.view(-1, 3, height, width), frames, strict=True):
+            place.copy_(torch.from_numpy(_picture(frame, name, (width, height))).movedim(-1, 0))
+        return Asked(prompts, images.div_(255))
+
+    return Sent(prompts, (height, width), PIXEL * len(frames) * height * width, unpack)
 
 
-def _picture(text: Any, place: str, left: int, limits: Limits) -> np.ndarray:
-    """A PNG file in base64, as [height, width, 3] of 8 bits."""
+def _shape(row: Any, place: str) -> tuple[int, ...]:
+    """The shape of an image or a clip, by the heads of its files."""
+    if not isinstance(row, list):
+        return 3, *_size(row, place)
+    if not row:
+        raise Refused(400, f"{place} is an empty list: a clip is the list of its frames")
+    sizes = {_size(frame, place) for frame in row}
+    if len(sizes) > 1:
+        raise Refused(422, f"{place} has frames of several sizes: they must be of one")
+    return len(row), 3, *sizes.pop()
+
+
+def _size(text: Any, place: str) -> tuple[int, int]:
+    """Height and width of a PNG file in base64."""
     if not isinstance(text, str):
         raise Refused(400, f"{place} is {shown(text)}: it must be the base64 text of a PNG file, or a list of such")
+    head = _decoded(text[: HEAD * 4 // 3], place)
+    width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    if not head.startswith(SIGNATURE) or head[12:16] != b"IHDR" or width < 1 or height < 1:
+        raise Refused(400, f"{place} is no PNG file")
+    return height, width
+
+
+def _decoded(text: str, place: str) -> bytes:
     try:
-        file = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise Refused(400, f"{place} is no base64 text ({said(error)})") from error
+
+
+def _picture(text: str, place: str, size: tuple[int, int]) -> np.ndarray:
+    """A PNG file in base64 of a width and a height, as [height, width, 3] of 8 bits."""
+    file = _decoded(text, place)
     try:
         with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
-            size, mode = image.size, image.mode
-            if size[0] * size[1] > left:  # before it is unpacked
-                raise _too_many_pixels(limits)
-            if mode not in MODES:
-                raise Refused(422, f"{place} has the mode {mode}: it must be a PNG of 8 bits a channel")
+            if image.size != size:  # a second head: it would take more than was allowed
+                raise Refused(400, f"{place} is no PNG file (its size is {image.size} and {size})")
+            if image.mode not in MODES:
+                raise Refused(422, f"{place} has the mode {image.mode}: it must be a PNG of 8 bits a channel")
             return np.array(image.convert("RGB"))
     except Refused:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound
-        raise _too_many_pixels(limits) from error
     except UnidentifiedImageError as error:  # whose message has an address
         raise Refused(400, f"{place} is no PNG file") from error
     except Exception as error:  # Pillow raises many kinds for what is broken
         raise Refused(400, f"{place} is no PNG file ({said(error)})") from error
 
 
-def _of_safetensors(body: bytes, limits: Limits) -> Asked:
+def _head(body: bytes) -> bytes:
+    """The JSON of a safetensors file, if it is one."""
+    return body[8 : 8 + int.from_bytes(body[:8], "little")]
+
+
+def _of_safetensors(body: bytes, limits: Limits) -> Sent:
+    _check_marks(_head(body), limits)
     try:
         tensors = load(body)
     except (SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise Refused(400, f"the body is no safetensors file ({said(error)})") from error
-    length = int.from_bytes(body[:8], "little")  # the library has checked it
-    held = json.loads(body[8 : 8 + length]).get("__metadata__") or {}
+    held = json.loads(_head(body)).get("__metadata__") or {}  # the library has checked it
     images = tensors.get("images")
     if set(tensors) != {"images"} or images is None or "prompts" not in held:
         raise Refused(400, 'the safetensors file must hold one tensor, "images", and the metadata "prompts"')
@@ -155,12 +250,20 @@ def _of_safetensors(body: bytes, limits: Limits) -> Asked:
         )
     if len(images) != len(prompts):
         raise Refused(400, f"there are {len(prompts)} prompts and {len(images)} images: there must be one for each")
-    if images.numel() // 3 > limits.pixels:
+    pixels = images.numel() // 3
+    if pixels > limits.pixels:
         raise _too_many_pixels(limits)
-    images = images.float()
-    if not bool(((images >= 0) & (images <= 1)).all()):  # a NaN is neither
-        raise Refused(422, "images have values outside of [0, 1]: clamp them before they are sent")
-    return Asked(prompts, images)
+    if images.ndim == 5 and len(images) * images.shape[1] > limits.frames:
+        raise Refused(413, f"there are more than {limits.frames} frames: send fewer in a call")
+
+    def unpack() -> Asked:
+        made = images.float()
+        low, high = made.aminmax()
+        if not (low >= 0 and high <= 1):  # a NaN is neither
+            raise Refused(422, "images have values outside of [0, 1]: clamp them before they are sent")
+        return Asked(prompts, made)
+
+    return Sent(prompts, (images.shape[-2], images.shape[-1]), PIXEL * pixels, unpack)
 
 
 def _prompts(found: Any, limits: Limits) -> list[str]:

@@ -15,9 +15,11 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -25,15 +27,18 @@ from rollflow import __version__, rewards
 from rollflow.errors import RequestError, said, shown
 from rollflow.rewards import Reward
 from rollflow.serve.keys import Keys
-from rollflow.serve.reward_bodies import Asked, Limits, Refused, read
-from rollflow.serve.scoring import Scorer
+from rollflow.serve.reward_bodies import SCHEMA, Limits, Refused, Sent, cost, look
+from rollflow.serve.scoring import ENDED, Scorer
 
 READERS = 4  # threads that unpack bodies
+HURRIED = 401, 408  # statuses after which a body is not waited for, but the connection closed
+LITTLE = 1 << 20, 1.0  # bytes and seconds that it is read on nevertheless: a small one's sender sees the answer
 try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
     from starlette.exceptions import HTTPException
 
+    from rollflow.serve.reward_gate import LocalOnly
     from rollflow.serve.reward_metrics import RewardMetrics
     from rollflow.serve.uploads import Upload, gone
 except ImportError as error:
@@ -48,11 +53,12 @@ class RewardSettings:
         keys: one of them must come along as `Authorization: Bearer KEY`, if there are any.
         limits: of one call.
         queued: calls that are there at a time, being read included; more are refused with 503.
-        memory: bytes of bodies and images that are held at a time; a call beyond is refused with 503, unless it is the
-            only one.
+        memory: bytes that bodies and images take at a time, known before they are unpacked; a call beyond is refused
+            with 503, unless it is the only one.
         batch: the most images of a call of a reward.
         wait: seconds that a call waits for others to be judged with it, where its reward is idle.
         patience: seconds without a byte of a body after which it is given up (408).
+        upload: seconds after which a body that is not there as a whole is given up (408).
         stuck: seconds of one call of a reward after which the server is not healthy.
         device: where the images are judged; None: on the CPU, or where a reward itself says.
     """
@@ -64,6 +70,7 @@ class RewardSettings:
     batch: int = 64
     wait: float = 0.005
     patience: float = 30.0
+    upload: float = 300.0
     stuck: float = 600.0
     device: torch.device | None = None
 
@@ -80,7 +87,7 @@ class RewardServer:
     """
 
     def __init__(self, named: Mapping[str, Reward], settings: RewardSettings):
-        self.settings, self.draining = settings, False
+        self.settings, self.draining, self._ended = settings, False, False
         self.metrics, self._open, self._held = RewardMetrics(), 0, 0
         self._closed = asyncio.Event()  # whenever the last open call is over
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reward bodies")
@@ -104,6 +111,11 @@ class RewardServer:
         """Whether calls of the rewards come back."""
         return all(scorer.busy_seconds < self.settings.stuck for scorer in self.scorers.values())
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a call of a reward has not come back, also after the end."""
+        return any(scorer.hangs for scorer in self.scorers.values())
+
     def start(self) -> None:
         """Begins, on the running loop."""
         for scorer in self.scorers.values():
@@ -118,7 +130,7 @@ class RewardServer:
 
     async def close(self) -> None:
         """Ends; what is left is refused with 503."""
-        self.draining = True
+        self.draining = self._ended = True
         for scorer in self.scorers.values():
             await scorer.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -136,11 +148,12 @@ class RewardServer:
         Raises:
             Refused: it cannot be answered.
         """
-        body = Upload(request, self.settings.limits.body, self.settings.patience)
+        limits, patience = self.settings.limits, self.settings.patience
+        body = Upload(request, limits.body, patience, self.settings.upload)
         try:
             return await self._answer(request, body, name)
-        except Refused:
-            await body.discard()
+        except Refused as refused:
+            await body.discard(*(LITTLE if refused.status in HURRIED else (4 * limits.body, patience)))
             raise
 
     async def _answer(self, request: Request, body: Upload, name: str | None) -> list[float]:
@@ -152,7 +165,7 @@ class RewardServer:
         if self._open >= self.settings.queued:
             raise Refused(503, f"{self._open} calls wait already: call again", max(1.0, scorer.seconds))
         self._open += 1
-        own = 0
+        own, jobs, loop = 0, list[Future[Any]](), asyncio.get_running_loop()
 
         def hold(size: int) -> None:
             nonlocal own
@@ -161,8 +174,8 @@ class RewardServer:
                 raise Refused(503, f"calls of {self._held} bytes wait already: call again", max(1.0, scorer.seconds))
 
         try:
-            kind, sent = request.headers.get("Content-Type", ""), await body.read(hold)
-            scoring = asyncio.ensure_future(self._scores(scorer, kind, sent, hold))
+            kind, content = request.headers.get("Content-Type", ""), await body.read(hold)
+            scoring = asyncio.ensure_future(self._scores(scorer, kind, content, hold, jobs))
             leaving = asyncio.ensure_future(gone(request))
             try:
                 await asyncio.wait([scoring, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -173,48 +186,53 @@ class RewardServer:
                 scoring.cancel()
                 leaving.cancel()
         finally:
-            self._open, self._held = self._open - 1, self._held - own
+            self._open -= 1
             if not self._open:
                 self._closed.set()
 
-    async def _scores(self, scorer: Scorer, kind: str, body: bytes, hold: Callable[[int], None]) -> list[float]:
-        def made() -> Asked:
-            asked = read(kind, body, self.settings.limits)
-            scorer.check(asked)
-            return asked
+            def free(*_: object) -> None:
+                self._held -= own
 
-        asked = await asyncio.get_running_loop().run_in_executor(self._readers, made)
-        hold(asked.images.nbytes)
-        return await scorer.score(asked)
+            def over(job: Future[Any]) -> None:
+                with suppress(RuntimeError):  # the loop was closed: nobody counts any more
+                    loop.call_soon_threadsafe(free)
 
+            if jobs and not jobs[-1].done():  # a thread still unpacks for a caller who is gone
+                jobs[-1].add_done_callback(over)
+            else:
+                free()
 
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["prompts", "images"],
-                    "properties": {
-                        "prompts": {"type": "array", "items": {"type": "string"}},
-                        "images": {
-                            "type": "array",
-                            "description": "base64 texts of PNG files; a clip is the list of its frames",
-                            "items": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
-                        },
-                    },
-                }
-            },
-            "application/x-safetensors": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
+    async def _scores(
+        self, scorer: Scorer, kind: str, body: bytes, hold: Callable[[int], None], jobs: list[Future[Any]]
+    ) -> list[float]:
+        def looked() -> Sent:
+            sent = look(kind, body, self.settings.limits)
+            scorer.check(sent.prompts, sent.size)
+            return sent
+
+        hold(cost(kind, body))
+        sent = await self._read(looked, jobs)
+        hold(sent.bytes)
+        return await scorer.score(await self._read(sent.unpack, jobs))
+
+    async def _read(self, work: Callable[[], Any], jobs: list[Future[Any]]) -> Any:
+        """What `work` returns, on a thread that unpacks bodies."""
+        if self._ended:
+            raise Refused(503, ENDED, 1.0)
+        jobs.append(self._readers.submit(work))
+        try:
+            return await asyncio.wrap_future(jobs[-1])
+        except asyncio.CancelledError:
+            if self._ended:  # it never began
+                raise Refused(503, ENDED, 1.0) from None
+            raise
 
 
 def create_app(server: RewardServer) -> FastAPI:
     """The server as an ASGI application; the caller starts and closes the server, on the same loop."""
     app = FastAPI(title="rollflow reward-server", version=__version__, redoc_url=None)
+    if not server.settings.keys:
+        app.add_middleware(LocalOnly)
 
     async def score(request: Request, name: str | None) -> JSONResponse:
         start, status = time.monotonic(), 500
@@ -232,11 +250,11 @@ def create_app(server: RewardServer) -> FastAPI:
             server.metrics.answers.labels(known, status).inc()
             server.metrics.seconds.labels(known).observe(time.monotonic() - start)
 
-    @app.post("/score", openapi_extra=BODY, summary="Scores of the first reward")
+    @app.post("/score", openapi_extra=SCHEMA, summary="Scores of the first reward")
     async def first(request: Request) -> JSONResponse:
         return await score(request, None)
 
-    @app.post("/score/{name:path}", openapi_extra=BODY, summary="Scores of a reward by its name")
+    @app.post("/score/{name:path}", openapi_extra=SCHEMA, summary="Scores of a reward by its name")
     async def by_name(name: str, request: Request) -> JSONResponse:
         return await score(request, name)
 
@@ -268,4 +286,6 @@ def _refusal(refused: Refused, headers: Mapping[str, str] | None = None) -> JSON
         given["Retry-After"] = str(math.ceil(min(60.0, refused.seconds)))
     if refused.status == 401:
         given["WWW-Authenticate"] = "Bearer"
+    if refused.status in HURRIED:
+        given["Connection"] = "close"
     return JSONResponse({"error": {"message": str(refused)}}, refused.status, given)

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -22,6 +22,8 @@ from rollflow.errors import FunctionError, RequestError, said
 from rollflow.rewards import Reward
 from rollflow.serve.reward_bodies import Asked, Refused
 
+SIZES = 1000  # of images, whose batches are known to be smaller
+ENDED = "the server ended before this call was judged"
 LANES = 8  # calls at a time of a reward that says that it is concurrent
 
 
@@ -77,6 +79,9 @@ class Scorer:
         self._size = rewards.size(reward)
         self._queue, self._more = deque[_Waiting](), asyncio.Event()
         self._running: dict[int, float] = {}  # lane -> when its call began
+        self._jobs: dict[int, Future[list[list[float] | Refused]]] = {}  # lane -> its last call
+        self._most: dict[tuple[int, ...], int] = {}  # shape of an image -> of how many there was memory
+        self._closed = False
         self._pace = 0.0  # seconds an image, of the calls so far
         self._lanes = LANES if terms.concurrent else 1
         self._threads = ThreadPoolExecutor(self._lanes, thread_name_prefix=f"reward {name}")
@@ -88,14 +93,20 @@ class Scorer:
 
     async def close(self) -> None:
         """Ends; what waits still is refused, and a call of the reward that runs is not waited for."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for one in self._queue:
             if not one.answer.done():
-                one.answer.set_exception(Refused(503, "the server ended before this call was judged", 1.0))
+                one.answer.set_exception(Refused(503, ENDED, 1.0))
         self._queue.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread is in a call of the reward, also after the end."""
+        return any(not job.done() for job in [*self._jobs.values()])
 
     @property
     def waiting(self) -> int:
@@ -112,18 +123,17 @@ class Scorer:
         """How long what waits will take, by the calls so far."""
         return self.waiting * self._pace / self._lanes
 
-    def check(self, asked: Asked) -> None:
+    def check(self, prompts: Sequence[str], size: tuple[int, int]) -> None:
         """Whether the reward can judge these prompts and this size; may take a moment: call it on a thread.
 
         Raises:
             Refused: it cannot; 422.
         """
-        size = (*asked.images.shape[-2:],)
         if self._size is not None and size != self._size:
             raise Refused(
                 422, f"the reward {self.name} judges images of {self._size[0]}x{self._size[1]}, not {size[0]}x{size[1]}"
             )
-        for prompt in dict.fromkeys(asked.prompts):
+        for prompt in dict.fromkeys(prompts):
             try:
                 rewards.check(self.reward, prompt)
             except Exception as error:
@@ -135,6 +145,8 @@ class Scorer:
         Raises:
             Refused: the reward could not judge, with a status of HTTP: 422 never, 5xx perhaps later.
         """
+        if self._closed:
+            raise Refused(503, ENDED, 1.0)
         one = _Waiting(asked, asyncio.get_running_loop().create_future(), self._clock())
         self._queue.append(one)
         self._more.set()
@@ -145,7 +157,6 @@ class Scorer:
                 self._queue.remove(one)
 
     async def _lane(self, lane: int) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._gathered()
             calls = self._taken()
@@ -153,9 +164,10 @@ class Scorer:
                 continue
             self._running[lane] = began = self._clock()
             try:
-                found = await loop.run_in_executor(self._threads, self._judged, [one.asked for one in calls])
+                self._jobs[lane] = job = self._threads.submit(self._judged, calls)
+                found = await asyncio.wrap_future(job)
             except BaseException as error:
-                found = [Refused(503, "the server ended before this call was judged", 1.0)] * len(calls)
+                found = [Refused(503, ENDED, 1.0)] * len(calls)
                 if isinstance(error, asyncio.CancelledError):
                     raise
             finally:
@@ -186,10 +198,11 @@ class Scorer:
     def _taken(self) -> list[_Waiting]:
         """The calls that are judged next: the first, and others of its size in their order, as many as fit."""
         taken, rows = list[_Waiting](), 0
+        most = self._batch(self._queue[0].asked.images) if self._queue else 0
         for one in self._queue:
             if taken and one.asked.images.shape[1:] != taken[0].asked.images.shape[1:]:
                 continue
-            if taken and rows + len(one.asked.prompts) > self.batch:
+            if taken and rows + len(one.asked.prompts) > most:
                 break
             taken.append(one)
             rows += len(one.asked.prompts)
@@ -197,33 +210,43 @@ class Scorer:
             self._queue.remove(one)
         return taken
 
+    def _batch(self, images: Tensor) -> int:
+        """The most images of such a shape of a call of the reward."""
+        return self._most.get(tuple(images.shape[1:]), self.batch)
+
     # On a thread of the reward.
 
     @torch.no_grad()
-    def _judged(self, calls: Sequence[Asked]) -> list[list[float] | Refused]:
-        """Scores or a refusal of each call: where one of several fails, each is judged by itself."""
-        images = torch.cat([one.images for one in calls])
-        prompts = [prompt for one in calls for prompt in one.prompts]
+    def _judged(self, calls: Sequence[_Waiting]) -> list[list[float] | Refused]:
+        """Scores or a refusal of each call: where one of several fails, each whose caller is there is judged by itself.
+
+        An error that may pass is no call's own: all are to come again.
+        """
+        images = calls[0].asked.images if len(calls) == 1 else torch.cat([one.asked.images for one in calls])
+        prompts = [prompt for one in calls for prompt in one.asked.prompts]
         start, failed = self._clock(), True
         try:
             scores = iter(self._scores(images, prompts))
             failed = False
         except BaseException as error:  # of somebody else's code: the server must go on
-            if len(calls) == 1:
-                return [self._refusal(error)]
+            if len(calls) == 1 or isinstance(error, rewards.retry_on(self.reward)):
+                return [self._refusal(error) for _ in calls]
         finally:
             self._told(Judged(len(prompts), len(calls), self._clock() - start, failed))
         if failed:
-            return [answer for one in calls for answer in self._judged([one])]
-        return [self._finite([next(scores) for _ in one.prompts]) for one in calls]
+            del images
+            return [
+                Refused(499, "the caller is gone") if one.answer.done() else self._judged([one])[0] for one in calls
+            ]
+        return [self._finite([next(scores) for _ in one.asked.prompts]) for one in calls]
 
     def _scores(self, images: Float[Tensor, "row *frame 3 height width"], prompts: list[str]) -> list[float]:
-        """The reward's own scores; memory that runs out halves the calls from then on."""
+        """The reward's own scores; memory that runs out halves the calls with images of this shape from then on."""
         if self._device is not None:
             images = images.to(self._device)
         found, done = list[float](), 0
         while done < len(prompts):
-            part = slice(done, done + self.batch)
+            part = slice(done, done + self._batch(images))
             rows = len(prompts[part])
             try:
                 with ExitStack() as held:
@@ -233,7 +256,9 @@ class Scorer:
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
-                self.batch = (rows + 1) // 2
+                if len(self._most) >= SIZES:
+                    self._most.clear()
+                self._most[tuple(images.shape[1:])] = (rows + 1) // 2
                 continue
             if not isinstance(scores, Tensor) or scores.shape != (rows,) or scores.is_complex():
                 raise FunctionError(

@@ -10,7 +10,8 @@
 
 A shard stands for a fixed range of lines and is in their order. A row counts as soon as it is in `state`, with the
 checksum of its image; a shard becomes visible by a rename, and what was kept in `state` for it counts no more. So the
-process may be killed at any time.
+process may be killed at any time. Where lines that failed are to be done again, the other rows of their shard go back
+to `state`, and it appears anew when it is whole again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +63,7 @@ class Shards:
         source: the input.
         options: what has to be the same when the batch goes on: plain JSON.
         kind: a name of `rollflow.serve.formats.WRITERS`.
+        again: lines that failed are not done.
 
     Attributes:
         counts: of all lines so far, also of before.
@@ -69,8 +72,8 @@ class Shards:
         RequestError: the folder cannot be used, another process has it, or it holds another batch.
     """
 
-    def __init__(self, out: Path, source: Source, options: Mapping[str, Any], kind: str):
-        self.out, self.source, self._writer = out, source, WRITERS[kind]
+    def __init__(self, out: Path, source: Source, options: Mapping[str, Any], kind: str, again: bool = False):
+        self.out, self.source, self._writer, self._again = out, source, WRITERS[kind], again
         self._open: dict[int, _Open] = {}
         self.counts = Counts()
         try:
@@ -96,7 +99,8 @@ class Shards:
     def has(self, number: int) -> bool:
         """Whether a line is over."""
         place = (number - 1) // self.source.shard
-        return bool(self._whole[place]) or (place in self._open and number in self._open[place].done)
+        held = self._open.get(place)  # first: `finish` says that it is whole, and then drops this
+        return bool(self._whole[place]) if held is None else number in held.done
 
     def put(self, row: Mapping[str, Any], image: bytes | None, kind: str | None) -> int | None:
         """Keeps what became of a line.
@@ -120,10 +124,9 @@ class Shards:
             write(folder / name, image, durable=False)
             kept |= {"image": f"images/{place:06d}/{name}", "size": len(image), "crc32": zlib.crc32(image)}
         with self._rows(place).open("ab") as file:
-            file.write(json.dumps(kept, separators=(",", ":")).encode() + b"\n")
+            file.write(_text(kept))
         held.done.add(number)
-        one = Counts(1, int(row["error"] is not None), int(row["nfe"] or 0))
-        held.counts, self.counts = held.counts.plus(one), self.counts.plus(one)
+        held.counts, self.counts = held.counts.plus(_count(row)), self.counts.plus(_count(row))
         return place if held.counts.lines == self.source.counts[place] else None
 
     def finish(self, place: int) -> None:
@@ -147,23 +150,56 @@ class Shards:
         """Reads what is there, and finishes shards that only had to be written."""
         for place in range(len(self._whole)):
             if self._writer.file(self.out, place).exists():
-                self._whole[place] = 1
-                found = json.loads((self.out / "state" / f"{place:06d}.json").read_text())
-                self.counts = self.counts.plus(Counts(**found))
+                counts = self._counts(place)
                 self._clean(place)
+                if self._again and counts.failed:
+                    self._unpack(place)
+                    self._reopen(place)
+                else:
+                    self._whole[place] = 1
+                    self.counts = self.counts.plus(counts)
             elif self._rows(place).exists():
                 self._reopen(place)
 
+    def _counts(self, place: int) -> Counts:
+        """Those of a whole shard; of its own rows, where the file of them is not there."""
+        try:
+            return Counts(**json.loads((self.out / "state" / f"{place:06d}.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return reduce(Counts.plus, (_count(row) for row, _ in self._shard(place)), Counts())
+
+    def _shard(self, place: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """The rows of a whole shard with their images."""
+        try:
+            yield from self._writer.read(self.out, place)
+        except Exception as error:  # pyarrow and tarfile raise many kinds for what is broken
+            file = self._writer.file(self.out, place)
+            raise RequestError(
+                f"the shard {shown(str(file))} cannot be read ({said(error)}): delete it, and its lines are done again"
+            ) from error
+
+    def _unpack(self, place: int) -> None:
+        """Takes a whole shard back to `state`, without the rows that failed."""
+        kept, images = list[bytes](), self._images(place)
+        for row, image in self._shard(place):
+            if row["error"] is None and image is not None:
+                if self._writer.holds_images:
+                    images.mkdir(parents=True, exist_ok=True)
+                    write(images / Path(row["image"]).name, image)
+                kept.append(_text(row | {"size": len(image), "crc32": zlib.crc32(image)}))
+        write(self._rows(place), b"".join(kept))
+        self._writer.file(self.out, place).unlink()  # until here the shard is whole, from here on these are its rows
+
     def _reopen(self, place: int) -> None:
         rows = self._kept(place, check=True)
+        if self._again:
+            rows = {number: row for number, row in rows.items() if row["error"] is None}
         held = self._open[place] = _Open()
         for row in rows.values():
             held.done.add(row["line"])
-            one = Counts(1, int(row["error"] is not None), int(row["nfe"] or 0))
-            held.counts, self.counts = held.counts.plus(one), self.counts.plus(one)
+            held.counts, self.counts = held.counts.plus(_count(row)), self.counts.plus(_count(row))
         # Without what was torn: the next row is appended to whole ones.
-        text = b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows.values())
-        write(self._rows(place), text)
+        write(self._rows(place), b"".join(_text(row) for row in rows.values()))
         if held.counts.lines == self.source.counts[place]:
             self.finish(place)
 
@@ -219,3 +255,12 @@ class Shards:
             f"the folder {shown(str(self.out))} has a batch with {name}={shown(then.get(name))}, and not "
             f"{shown(options.get(name))}: give the same options to go on, or another --out"
         )
+
+
+def _count(row: Mapping[str, Any]) -> Counts:
+    return Counts(1, int(row["error"] is not None), int(row["nfe"] or 0))
+
+
+def _text(row: Mapping[str, Any]) -> bytes:
+    """A line of `state`."""
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"

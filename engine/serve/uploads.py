@@ -12,10 +12,17 @@ from rollflow.serve.reward_bodies import Refused
 
 
 class Upload:
-    """The body of a call, whose length is bounded whatever its head says."""
+    """The body of a call, whose length is bounded whatever its head says.
 
-    def __init__(self, request: Request, most: int, patience: float):
-        self.request, self.most, self.patience = request, most, patience
+    Args:
+        request: the call.
+        most: bytes.
+        patience: seconds without a byte.
+        whole: seconds of all of it.
+    """
+
+    def __init__(self, request: Request, most: int, patience: float, whole: float):
+        self.request, self.most, self.patience, self.whole = request, most, patience, whole
         self.over = False
 
     async def _part(self) -> bytes:
@@ -39,21 +46,26 @@ class Upload:
         declared = self.request.headers.get("Content-Length", "0")
         if declared.isdecimal() and int(declared[:20]) > self.most:
             raise too_long
-        parts, length = list[bytes](), 0
+        parts, length, clock = list[bytes](), 0, asyncio.get_running_loop().time
+        end = clock() + self.whole
         while not self.over:
+            left = end - clock()
             try:
-                parts.append(await asyncio.wait_for(self._part(), self.patience))
+                parts.append(await asyncio.wait_for(self._part(), min(left, self.patience)))
             except asyncio.TimeoutError as error:
-                raise Refused(408, f"no byte of the body came for {self.patience:g} s") from error
+                what = f"no byte of the body came for {self.patience:g} s"
+                if left <= self.patience:
+                    what = f"the body did not come within {self.whole:g} s: send fewer images in a call"
+                raise Refused(408, what) from error
             length += len(parts[-1])
             hold(len(parts[-1]))
             if length > self.most:
                 raise too_long
         return b"".join(parts)
 
-    async def discard(self) -> None:
+    async def discard(self, most: int, seconds: float) -> None:
         """Reads on for a while: a client that still sends would not see an answer otherwise, but a broken pipe."""
-        left = 4 * self.most
+        left = most
 
         async def rest() -> None:
             nonlocal left
@@ -61,7 +73,7 @@ class Upload:
                 left -= len(await self._part())
 
         with suppress(asyncio.TimeoutError, Refused):
-            await asyncio.wait_for(rest(), self.patience)
+            await asyncio.wait_for(rest(), seconds)
 
 
 async def gone(request: Request) -> None:
