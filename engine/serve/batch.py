@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RewardUnavailable, RollflowError
+from rollflow.serve.dispatcher import Unready
 from rollflow.serve.formats import COLUMNS
 from rollflow.serve.lines import Line, asked, lines
 from rollflow.serve.messages import raised
@@ -20,6 +21,7 @@ FOUND = ("reward", "held_out", "nfe", "seed", "method", "stopped", "seconds", "w
 FINISHING = 2  # shards that are written at a time while searches go on
 PAUSES = (1.0, 5.0, 30.0, 60.0)  # seconds before a line whose reward was not available is tried again
 UNAVAILABLE = 100  # lines in a row without their reward, after which there is no use in going on
+WITHOUT = 20  # times that no worker was ready for a line, after which it fails
 
 
 @runtime_checkable
@@ -189,11 +191,15 @@ async def _done(desk: Desk, line: Line, defaults: Mapping[str, Any]) -> tuple[di
 
 
 async def _submitted(desk: Desk, request: dict[str, Any]) -> Any:
-    """Hands in a request, as often as the desk says that it is to come again."""
+    """Hands in a request, as often as the desk says that it is to come again; not so often where workers die of it."""
+    without = 0
     while True:
         try:
             return await desk.submit(request)
         except EngineBusy as busy:
+            without += isinstance(busy, Unready)
+            if without > WITHOUT:
+                raise
             await asyncio.sleep(min(10.0, max(0.05, busy.seconds)))
 
 
