@@ -132,7 +132,8 @@ class Journaling:
 
     def _touch(self, id: str) -> None:
         """Of any thread: something changed, the end included."""
-        self._changed[id] = None
+        with self._lock:  # or it could come into what was taken already
+            self._changed[id] = None
         if not self._wake.is_set():
             self._wake.set()
 
@@ -142,7 +143,8 @@ class Journaling:
         while not self._closing:
             self._wake.wait()
             self._wake.clear()
-            changed, self._changed = self._changed, {}
+            with self._lock:
+                changed, self._changed = self._changed, {}
             self._look([*changed])
             if not self._closing:
                 time.sleep(PACE)
