@@ -148,7 +148,7 @@ async def settle(client: Any, books: Books, patience: float) -> None:
     async def ask(id: str) -> None:
         async with at_once:
             try:
-                await asyncio.wait_for(last.until_over(id), max(1.0, until - clock()))
+                await last.until_over(id, until)
             except (httpx.HTTPError, OSError, TimeoutError, asyncio.TimeoutError, ValueError, KeyError) as error:
                 scenario = books.accounts[id].scenario
                 books.lose(f"{id} ({scenario}) in the end: {type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -96,8 +97,12 @@ class Customer:
         """An idempotency key that nobody has had."""
         return f"soak-{self.dice.getrandbits(64):016x}"
 
-    async def until_over(self, id: str) -> str:
-        """Waits until a search is over, reads result and image, and writes them down; returns its status."""
+    async def until_over(self, id: str, until: float = math.inf) -> str:
+        """Waits until a search is over, reads result and image, and writes them down; returns its status.
+
+        Raises:
+            TimeoutError: it is not over at `until`, by the clock of the event loop.
+        """
         while True:
             answer = await self.client.get(f"{SEARCHES}/{id}")
             if answer.status_code != 200:
@@ -105,6 +110,8 @@ class Customer:
             found = answer.json()
             if found["status"] in OVER:
                 break
+            if asyncio.get_running_loop().time() > until:
+                raise TimeoutError(f"it is {found['status']} still")
             await asyncio.sleep(POLL)
         image = None
         if found["status"] == "done":

@@ -104,6 +104,7 @@ REQUEST = np.dtype(
     ]
 )
 TABLES = {"rows": ROW, "batches": BATCH, "calls": CALL, "requests": REQUEST}
+PAGE = 4096  # bytes that the system gives at a time, at least
 CAPACITY = {"rows": 2**18, "batches": 2**15, "calls": 2**15, "requests": 2**13}  # 11, 10, 9 and 6 MiB when full
 FRESH = {"f": np.nan, "i": -1, "u": 0, "b": False, "U": ""}  # what a field holds before it is written, by its kind
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {  # what the numbers of a field stand for, by the table
@@ -134,6 +135,10 @@ class Ring:
             self.fresh[name] = FRESH[kind[name].kind]
         self.columns: dict[str, np.ndarray] = {name: self._array[name] for name in kind.names or ()}
         self.capacity, self.count = capacity, 0
+
+    def reserve(self) -> None:
+        """Takes all of its memory now, which the system gives otherwise as entries come."""
+        self._array.view(np.uint8)[::PAGE] |= 0
 
     def new(self) -> int:
         """Adds an entry that is to be written; returns its serial number."""

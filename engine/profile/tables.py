@@ -59,6 +59,12 @@ class Tables:
             self._titles: set[str] = set()  # of rewards that were called; the first two
             self._choosing = self.clock()
 
+    def reserve(self) -> None:
+        """Takes the memory of all tables now, so that a service does not grow with its first hours."""
+        with self._lock:
+            for ring in self._rings.values():
+                ring.reserve()
+
     def _refresh(self) -> None:
         """Writes down what has become known meanwhile; the caller has the lock."""
 

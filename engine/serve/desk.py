@@ -16,7 +16,7 @@ from typing import Any
 from rollflow.errors import EngineClosed, RequestError, RollflowError, shown
 from rollflow.journal import Journal, Kept, KeyTaken
 from rollflow.serve.dispatcher import Dispatcher
-from rollflow.serve.ended import Ended, left, write
+from rollflow.serve.ended import MOST, MOST_BESIDE, Ended, left, write
 from rollflow.serve.messages import Channel, told
 from rollflow.serve.orders import Ordered as Ordered
 from rollflow.serve.orders import Progress as Progress
@@ -65,7 +65,7 @@ class Desk:
         self._journal, self._keep, self._clock = journal, keep, clock
         self._active: dict[str, Ordered] = {}
         self._room = Room(max_queued, max_queued_nfe, self._active, self._dispatcher.workers, clock)
-        self._ended = Ended(keep, clock, self._forget)
+        self._ended = Ended(keep, clock, self._forget, MOST if journal is None else MOST_BESIDE)
         self._previews = Previews(self._look, clock)
         self._by_key: dict[tuple[str, str], str] = {}
         self._entering_keys: dict[tuple[str, str], asyncio.Future[None]] = {}

@@ -17,6 +17,7 @@ from rollflow.serve.orders import Ordered
 PAUSES = (0.1, 0.5, 2.0)  # seconds before an end that could not be written is written again
 LOG = logging.getLogger("rollflow")
 MOST, MOST_BYTES = 20_000, 1 << 30  # searches, and the files of their images
+MOST_BESIDE = 1000  # searches, where a journal has them, too
 
 
 class Ended:
@@ -26,10 +27,11 @@ class Ended:
         keep: seconds.
         clock: seconds.
         forget: is told of each that goes.
+        most: how many.
     """
 
-    def __init__(self, keep: float, clock: Callable[[], float], forget: Callable[[Ordered], None]):
-        self._keep, self._clock, self._forget = keep, clock, forget
+    def __init__(self, keep: float, clock: Callable[[], float], forget: Callable[[Ordered], None], most: int = MOST):
+        self._keep, self._clock, self._forget, self._most = keep, clock, forget, most
         self._found: OrderedDict[str, tuple[float, Ordered]] = OrderedDict()
         self._bytes = 0
 
@@ -53,7 +55,7 @@ class Ended:
         before = self._clock() - self._keep
         while self._found:
             id, (ended, order) = next(iter(self._found.items()))
-            if ended >= before and len(self._found) <= MOST and self._bytes <= MOST_BYTES:
+            if ended >= before and len(self._found) <= self._most and self._bytes <= MOST_BYTES:
                 return
             del self._found[id]
             self._bytes -= len(order.file or b"")

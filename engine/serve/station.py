@@ -115,6 +115,7 @@ class Station:
         try:
             if warm_up:
                 self.engine.warm_up()
+                self.engine.ledger.reserve()
         except (EngineDead, EngineClosed):
             raise
         except RollflowError as error:
