@@ -287,6 +287,11 @@ class Job:
         )
 
     @property
+    def spent(self) -> float:
+        """Seconds that other processes have run it, before this one went on."""
+        return self._spent
+
+    @property
     def resumed(self) -> int | None:
         """How many evaluations of another process it went on from; None before it was let in."""
         history = self._history

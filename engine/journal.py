@@ -105,6 +105,8 @@ class Journal:
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         try:
+            if reading and not (self.folder / FILE).is_file():
+                raise OSError("there is none in it")
             if not reading:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock_file = locked(self.folder / "lock")

@@ -89,7 +89,9 @@ class Batch:
         finally:
             shards.close()
         failed = f", {counts.failed} failed" if counts.failed else ""
-        print(f"{counts.lines} lines{failed}, {counts.nfe} NFE: {self.out}")
+        print(f"{counts.lines} lines{failed}, {counts.nfe} NFE in all: {self.out}")
+        if counts.failed:
+            print("why is in the column error of those rows; --retry-failed does them again", file=sys.stderr)
         return 1 if counts.failed else 0
 
     def _checked(self) -> Request:

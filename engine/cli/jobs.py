@@ -61,7 +61,9 @@ class Jobs:
 
 def described(kept: Kept, evaluated: int) -> dict[str, Any]:
     """A search as plain JSON: of a request its prompt and what it asks for beyond it, of a result the numbers."""
-    result = {name: value for name, value in (kept.result or {}).items() if name not in ("improvements", "prompt")}
+    result = {
+        name: value for name, value in (kept.result or {}).items() if name not in ("improvements", "level", "prompt")
+    }
     asked = {name: value for name, value in kept.request.items() if name not in ("latents", "image", "mask")}
     return {
         "id": kept.id, "status": kept.status, "created": kept.created, "ended": kept.ended, "owner": kept.owner,
@@ -77,14 +79,16 @@ def _print(found: list[dict[str, Any]]) -> None:
         "searches",
         ("id", "status", "created", "owner", "NFE", "reward", "fetched", "prompt"),
         [_row(one) for one in found],
-        "NFE: of an accepted one the evaluations that it need not do again; fetched: whether its image was asked for",
+        "accepted: it waits, runs, or goes on after the next start; NFE: of such a one those that it need not do "
+        "again; fetched: whether its image was asked for",
     )
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:
     result = one["result"] or {}
     nfe, reward = result.get("nfe", one["evaluated"]), result.get("reward")
-    status = one["status"] if one["error"] is None else f"{one['status']}: {one['error'].get('message', '')}"
+    why = one["error"].get("message", "") if one["status"] == "failed" else ""
+    status = f"{one['status']}: {why}" if why else one["status"]
     created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["created"]))
     return (
         one["id"], shown(status, 80).strip("'\""), created, one["owner"], "" if nfe is None else str(nfe),

@@ -122,7 +122,8 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
 
     table = Table(box=SIMPLE_HEAD, title=title, caption=Text(caption))
     for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column == "GB" else "left")
+        justify: Any = "right" if column == "GB" else "left"
+        table.add_column(column, overflow="fold", justify=justify, no_wrap=column == "id")
     for row in rows:
         table.add_row(*map(Text, row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH).print(table)

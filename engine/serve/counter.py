@@ -85,7 +85,7 @@ class Counter:
         seconds = time.monotonic() - begun
         searched = (one.result or {}).get("seconds")
         queued = None if searched is None else max(0.0, seconds - searched)
-        self.metrics.over(one.status, seconds, queued)
+        self.metrics.over(seconds, queued)
         self.tracing.end(span, one.status, one.result, queued)
 
     def found(self, id: str, owner: str) -> Ordered | None:

@@ -282,6 +282,7 @@ class Desk:
     async def _end(self, order: Ordered, outcome: dict[str, Any], payload: bytes) -> None:
         """A search is over for those who ask when that is durable."""
         status, file = outcome["status"], payload or None
+        outcome = {**outcome, "better": order.merged(outcome.get("better", []))}
         if self._journal is not None and await write(self._journal, order.id, outcome, payload):
             file = None
         self._counts[status] += 1

@@ -84,7 +84,8 @@ async def write(journal: Journal, id: str, outcome: dict[str, Any], payload: byt
 
 def _written(journal: Journal, id: str, outcome: dict[str, Any], payload: bytes) -> concurrent.futures.Future[None]:
     found = outcome.get("result")
-    result = None if found is None else {**found, "improvements": outcome.get("better", [])}
+    beside = {"improvements": outcome.get("better", []), "level": outcome.get("level")}
+    result = None if found is None else {**found, **beside}
     if outcome["status"] == "done":
         return journal.finish(id, result or {}, payload)
     return journal.fail(id, outcome["status"], outcome["error"], result=result, image=payload or None)

@@ -30,8 +30,9 @@ class Flight:
             found |= {"start": self.sent, "entries": entries.written(replay)}
             self.sent += len(replay.entries)
         if (update := job.update) is not None:
-            found |= {"nfe": self.nfe, "best": self.best, "level": update.level, "seconds": update.seconds}
-            found["better"] = [[*one, update.seconds] for one in better]
+            seconds = job.spent + update.seconds
+            found |= {"nfe": self.nfe, "best": self.best, "level": update.level, "seconds": seconds}
+            found["better"] = [[*one, seconds] for one in better]
         return found
 
     def improvements(self, anew: bool = False) -> list[tuple[int, float, int]]:

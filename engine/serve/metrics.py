@@ -25,7 +25,6 @@ class Metrics:
     def __init__(self, desk: Desk):
         self._registry = CollectorRegistry()
         kept: dict[str, Any] = {"registry": self._registry}
-        self._ended = Counter("rollflow_requests", "Searches that are over, by how they ended.", ["status"], **kept)
         self._refused = Counter("rollflow_requests_refused", "Requests that were not let in.", ["reason"], **kept)
         self._answers = Counter("rollflow_http_responses", "Answers, by their status.", ["status"], **kept)
         self._seconds = Histogram(
@@ -34,13 +33,10 @@ class Metrics:
         self._queued = Histogram(
             "rollflow_request_queue_seconds", "From when a search was handed in to its start.", buckets=SECONDS, **kept
         )
-        for status in ("done", "failed", "cancelled"):
-            self._ended.labels(status)
         self._registry.register(_Held(desk))
 
-    def over(self, status: str, seconds: float, queued: float | None) -> None:
+    def over(self, seconds: float, queued: float | None) -> None:
         """Counts a search that has ended; `queued` is None where it is not known."""
-        self._ended.labels(status).inc()
         self._seconds.observe(seconds)
         if queued is not None:
             self._queued.observe(queued)
@@ -84,6 +80,12 @@ class _Held:
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(name, help, value)
+        ended = CounterMetricFamily(
+            "rollflow_requests", "Searches that are over, by how they ended.", labels=["status"]
+        )
+        for status in ("done", "failed", "cancelled"):
+            ended.add_metric([status], now.ended.get(status, 0))
+        yield ended
         spent = CounterMetricFamily("rollflow_nfe", "Function evaluations that ran, by kind.", labels=["kind"])
         for kind, count in now.nfe.items():
             spent.add_metric([kind], count)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from rollflow.draw import GUIDED_NFE
 from rollflow.entries import Replay, read, written
 from rollflow.journal import Kept
 
@@ -143,6 +144,13 @@ class Ordered:
 
     # What the desk tells.
 
+    def before(self, kept: Replay) -> None:
+        """Takes how far it was, as far as its scores say: of a combined reward they do not say its sum."""
+        scores = [one.score for one in kept.entries if isinstance(one.score, float) and math.isfinite(one.score)]
+        if kept.entries:
+            nfe = sum(GUIDED_NFE if one.kind == "guided" else 1 for one in kept.entries)
+            self.progress = Progress(nfe, max(scores, default=-math.inf), kept.entries[-1].level, kept.seconds)
+
     def heard(self, news: dict[str, Any]) -> Scored | None:
         """Takes news of a worker's; returns the scores that are new."""
         if news["status"] == "running" and self.status == "queued":
@@ -170,13 +178,17 @@ class Ordered:
         self._over, self.error = True, self.error or error
         self._wake()
 
+    def merged(self, better: list[list[Any]]) -> list[list[Any]]:
+        """All improvements (NFE, reward, level, seconds) as they are known in the end, with the seconds of before."""
+        known = {one.nfe: one.seconds for one in self._better}
+        return [[nfe, reward, level, known.get(nfe, seconds)] for nfe, reward, level, seconds in better]
+
     def _progressed(self, news: dict[str, Any], anew: bool) -> None:
         if "nfe" in news and news["nfe"] >= self.progress.nfe:  # less: a replay that has not caught up
             self.progress = Progress(news["nfe"], news["best"], news["level"], news["seconds"])
         better = [Progress(nfe, reward, level, seconds) for nfe, reward, level, seconds in news.get("better", [])]
         if anew and better:
-            known = {one.nfe: one.seconds for one in self._better}
-            self._better = [one._replace(seconds=known.get(one.nfe, one.seconds)) for one in better]
+            self._better = better
         for one in [] if anew else better:
             if not self._better or (one.nfe > self._better[-1].nfe and one.best_reward > self._better[-1].best_reward):
                 self._better.append(one)
@@ -218,12 +230,15 @@ def recalled(kept: Kept, front: Front) -> Ordered:
     order = Ordered(kept.id, request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
     order.fleeting = FLEETING in kept.request
     order.created, order.replay = kept.created, kept.replay
-    if kept.status != "accepted":
+    if kept.status == "accepted":
+        order.before(kept.replay)
+    else:
         result = dict(kept.result or {})
-        better = result.pop("improvements", [])
+        better, last = result.pop("improvements", []), result.pop("level", None)
         outcome: dict[str, Any] = {"result": result or None, "error": kept.error, "better": better}
         if better:
             nfe, reward, level, seconds = better[-1]
-            outcome |= {"nfe": result.get("nfe", nfe), "best": reward, "level": level, "seconds": seconds}
+            outcome |= {"nfe": result.get("nfe", nfe), "best": reward, "level": level if last is None else last}
+            outcome["seconds"] = result.get("seconds", seconds)
         order.end(kept.status, outcome, None, kept.ended or kept.created)
     return order

@@ -4,7 +4,7 @@
     GET  /health         200 while calls of the rewards come back, else 503
     GET  /ready          200 until it drains, then 503
     GET  /metrics        for Prometheus
-    GET  /docs           OpenAPI
+    GET  /openapi.json   OpenAPI
 
 Rewards are those of the command line alone: a caller names one, and sends neither code nor paths.
 """
@@ -230,7 +230,7 @@ class RewardServer:
 
 def create_app(server: RewardServer) -> FastAPI:
     """The server as an ASGI application; the caller starts and closes the server, on the same loop."""
-    app = FastAPI(title="rollflow reward-server", version=__version__, redoc_url=None)
+    app = FastAPI(title="rollflow reward-server", version=__version__, redoc_url=None, docs_url=None)
     if not server.settings.keys:
         app.add_middleware(LocalOnly)
 

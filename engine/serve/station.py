@@ -202,7 +202,8 @@ class Station:
             result = job.best(0) if isinstance(error, Cancelled) else job.result() if error is None else None
             if result is not None:
                 kind, payload = pictures.written(result)
-                outcome["result"] = pictures.described(result, kind)
+                described = pictures.described(result, kind)
+                outcome["result"] = {**described, "seconds": job.spent + described["seconds"]}
         except (EngineDead, EngineClosed):
             raise
         except Exception as fault:  # what a cancelled search has found, or an image that cannot be written
@@ -216,7 +217,7 @@ class Station:
                 self._flights.pop(flight.id, None)
             if flight.job is not None:
                 found, update = flight.improvements(anew=True), flight.job.update
-                seconds, level = (0.0, 0) if update is None else (update.seconds, update.level)
+                seconds, level = (0.0, 0) if update is None else (flight.job.spent + update.seconds, update.level)
                 outcome |= {"nfe": flight.nfe, "best": flight.best, "level": level, "seconds": seconds}
                 outcome["better"] = [[*one, seconds] for one in found]
             self._out({"op": "over", "id": flight.id, **outcome}, payload)
