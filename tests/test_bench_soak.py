@@ -2,11 +2,9 @@
 
 import asyncio
 import json
-import os
 import random
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -174,18 +172,33 @@ def test_a_process_is_sampled_with_its_children():
         assert found[0] == process.pid and both.processes == 2 and both.threads >= 2 and both.seconds == 3.0
         process.stdin.close()
     assert sample(process.pid, 0.0).processes == 0
-    before = sample(os.getpid(), 0.0)
-    block = bytearray(os.urandom(1 << 20)) * 64
-    after = sample(os.getpid(), 0.0)
-    assert after.rss_bytes - before.rss_bytes > 32 << 20 and len(block) == 64 << 20
 
 
-def test_processor_time_is_what_was_computed():
-    before, own = processor_seconds(os.getpid()), time.process_time()
-    while time.process_time() < own + 0.3:
-        pass
-    spent, truth = processor_seconds(os.getpid()) - before, time.process_time() - own
-    assert abs(spent - truth) < 0.05 and spent > 0.2
+@pytest.fixture
+def worker():
+    """A process that says how much it has computed, and on each line that it is sent takes memory and computes."""
+    code = (
+        "import sys, time; held = []\n"
+        "for line in sys.stdin:\n"
+        "    held.append(bytes([1]) * (64 << 20)); until = time.process_time() + 0.3\n"
+        "    while time.process_time() < until: pass\n"
+        "    print(time.process_time(), flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+        process.stdin.close()
+
+
+def test_memory_and_processor_time_are_what_was_taken(worker):
+    seen = []
+    for _ in range(2):
+        worker.stdin.write(b"\n")
+        worker.stdin.flush()
+        said = float(worker.stdout.readline())
+        seen.append((sample(worker.pid, 0.0).rss_bytes, processor_seconds(worker.pid), said))
+    (rss, spent, said), (more, later, finally_said) = seen
+    assert 60 << 20 < more - rss < 70 << 20
+    assert later - spent == pytest.approx(finally_said - said, abs=0.05) and later - spent > 0.25
 
 
 def test_a_line_through_samples_tells_growth_from_noise():
