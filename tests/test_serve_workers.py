@@ -18,7 +18,7 @@ from rollflow.serve.local import LocalChannel
 from rollflow.serve.messages import Message, pack, read, unpack
 from rollflow.serve.process import ProcessChannel
 
-PATIENCE = 120  # seconds that a process may take to import torch on a busy machine
+PATIENCE = 300  # seconds that processes which import torch may take on a busy machine
 
 
 def process():
