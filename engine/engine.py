@@ -22,7 +22,7 @@ from rollflow.device.runner import Runner
 from rollflow.device.workers import Lanes
 from rollflow.door import Checked, Door, as_request
 from rollflow.entries import Replay
-from rollflow.errors import EngineClosed, EngineDead, RequestError, RollflowError, shown
+from rollflow.errors import EngineClosed, EngineDead, RequestError, RollflowError, shown, told
 from rollflow.host import Host
 from rollflow.job import Job
 from rollflow.journal import Journal, Kept
@@ -286,7 +286,7 @@ class Engine:
             except (EngineClosed, EngineDead):  # the rest is for the next engine
                 break
             except RollflowError as error:
-                keeping.journal.fail(kept.id, "failed", {"type": type(error).__name__, "message": str(error)})
+                keeping.journal.fail(kept.id, "failed", told(error))
         return jobs
 
     def _submit(

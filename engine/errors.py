@@ -6,6 +6,7 @@ value, `said` an error of somebody else's code.
 
 import concurrent.futures
 import reprlib
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -109,6 +110,24 @@ def said(error: BaseException) -> str:
     except Exception:
         text = "its message cannot be shown"
     return line(f"{type(error).__name__}: {text}".removesuffix(": "), 200)
+
+
+def told(error: BaseException) -> dict[str, Any]:
+    """An error as JSON: its type's name and its message; of one that is not the package's, what both say."""
+    if not isinstance(error, RollflowError):
+        return {"type": "RollflowError", "message": said(error)}
+    kind = RewardUnavailable if isinstance(error.__cause__, RewardUnavailable) else type(error)  # it may pass
+    found: dict[str, Any] = {"type": kind.__name__, "message": str(error)}
+    return found | ({"seconds": error.seconds} if isinstance(error, EngineBusy) else {})
+
+
+def raised(error: Mapping[str, Any]) -> RollflowError:
+    """The error that `told` wrote."""
+    kind = globals().get(str(error.get("type")))
+    message = str(error.get("message", shown(error)))
+    if not (isinstance(kind, type) and issubclass(kind, RollflowError)):
+        return RollflowError(message)
+    return EngineBusy(message, float(error.get("seconds", 0.0))) if kind is EngineBusy else kind(message)
 
 
 def titled(named: object) -> str:

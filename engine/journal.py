@@ -23,6 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
+from rollflow.durable import sync
 from rollflow.entries import Entry, Replay, read, written
 from rollflow.errors import EngineClosed, RequestError, RollflowError, said, shown
 
@@ -117,7 +118,9 @@ class Journal:
             if not reading:
                 self._writer.executescript(_TABLES)
                 self._writer.execute(f"PRAGMA user_version = {VERSION}")
-                _sync(self.folder)
+                for one in (self.folder, *self.folder.absolute().parents):  # which may have been made for it
+                    with suppress(OSError):
+                        sync(one)
             self._reader = self._connect()
             self._scored = _ends(self._writer)  # how many entries of each search are there or on their way
             (self._opened,) = self._writer.execute("SELECT COALESCE(MAX(number), 0) FROM searches").fetchone()
@@ -443,17 +446,6 @@ def _prefix(ends: Sequence[tuple[Any, ...]]) -> int:
             break
         end = max(end, start + count)
     return end
-
-
-def _sync(folder: Path) -> None:
-    """Has the folder itself on disk, and those that may have been made for it."""
-    for one in (folder, *folder.absolute().parents):
-        with suppress(OSError):
-            descriptor = os.open(one, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def _drop(connection: sqlite3.Connection, id: str) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from rollflow import wire
-from rollflow.errors import Abandoned, EngineClosed, EngineDead, RequestError, RollflowError, said, shown
+from rollflow.errors import Abandoned, EngineClosed, EngineDead, RequestError, RollflowError, said, shown, told
 from rollflow.job import Job
 from rollflow.journal import Journal, Kept
 from rollflow.pictures import described, written
@@ -191,7 +191,7 @@ class Journaling:
             except Exception as fault:
                 error = fault
         status: Literal["failed", "cancelled"] = "cancelled" if job.cancelled() else "failed"
-        return self.journal.fail(job.id, status, {"type": type(error).__name__, "message": str(error)})
+        return self.journal.fail(job.id, status, told(error))
 
     def _keep(self, followed: Followed) -> None:
         """Hands over the scores that are new."""

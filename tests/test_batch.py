@@ -17,12 +17,11 @@ from tiny import PATIENCE
 
 from rollflow.cli import batch as command
 from rollflow.cli import main
-from rollflow.errors import EngineBusy, EngineClosed, EngineDead, FunctionError, RequestError, RewardUnavailable
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, FunctionError, RequestError, RewardUnavailable, told
 from rollflow.serve import batch as running
 from rollflow.serve import lines as reading
 from rollflow.serve.batch import State, run
 from rollflow.serve.formats import COLUMNS, WRITERS
-from rollflow.serve.messages import told
 from rollflow.serve.shards import Counts, Shards
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")

@@ -166,7 +166,6 @@ def test_its_time_ends_while_states_are_made_again(held):
     gate.open.set()
     result = job.result(PATIENCE)
     assert result.stopped == "seconds" and job.resumed == 20 and 40 > result.committed_nfe >= 20
-    assert result.reward > 0 or result.history
 
 
 @pytest.mark.parametrize("method", ["rbf", "svdd", "smc", "sop"])
@@ -291,7 +290,7 @@ class TestJournal:
         with engine(journal=tmp_path) as made:
             made.generate(rbf(reward="jpeg"))
         with Journal(tmp_path, reading=True) as kept:
-            assert [(one.status, one.error["type"]) for one in kept.jobs()] == [("failed", "ZeroDivisionError")]
+            assert [(one.status, one.error["type"]) for one in kept.jobs()] == [("failed", "RollflowError")]
 
     def test_one_that_cannot_be_read_harms_no_other(self, tmp_path):
         with Journal(tmp_path) as journal:

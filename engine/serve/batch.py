@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RewardUnavailable, RollflowError
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RequestError, RewardUnavailable, RollflowError, raised
 from rollflow.serve.dispatcher import Unready
 from rollflow.serve.formats import COLUMNS
 from rollflow.serve.lines import Line, asked, lines
-from rollflow.serve.messages import raised
 from rollflow.serve.shards import Counts, Shards
 
 LEAVES = 1000  # finished lines that are passed over before the loop may do something else
@@ -99,28 +98,14 @@ async def run(
     """
     disk, packing = ThreadPoolExecutor(1, "batch-disk"), ThreadPoolExecutor(FINISHING, "batch-shards")
     loop, start, before = asyncio.get_running_loop(), clock(), shards.counts
-    finishing, unavailable = asyncio.Semaphore(FINISHING), 0
+    finishing, outage = asyncio.Semaphore(FINISHING), Outage()
 
     async def one(line: Line) -> None:
-        nonlocal unavailable
-        row, image, kind = await _done(desk, line, defaults)
-        for pause in pauses:
-            if row["error_type"] != RewardUnavailable.__name__:
-                break
-            await asyncio.sleep(pause)
-            row, image, kind = await _done(desk, line, defaults)
+        row, image, kind = await _tried(desk, line, defaults, pauses)
         if strict and row["error"] is not None:
             raise RequestError(f"line {line.number}: {row['error']}: mend it, or leave --strict out")
         place = await loop.run_in_executor(disk, shards.put, row, image, kind)
-        if row["error_type"] == RewardUnavailable.__name__:
-            unavailable += 1
-        elif row["error"] is None:
-            unavailable = 0
-        if unavailable >= UNAVAILABLE:
-            raise RewardUnavailable(
-                f"{unavailable} lines in a row had no reward, the last, {line.number}, since {row['error']}: when it "
-                "is there again, give the same command with --retry-failed"
-            )
+        outage.count(line, row)
         seconds, new = clock() - start, shards.counts.lines - before.lines
         total = shards.source.total
         rate = (shards.counts.nfe - before.nfe) / seconds if seconds > 0 else None
@@ -145,6 +130,42 @@ async def run(
         for threads in (disk, packing):  # what is being written is whole before the folder is anybody else's
             await asyncio.to_thread(threads.shutdown)
     return shards.counts
+
+
+class Outage:
+    """Counts lines in a row that had no reward, for as often as they were tried."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+
+    def count(self, line: Line, row: Mapping[str, Any]) -> None:
+        """A line is over; raises `RewardUnavailable` where there is no use in going on."""
+        if _unavailable(row):
+            self._lines += 1
+        elif row["error"] is None:
+            self._lines = 0
+        if self._lines >= UNAVAILABLE:
+            raise RewardUnavailable(
+                f"{self._lines} lines in a row had no reward, the last, {line.number}, since {row['error']}: when it "
+                "is there again, give the same command with --retry-failed"
+            )
+
+
+async def _tried(
+    desk: Desk, line: Line, defaults: Mapping[str, Any], pauses: Sequence[float]
+) -> tuple[dict[str, Any], bytes | None, str | None]:
+    """What a line gives, tried again after each pause while its reward is not available."""
+    found = await _done(desk, line, defaults)
+    for pause in pauses:
+        if not _unavailable(found[0]):
+            break
+        await asyncio.sleep(pause)
+        found = await _done(desk, line, defaults)
+    return found
+
+
+def _unavailable(row: Mapping[str, Any]) -> bool:
+    return row["error_type"] == RewardUnavailable.__name__
 
 
 async def _missing(shards: Shards) -> AsyncIterator[Line]:

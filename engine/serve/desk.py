@@ -13,11 +13,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from rollflow.errors import EngineClosed, RequestError, RollflowError, shown
+from rollflow.errors import EngineClosed, RequestError, RollflowError, shown, told
 from rollflow.journal import Journal, Kept, KeyTaken
 from rollflow.serve.dispatcher import Dispatcher
 from rollflow.serve.ended import MOST, MOST_BESIDE, Ended, left, write
-from rollflow.serve.messages import Channel, told
+from rollflow.serve.messages import Channel
 from rollflow.serve.orders import Ordered as Ordered
 from rollflow.serve.orders import Progress as Progress
 from rollflow.serve.orders import kept_as, recalled

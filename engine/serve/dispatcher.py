@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any
 
 from rollflow.entries import written
-from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RollflowError
-from rollflow.serve.messages import Channel, Message, raised, told
+from rollflow.errors import EngineBusy, EngineClosed, EngineDead, RollflowError, raised, told
+from rollflow.serve.messages import Channel, Message
 from rollflow.serve.orders import Ordered
 from rollflow.serve.roster import WorkerState
 

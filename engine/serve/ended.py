@@ -9,9 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from rollflow.errors import EngineClosed, RollflowError
+from rollflow.errors import EngineClosed, RollflowError, told
 from rollflow.journal import Journal
-from rollflow.serve.messages import told
 from rollflow.serve.orders import Ordered
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds before an end that could not be written is written again

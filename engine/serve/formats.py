@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rollflow.durable import appearing, write
 from rollflow.errors import RequestError
-from rollflow.serve.durable import appearing, write
 
 GROUP = 64  # rows whose images are in memory at a time
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 
 from rollflow.engine import Engine
-from rollflow.errors import RollflowError, said
-from rollflow.serve.messages import Message, told
+from rollflow.errors import RollflowError, said, told
+from rollflow.serve.messages import Message
 from rollflow.serve.station import Station
 
 GRACE = 10.0  # seconds that a closed engine has to end

@@ -1,14 +1,13 @@
-"""What the front and its workers tell one another: a header of JSON and bytes, and errors by their names; no pickle."""
+"""What the front and its workers tell one another: a header of JSON and bytes; no pickle."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from rollflow import errors
-from rollflow.errors import EngineBusy, RewardUnavailable, RollflowError, said, shown
+from rollflow.errors import RollflowError
 
 LENGTHS = struct.Struct(">IQ")  # bytes of the header and of the payload
 MOST_HEADER, MOST_PAYLOAD = 1 << 28, 1 << 32
@@ -80,21 +79,3 @@ def read(stream: Readable) -> Message | None:
     if len(text := stream.read(header)) < header or len(rest := stream.read(payload)) < payload:
         return None
     return Message(json.loads(text), rest)
-
-
-def told(error: BaseException) -> dict[str, Any]:
-    """An error as JSON: its type's name and its message; of one that is not the package's, what both say."""
-    if not isinstance(error, RollflowError):
-        return {"type": "RollflowError", "message": said(error)}
-    kind = RewardUnavailable if isinstance(error.__cause__, RewardUnavailable) else type(error)  # it may pass
-    found: dict[str, Any] = {"type": kind.__name__, "message": str(error)}
-    return found | ({"seconds": error.seconds} if isinstance(error, EngineBusy) else {})
-
-
-def raised(error: Mapping[str, Any]) -> RollflowError:
-    """The error that `told` wrote."""
-    kind = getattr(errors, str(error.get("type")), None)
-    message = str(error.get("message", shown(error)))
-    if not (isinstance(kind, type) and issubclass(kind, RollflowError)):
-        return RollflowError(message)
-    return EngineBusy(message, float(error.get("seconds", 0.0))) if kind is EngineBusy else kind(message)

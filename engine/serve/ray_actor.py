@@ -15,8 +15,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
-from rollflow.errors import RequestError, RollflowError, line, said
-from rollflow.serve.messages import Message, pack, told, unpack
+from rollflow.errors import RequestError, RollflowError, line, said, told
+from rollflow.serve.messages import Message, pack, unpack
 from rollflow.serve.process import PRETRAINED
 
 WAITING = 30.0  # seconds after which an actor that Ray has not placed yet is spoken of

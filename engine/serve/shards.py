@@ -26,9 +26,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rollflow.durable import sync, write
 from rollflow.errors import RequestError, said, shown
 from rollflow.journal import locked
-from rollflow.serve.durable import sync, write
 from rollflow.serve.formats import WRITERS
 from rollflow.serve.lines import Source
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from rollflow import entries, pictures, wire
 from rollflow.engine import Engine
-from rollflow.errors import Cancelled, EngineClosed, EngineDead, RollflowError, said
+from rollflow.errors import Cancelled, EngineClosed, EngineDead, RollflowError, said, told
 from rollflow.job import Job
 from rollflow.serve.flight import Flight
-from rollflow.serve.messages import Message, told
+from rollflow.serve.messages import Message
 from rollflow.serve.pool import Pool
 
 PACE = 0.05  # seconds between messages of news, at least

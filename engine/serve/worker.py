@@ -16,9 +16,9 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from rollflow.engine import Engine
-from rollflow.errors import RequestError, RollflowError, said, shown
+from rollflow.errors import RequestError, RollflowError, said, shown, told
 from rollflow.models import silence
-from rollflow.serve.messages import Message, pack, read, told
+from rollflow.serve.messages import Message, pack, read
 from rollflow.serve.station import Station
 
 DEAD, UNFIT = 70, 2  # exit codes: the engine failed, and the process with it; there can be no engine
