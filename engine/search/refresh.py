@@ -17,31 +17,31 @@ class Refresh:
     its reward.
 
     Args:
+        brief: what rows of the search carry.
         particles: that were evaluated from a cache.
         scored: whether they are judged anew.
         then: what the search goes on with.
     """
 
-    def __init__(self, particles: Sequence[Particle], scored: bool, then: Callable[[], None]):
-        self.scored, self.then = scored, then
+    def __init__(self, brief: Brief, particles: Sequence[Particle], scored: bool, then: Callable[[], None]):
+        self._brief, self.scored, self.then = brief, scored, then
         self.particles, self._issued = particles, 0
         self._away: dict[int, int] = {}  # places by the numbers of rows on their way
         self._back: dict[int, Flight] = {}
 
-    @property
-    def waiting(self) -> int:
-        """How many can be issued now."""
-        return len(self.particles) - self._issued
+    def waiting(self, apart: bool) -> int:
+        """How many can run now, none of them apart; see `rollflow.row.Row.apart`."""
+        return 0 if apart else len(self.particles) - self._issued
 
-    def issue(self, brief: Brief, number: int, slot: Slot) -> tuple[Row, Flight]:
+    def issue(self, number: int, slot: Slot) -> tuple[Row, Flight]:
         """The next row, with that number, to a slot."""
         place, self._issued = self._issued, self._issued + 1
         particle = self.particles[place]
         self._away[number] = place
         step = replace(particle.arrival, a=1.0, b=0.0, k=0.0)
         row = Row(
-            brief, number, 0, particle.slot.index, slot.index, step, "refresh", scored=self.scored, level=particle.step,
-            origin=particle.number,
+            self._brief, number, 0, particle.slot.index, slot.index, step, "refresh", scored=self.scored,
+            level=particle.step, origin=particle.number,
         )  # fmt: skip
         anew = Particle(particle.step, particle.arrival, slot, number=number)
         return row, Flight(row.kind, row.nfe, anew, particle, None, place, -1, None, number)

@@ -93,10 +93,8 @@ class Search:
 
     def waiting(self, guided: bool) -> int:
         """How many rows can run now and are needed whatever happens; with `guided`, of those that run apart."""
-        if self._restoring is not None:
-            return self._restoring.waiting(guided)
-        if self._refresh is not None:
-            return 0 if guided else self._refresh.waiting
+        if (before := self._before) is not None:
+            return before.waiting(guided)
         if self._finals is not None:
             return 0 if guided else sum(bool(final.steps) and not final.waiting for final in self._finals)
         return self._turn.waiting[guided] if self._turn is not None else 0
@@ -106,12 +104,8 @@ class Search:
         slot = self._lease.take()
         if slot is None:
             return None
-        if self._restoring is not None:
-            row, self.flying[self._rows] = self._restoring.issue(self._rows, slot)
-            self._rows += 1
-            return row
-        if self._refresh is not None:
-            row, self.flying[self._rows] = self._refresh.issue(self.brief, self._rows, slot)
+        if (before := self._before) is not None:
+            row, self.flying[self._rows] = before.issue(self._rows, slot)
             self._rows += 1
             return row
         if self._finals is not None:
@@ -227,7 +221,7 @@ class Search:
     @property
     def done(self) -> bool:
         """Whether every finalist is finished, and no row is still on the device."""
-        begun = self._refresh is None and self._restoring is None and self._finals is not None
+        begun = self._before is None and self._finals is not None
         left = not begun or any(final.steps for final in self._finals or ())
         return not left and not self.flying
 
@@ -386,6 +380,11 @@ class Search:
 
     # The rest is its own affair.
 
+    @property
+    def _before(self) -> Restoring | Refresh | None:
+        """What is to be evaluated before it goes on."""
+        return self._restoring if self._restoring is not None else self._refresh
+
     def _normalised(self, pilot: Pilot) -> None:
         """It is known what terms are normalised by."""
         self.history.scales = pilot.scales
@@ -422,7 +421,7 @@ class Search:
         parents = dict.fromkeys(p for draw in draws for p in (draw.parent, *draw.mix) if p is not None)
         stale: list[Any] = [particle for particle in parents if particle.cached]
         if stale:
-            self._refresh = Refresh(stale, False, partial(self._open, draws))
+            self._refresh = Refresh(self.brief, stale, False, partial(self._open, draws))
         else:
             self._open(draws)
 
@@ -641,7 +640,7 @@ class Search:
         self._best, self._latest = [], None
         self._method.close()
         if anew and (stale := [particle for particle in dict.fromkeys(finalists) if particle.guessed]):
-            self._refresh = Refresh(stale, True, _nothing)
+            self._refresh = Refresh(self.brief, stale, True, _nothing)
 
 
 def _fits(entry: Entry, kind: str, level: int | None) -> None:
