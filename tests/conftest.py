@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before triton is imported
 
 torch.set_num_threads(2)
+if sys.version_info < (3, 12):  # which asks a protocol for its members anew in each isinstance; beartype does many
+    typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)  # type: ignore[attr-defined]
 
 
 class Checked:

@@ -149,6 +149,25 @@ def test_images_are_no_larger_than_allowed():
     assert "width" not in fields.search({"prompt": "a"}, ServeSettings(max_pixels=1)).requests[0]
 
 
+def test_what_names_no_reward_gets_one_that_it_may_name():
+    def given(settings, **more):
+        return fields.search({"prompt": "a", **more}, settings).requests[0].get("reward")
+
+    assert given(ServeSettings()) is given(ServeSettings(rewards=("jpeg", "count"))) is None  # `Request.reward`
+    assert given(ServeSettings(rewards=("jpeg", "brightness"))) == "jpeg"
+    assert given(ServeSettings(rewards=("jpeg", "brightness")), reward="brightness") == "brightness"
+
+
+def test_images_that_could_never_wait_together_are_refused():
+    settings = ServeSettings(max_queued_nfe=60)
+    assert len(fields.images({"prompt": "a", "n": 3, "nfe": 20}, settings).requests) == 3
+    assert len(fields.images({"prompt": "a", "nfe": 100}, settings).requests) == 1  # one alone may be more
+    assert len(fields.images({"prompt": "a", "n": 4, "seconds": 9}, settings).requests) == 4
+    with pytest.raises(Failure, match="3 images of nfe=21 are 63 function evaluations, and at most 60") as caught:
+        fields.images({"prompt": "a", "n": 3, "nfe": 21}, settings)
+    assert (caught.value.status, caught.value.param) == (400, "n")
+
+
 def test_nobody_goes_first_unless_the_operator_lets_him():
     body = {"prompt": "a", "priority": 1}
     with pytest.raises(Failure, match="at most 0") as caught:
@@ -256,8 +275,9 @@ def test_what_is_not_installed_is_told_with_its_extra(monkeypatch, capsys):
 
 
 def test_what_a_command_lets_in():
-    settings = serving.Serve(max_queued=3)._settings()
-    assert settings.max_n == 3 and settings.max_pixels == 4 * 64 * 64 and settings.own == (64, 64, 1)
+    settings = serving.Serve(max_queued=3, max_queued_nfe=500)._settings()
+    assert (settings.max_n, settings.max_queued_nfe) == (3, 500)
+    assert settings.max_pixels == 4 * 64 * 64 and settings.own == (64, 64, 1)
     assert serving.most_pixels("shapes-video") == (4 * 32 * 32 * 9, (32, 32, 9))
     assert serving.most_pixels("owner/name") == (2048 * 2048, None)
 

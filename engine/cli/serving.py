@@ -79,7 +79,7 @@ class Serve:
     """Requests of a key for searches in a minute, or of all clients where there are no keys."""
     rewards: Named = ()
     """Rewards that requests may name; with options they must be named as here, as in
-    "http:url=http://judge:8000/score"."""
+    "http:url=http://judge:8000/score". Requests that name none get count, or the first where that is not among them."""
     max_body: int = 1 << 20
     """Bytes of a request's body."""
     max_prompt: int = 4000
@@ -127,8 +127,8 @@ class Serve:
 
         keys = None if self.api_key_file is None else str(self.api_key_file)
         check_host(self.host, bool(Keys(keys)))
-        same = ("host", "max_body", "max_prompt", "max_nfe", "max_seconds", "max_priority", "requests_per_minute")
-        given: dict[str, Any] = {name: getattr(self, name) for name in same}
+        same = ("host", "max_body", "max_prompt", "max_nfe", "max_queued_nfe", "max_seconds", "max_priority")
+        given: dict[str, Any] = {name: getattr(self, name) for name in (*same, "requests_per_minute")}
         given["max_n"] = min(self.max_n, self.max_queued)  # more could never be let in
         pixels, own = most_pixels(self.runtime.model)
         given["max_pixels"] = pixels if self.max_pixels is None else self.max_pixels

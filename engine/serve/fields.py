@@ -88,6 +88,8 @@ def images(body: Mapping[str, Any], settings: ServeSettings, timeout: str | None
         if wanted and not stream:
             raise wrong(name, given[name], "it goes with stream=true; give both, or neither")
     request = _request(given, settings)
+    if count > 1:
+        _check_room(count, request, settings.max_queued_nfe)
     if not stream and "seconds" not in request:
         request |= _in_time(timeout, request)
     seed = _checked("seed", lambda: whole("seed", request.get("seed", 0), -(2**63), 2**63 - count))
@@ -141,6 +143,8 @@ def _request(given: Mapping[str, Any], settings: ServeSettings) -> dict[str, Any
         if name in given:
             check_reward(name, given[name], settings.rewards)
     found = {name: given[name] for name in own} | _size(given)
+    if settings.reward != Request.reward:
+        found.setdefault("reward", settings.reward)
     if "priority" in found:
         priority = found["priority"]
         found["priority"] = _checked("priority", lambda: whole("priority", priority, -(2**31), settings.max_priority))
@@ -178,6 +182,14 @@ def _check_seconds(seconds: object, most: float) -> None:
     given = seconds if isinstance(seconds, int | float) and not isinstance(seconds, bool) else math.nan
     if not 0 < given <= most:
         raise wrong("seconds", seconds, f"it must be a number above 0, and at most {most:g}")
+
+
+def _check_room(count: int, request: Mapping[str, Any], most: int | None) -> None:
+    """Refuses images that could never be let in together."""
+    nfe = request.get("nfe", 0)
+    if most is not None and count * nfe > most:
+        what = f"{count} images of nfe={nfe} are {count * nfe} function evaluations, and at most {most} may wait here"
+        raise wrong("n", count, f"{what}: ask for fewer images, or less for each")
 
 
 def _size(given: Mapping[str, Any]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Call
 
 from rollflow.errors import RequestError, shown
+from rollflow.request import Request
 from rollflow.serve.failures import Failure, later
 
 PATIENCE = 30.0  # seconds within which a body has to be there
@@ -27,12 +28,14 @@ class ServeSettings:
     Attributes:
         model: what the served model is called.
         rewards: what requests may name: names, with options that only steer what is measured, and whole specs such as
-            "http:url=http://judge:8000/score"; None is what `rollflow.serve.allowed.usual` says.
+            "http:url=http://judge:8000/score"; None is what `rollflow.serve.allowed.usual` says. One that says nothing
+            of a reward gets `Request.reward`, or where that is not among them, the first.
         keys: the file of API keys; None: none are asked for.
         host: where the server listens.
         max_body: bytes of a request's body.
         max_prompt: characters of a prompt.
         max_n: images of a request.
+        max_queued_nfe: function evaluations that may wait: more could not be asked for in several images; None: any.
         max_nfe: function evaluations of a search.
         max_pixels: of an image, or of a clip's frames together; `own` is what a request that leaves a side to the model
             counts with.
@@ -50,6 +53,7 @@ class ServeSettings:
     max_body: int = 2**20
     max_prompt: int = 4000
     max_n: int = 16
+    max_queued_nfe: int | None = None
     max_nfe: int = 10_000
     max_pixels: int = 2048 * 2048
     own: tuple[int, int, int] = (512, 512, 1)
@@ -59,13 +63,19 @@ class ServeSettings:
     heartbeat: float = 15.0
 
     def __post_init__(self) -> None:
-        above = ("max_body", "max_prompt", "max_n", "max_nfe", "max_pixels", "max_seconds", "requests_per_minute")
-        for name in (*above, "heartbeat"):
+        above = ("max_body", "max_prompt", "max_n", "max_nfe", "max_queued_nfe", "max_pixels", "max_seconds")
+        for name in (*above, "requests_per_minute", "heartbeat"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RequestError(f"{name}={shown(value)}: it must be above 0")
         if self.max_priority < 0:  # that of a request which names none
             raise RequestError(f"max_priority={shown(self.max_priority)}: it must be at least 0")
+
+    @property
+    def reward(self) -> str:
+        """That of a request which names none."""
+        allowed = self.rewards
+        return Request.reward if not allowed or Request.reward in allowed else allowed[0]
 
 
 class Rate:
