@@ -141,8 +141,9 @@ class Serve:
     def _served(self, engine: Engine | None, workers: int | None) -> list[Row]:
         """Everything with one server."""
         own = ["--model", self.model, "--workers", str(workers), "--max-queued", str(max(1000, 4 * self.concurrency))]
-        if engine is not None and workers == 1:
-            own += ["--lanes", str(engine.lanes.count)]  # measured twice, they may differ, which is not HTTP's doing
+        if engine is not None and workers == 1:  # measured twice, these may differ, which is not HTTP's doing
+            (sizes,) = engine.stats().buckets.values()
+            own += ["--lanes", str(engine.lanes.count), "--buckets", *map(str, sizes)]
         rows, turns = list[Row](), list[dict[str, Turn]]()
         with served(self.url, own) as service:
             asyncio.run(self._through(service.url, WARM, WARM_NFE))

@@ -164,6 +164,9 @@ def test_servers_are_compared_with_an_engine_in_turns(monkeypatch):
     class Known(Engine):
         lanes = SimpleNamespace(count=2)
 
+        def stats(self):
+            return SimpleNamespace(buckets={(64, 64): (4, 16)})
+
         def __init__(self):
             pass
 
@@ -192,7 +195,7 @@ def test_servers_are_compared_with_an_engine_in_turns(monkeypatch):
     rows = Serve(workers=(1, 2), rounds=2, requests=12, concurrency=4, loads=()).measure()
     assert order == ["warm", 0, 1, 0, 1]
     assert [one[one.index("--workers") + 1] for one in started] == ["1", "2"]
-    assert started[0][-2:] == ["--lanes", "2"] and "--lanes" not in started[1]
+    assert started[0][-5:] == ["--lanes", "2", "--buckets", "4", "16"] and "--lanes" not in started[1]
     for workers in (1, 2):
         own = [row for row in rows if row["workers"] == workers]
         assert [row["contender"] for row in own] == ["engine", "http", "http", "engine", "http over engine"]
@@ -234,8 +237,11 @@ def test_servers_take_the_lanes_that_they_are_given():
     assert (given["lanes"], given["threads"]) == (2, 2)
     usual = cli_workers._engine(ModelOptions(), 2, None, 4, None)
     assert (usual["lanes"], usual["threads"]) == (1, 4)
-    (channel,) = cli_workers.channels(ModelOptions(), 1, lanes=3)
-    assert channel._given.keywords == {"lanes": 3}
+    given = cli_workers._engine(ModelOptions(), 2, None, 4, 2, (1, 8))
+    assert given["buckets"] == [1, 8] and "buckets" not in usual
+    (channel,) = cli_workers.channels(ModelOptions(), 1, lanes=1, buckets=(4, 8))
+    with channel._given() as made:
+        assert made.lanes.count == 1 and made._host.runner.usual == (4, 8)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ Lanes = Annotated[int | None, by_default("as measured; 1 of several workers on a
 Cores = Annotated[int | None, by_default("all, divided by the workers")]
 AnyNumber = Annotated[int | None, by_default("any number")]
 Pixels = Annotated[int | None, by_default("4 times a built-in model's own, else 2048 x 2048")]
+Sizes = Annotated[tuple[int, ...], by_default("those that measure fastest", metavar="ROWS ...")]
 Named = Annotated[
     tuple[str, ...], by_default("those that call no other server and whose weights are here", metavar="REWARD ...")
 ]
@@ -59,6 +60,8 @@ class Serve:
     """Cores of each of several workers, where they have no GPU."""
     lanes: Lanes = None
     """Batches that a worker computes at a time."""
+    buckets: Sizes = ()
+    """Batch sizes of a worker, ascending; a batch is padded up to the next."""
     ray: bool = False
     """Run the workers as actors of the Ray cluster at $RAY_ADDRESS, or of one that is started here; with --device cuda
     each has a GPU."""
@@ -139,11 +142,13 @@ class Serve:
         from rollflow.cli.workers import channels
         from rollflow.journal import Journal
         from rollflow.serve.desk import Desk
+        from rollflow.serve.worker import spare_the_collector
 
+        spare_the_collector()
         journal = None if self.journal is None else Journal(self.journal)
         try:
             desk = Desk(
-                channels(self.runtime, self.workers, self.ray, self.cores, self.lanes),
+                channels(self.runtime, self.workers, self.ray, self.cores, self.lanes, self.buckets),
                 journal=journal,
                 max_queued=self.max_queued,
                 max_queued_nfe=self.max_queued_nfe,

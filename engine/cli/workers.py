@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def channels(
-    runtime: ModelOptions, workers: int, ray: bool = False, cores: int | None = None, lanes: int | None = None
+    runtime: ModelOptions,
+    workers: int,
+    ray: bool = False,
+    cores: int | None = None,
+    lanes: int | None = None,
+    buckets: Sequence[int] = (),
 ) -> Sequence[Channel]:
     """A channel to each of `workers` engines, none of which is started yet.
 
@@ -25,6 +30,7 @@ def channels(
         ray: whether they are actors of a Ray cluster.
         cores: of each one, on a CPU; None: its share of this machine's.
         lanes: of each one; None: what measures fastest, or 1 where there are several on a CPU.
+        buckets: batch sizes of each one, see `rollflow.Engine`; none: those that measure fastest.
 
     Raises:
         RequestError: there can be none.
@@ -34,18 +40,23 @@ def channels(
     if ray:
         from rollflow.serve.ray_actor import RayChannel
 
-        return [RayChannel(_engine(runtime, workers, None, cores, lanes)) for _ in range(workers)]
+        return [RayChannel(_engine(runtime, workers, None, cores, lanes, buckets)) for _ in range(workers)]
     if workers == 1:
         from rollflow.serve.local import LocalChannel
 
-        return [LocalChannel(partial(runtime.load, lanes=lanes))]
+        return [LocalChannel(partial(runtime.load, lanes=lanes, buckets=[*buckets] or None))]
     from rollflow.serve.process import ProcessChannel
 
-    return [ProcessChannel(_engine(runtime, workers, number, cores, lanes)) for number in range(workers)]
+    return [ProcessChannel(_engine(runtime, workers, number, cores, lanes, buckets)) for number in range(workers)]
 
 
 def _engine(
-    runtime: ModelOptions, workers: int, number: int | None, cores: int | None, lanes: int | None
+    runtime: ModelOptions,
+    workers: int,
+    number: int | None,
+    cores: int | None,
+    lanes: int | None,
+    buckets: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Options of `Engine.from_pretrained`, plain JSON, for one of several workers: its GPU, or its share of the cores.
 
@@ -59,6 +70,7 @@ def _engine(
     }
     given |= {
         "lanes": lanes,
+        "buckets": [*buckets] or None,
         "name_or_path": runtime.model,
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
     }

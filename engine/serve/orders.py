@@ -201,7 +201,8 @@ class Ordered:
         known = self.replay.entries
         overlap = known[start : start + len(found.entries)]
         new, scales = found.entries[len(overlap) :], found.scales or self.replay.scales
-        anew = written(Replay(overlap)) != written(Replay(found.entries[: len(overlap)]))  # where NaN equals NaN
+        again = found.entries[: len(overlap)]
+        anew = bool(overlap) and written(Replay(overlap)) != written(Replay(again))  # where NaN equals NaN
         if not anew and not new and scales == self.replay.scales:
             return None
         entries = (*known[:start], *found.entries) if anew else (*known, *new)

@@ -48,6 +48,7 @@ class Actor:
             loop.call_soon_threadsafe(self._say, pack(message))
 
         def make() -> None:
+            worker.spare_the_collector()
             self._station = worker.stationed(self._first, send, worker.die)
 
         threading.Thread(target=make, name="rollflow-start", daemon=True).start()

@@ -22,7 +22,7 @@ from rollflow.serve.flight import Flight
 from rollflow.serve.messages import Message
 from rollflow.serve.pool import Pool
 
-PACE = 0.05  # seconds between messages of news, at least
+PACE = 0.1  # seconds between messages of news, at least
 BEAT = 0.5  # seconds between messages of news, at most, and between looks at the engine
 PATIENCE = 30.0  # seconds that an image may take
 REMEMBERED = 4096  # cancels of searches that have not come yet
