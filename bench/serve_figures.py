@@ -57,7 +57,9 @@ def serving(rows: list[Row], file: Path) -> None:
                 left.plot([at] * len(mine), mine, "k.", ms=4)
     left.set_xticks(range(len(known)), [f"{workers or '?'} worker{'s' * (workers != 1)}" for workers in known])
     left.set(ylabel="NFE/s", title="at saturation, each turn a dot")
-    left.legend(fontsize=7, frameon=False, loc="lower center")
+    left.set_ylim(top=1.2 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=7, frameon=False, loc="upper center", ncols=2)
+    most = max((row.get("load", 0.0) for row in rows), default=0.0)
     for place, workers in enumerate(known):
         loads = sorted((r for r in rows if "load" in r and r["workers"] == workers), key=lambda row: row["load"])
         for p, line in ((50, "o-"), (95, "s--"), (99, "^:")):
@@ -69,8 +71,10 @@ def serving(rows: list[Row], file: Path) -> None:
                 ends = [[m if e is None else e for e in both] for m, both in pairs]
                 error = np.abs(np.array(ends).reshape(-1, 2).T - middle)
                 label = f"p{p}, {workers or '?'} worker{'s' * (workers != 1)}"
-                right.errorbar(places, middle, error, fmt=line, ms=4, capsize=3, color=f"C{place}", label=label)
-    right.set(title="Poisson arrivals", xlabel="arrivals, share of the capacity", ylabel="seconds", yscale="log")
+                apart = np.array(places) + 0.01 * most * place  # two workers' beside one's
+                right.errorbar(apart, middle, error, fmt=line, ms=4, capsize=3, color=f"C{place}", label=label)
+    right.set(title="Poisson arrivals", xlabel="arrivals, share of the capacity", ylabel="seconds")
+    right.set(xlim=(0, max(1.0, 1.1 * most)), ylim=(0, None))
     right.grid(alpha=0.3)
     right.legend(fontsize=7, frameon=False)
     figure.tight_layout()
