@@ -202,6 +202,11 @@ class Door:
                     f"size {geometry.height}x{geometry.width}: the reward {reward.name} judges images of "
                     f"{size[0]}x{size[1]} only"
                 )
+            if reward is not None and geometry.frames in (None, 1) and rewards.clips(reward):
+                raise RequestError(
+                    f"reward={shown(reward.name)}: it judges clips of two frames or more, and this request makes "
+                    f"{geometry}: use a model of video, ask for more frames, or choose another reward"
+                )
         image, mask = checked.request.image, checked.request.mask
         if isinstance(mask, torch.Tensor):
             if image is None:

@@ -107,6 +107,9 @@ def test_words_and_sizes_that_the_model_cannot_do():
         engine.generate("two red circles ,, one blue square")
     with pytest.raises(RequestError, match=r"request 1: size 128x128: the reward count judges images of 64x64 only"):
         engine.generate([Request(PROMPT), Request(PROMPT, height=128, width=128)])
+    for reward in ("movement", "jpeg + movement"):
+        with pytest.raises(RequestError, match="clips of two frames or more, and this request makes"):
+            engine.check(Request(PROMPT, reward))
     assert engine.ledger.ticks == 0
     assert engine.generate("red", reward=brightness, nfe=4, steps=2, height=32, width=96).image.size == (96, 32)
 

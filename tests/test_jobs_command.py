@@ -13,7 +13,7 @@ from rollflow.journal import Journal
 def journal(tmp_path):
     with Journal(tmp_path) as made:
         made.accept("srch_a", {"prompt": "two red circles", "nfe": 40}, owner="me")
-        made.accept("srch_b", {"prompt": "one blue square"}, key="k")
+        made.accept("srch_b", {"prompt": "one blue square", "_fleeting": True}, key="k")
         made.accept("srch_c", {"prompt": "three"})
         made.log("srch_b", 0, Replay((Entry("committed", 0, 0.5), Entry("committed", 1, None))))
         made.finish("srch_a", {"nfe": 40, "reward": 0.123456, "improvements": [[1, 0.1, 0, 0.0]]}, b"png")
@@ -33,6 +33,7 @@ def test_the_last_come_first_as_json(journal, capsys):
     assert code == 0 and [one["id"] for one in found] == ["srch_c", "srch_b", "srch_a"]
     assert found[0]["error"]["message"] == "the judge is ill"
     assert found[1]["evaluated"] == 2 and found[1]["key"] == "k" and found[1]["result"] is None
+    assert found[1]["request"] == {"prompt": "one blue square"}  # what a server keeps beside it is its own
     assert found[2]["result"] == {"nfe": 40, "reward": 0.123456} and found[2]["owner"] == "me"
 
 

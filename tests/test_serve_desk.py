@@ -212,6 +212,23 @@ def test_a_dead_worker_s_searches_go_on_elsewhere_and_late_answers_are_dropped()
     run(main())
 
 
+def test_what_a_journal_has_left_shows_its_improvements_at_once(tmp_path):
+    async def main(journal):
+        kept = Replay(tuple(Entry(kind, 0, score) for kind, score in SCORES), seconds=3.0)
+        journal.accept("srch_a", ask()).result(30)
+        journal.log("srch_a", 0, kept)
+        journal.flush(30)
+        desk = await opened(Told(), journal=journal)
+        order = desk.get("srch_a")
+        assert order.improvements == [(1, 0.1, 3.0), (5, 0.4, 3.0)] and order.progress.nfe == 6
+        assert order.progress.best_reward == 0.4
+        await desk.close()
+
+    SCORES = (("committed", 0.1), ("committed", math.nan), ("guided", 0.05), ("committed", 0.4), ("committed", None))
+    with Journal(tmp_path) as journal:
+        run(main(journal))
+
+
 def test_a_search_that_kills_its_workers_is_given_up_and_its_neighbours_are_not():
     async def main():
         channel = Told()

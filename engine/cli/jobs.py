@@ -64,7 +64,8 @@ def described(kept: Kept, evaluated: int) -> dict[str, Any]:
     result = {
         name: value for name, value in (kept.result or {}).items() if name not in ("improvements", "level", "prompt")
     }
-    asked = {name: value for name, value in kept.request.items() if name not in ("latents", "image", "mask")}
+    tensors = ("latents", "image", "mask")
+    asked = {name: value for name, value in kept.request.items() if name not in tensors and name[0] != "_"}
     return {
         "id": kept.id, "status": kept.status, "created": kept.created, "ended": kept.ended, "owner": kept.owner,
         "key": kept.key, "fetched": kept.fetched, "request": asked, "result": result or None, "error": kept.error,

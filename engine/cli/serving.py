@@ -74,7 +74,8 @@ class Serve:
     max_queued: int = 1000
     """Searches that may wait; more are told when to come again."""
     max_queued_nfe: AnyNumber = None
-    """Function evaluations that may wait."""
+    """Function evaluations that may wait to be let in, as every search does for some milliseconds; those of searches
+    that run do not count."""
     api_key_file: KeyFile = None
     """A file with a key a line, as KEY or NAME KEY, one of which clients must send, and Prometheus for /metrics, too;
     /health, /ready, the page and /docs take none."""

@@ -20,6 +20,7 @@ from rollflow.rewards.protocol import Reward as Reward
 from rollflow.rewards.protocol import Terms as Terms
 from rollflow.rewards.protocol import batch as batch
 from rollflow.rewards.protocol import check as check
+from rollflow.rewards.protocol import clips as clips
 from rollflow.rewards.protocol import concurrent as concurrent
 from rollflow.rewards.protocol import differentiable as differentiable
 from rollflow.rewards.protocol import retries as retries

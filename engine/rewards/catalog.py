@@ -136,7 +136,7 @@ def _check_attributes(reward: Reward) -> None:
         raise RequestError(f"the name of a reward is {shown(name)}: it must be a line of at most 1000 characters")
     protocol.size(reward), protocol.differentiable(reward), protocol.concurrent(reward), held_out(reward)
     protocol.timeout(reward), protocol.retry_on(reward), protocol.retries(reward)
-    protocol.batch(reward), protocol.padded(reward)
+    protocol.batch(reward), protocol.padded(reward), protocol.clips(reward)
 
 
 @lru_cache(maxsize=REMEMBERED)

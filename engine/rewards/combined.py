@@ -45,6 +45,7 @@ class Combined(Reward):
         self.normalised = tuple(sorted({self._places[one] for one in expression.normalised_of(node)}))
         self.name = line(str(node), 300)
         self.size = _same_size(self.name, self.terms)
+        self.clips = any(map(protocol.clips, self.terms))
         smooth = not self.normalised and not expression.has_threshold(node)
         self.differentiable = smooth and all(map(protocol.differentiable, self.terms))
 

@@ -155,7 +155,7 @@ class MotionReward:
 
     name = "motion"
     size = (SIZE, SIZE)
-    concurrent = True
+    clips = concurrent = True
 
     def check(self, prompt: str) -> None:
         """Raises `RequestError` if the prompt asks for no group of moving circles."""

@@ -39,6 +39,7 @@ class MovementReward(Reward):
     kind: ClassVar[str] = "movement"
     differentiable: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
     packages: ClassVar[tuple[str, ...]] = ()
     name = FrameReward.name  # as it is written in a spec
 

@@ -22,9 +22,10 @@ class Reward(Protocol):
 
     A reward is called by threads of the engine, one call at a time unless it says that it is concurrent; one that takes
     long (a service, say) holds up only the requests that it judges. It may also have these attributes, which `make`
-    checks, and a plain function may have those from the third on:
+    checks, and a plain function may have those from the fourth on:
 
     - `size: tuple[int, int] | None`, the only height and width that it can judge; requests for other sizes are refused;
+    - `clips: bool`, whether it judges nothing but clips of two frames or more; requests for images are refused;
     - `held_out: Reward | None`, a second judge of the final image: a reward, a function or a name, whose own
       attributes `make` does not check: they are read when it is called;
     - `differentiable: bool`, whether its scores have gradients with respect to the images, for guided methods;
@@ -124,6 +125,12 @@ def size(reward: Reward) -> tuple[int, int] | None:
         raise RequestError(f"the reward {title(reward)} has size={shown(given)}: it must be (height, width), or None")
     height, width = (whole(f"size of the reward {title(reward)}", side, 1) for side in given)
     return height, width
+
+
+def clips(reward: object) -> bool:
+    """Whether a reward says that it judges clips of two frames or more alone."""
+    given = asked(reward, lambda: getattr(reward, "clips", False))
+    return flag(f"clips of the reward {title(reward)}", given)
 
 
 def differentiable(reward: object) -> bool:

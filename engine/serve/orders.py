@@ -146,10 +146,14 @@ class Ordered:
 
     def before(self, kept: Replay) -> None:
         """Takes how far it was, as far as its scores say: of a combined reward they do not say its sum."""
-        scores = [one.score for one in kept.entries if isinstance(one.score, float) and math.isfinite(one.score)]
+        best, nfe = -math.inf, 0
+        for one in kept.entries:
+            nfe += GUIDED_NFE if one.kind == "guided" else 1
+            if isinstance(one.score, float) and math.isfinite(one.score) and one.score > best:
+                best = one.score
+                self._better.append(Progress(nfe, best, one.level, kept.seconds))  # when it came is not kept
         if kept.entries:
-            nfe = sum(GUIDED_NFE if one.kind == "guided" else 1 for one in kept.entries)
-            self.progress = Progress(nfe, max(scores, default=-math.inf), kept.entries[-1].level, kept.seconds)
+            self.progress = Progress(nfe, best, kept.entries[-1].level, kept.seconds)
 
     def heard(self, news: dict[str, Any]) -> Scored | None:
         """Takes news of a worker's; returns the scores that are new."""
