@@ -98,6 +98,9 @@ def test_the_documentation_needs_nothing_from_elsewhere(browser, server):
     browser.until("document.querySelectorAll('.endpoint').length > 8")
     text = browser.run("document.body.textContent")
     assert "/v1/images/generations" in text and "stop_at" in text
+    assert "executed_nfe" in text and "image_generation.completed" in text and "undefined" not in text
+    assert browser.run("document.getElementById('Search').textContent.includes('queued | running | done')")
+    assert browser.run("[...document.querySelectorAll('.endpoint a')].every(one => document.querySelector(one.hash))")
     asked = [event["request"]["url"] for event in browser.told("Network.requestWillBeSent")]
     assert all(url.startswith((server[1], "data:")) for url in asked)
     assert browser.told(*TOLD) == []

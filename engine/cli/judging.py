@@ -43,7 +43,10 @@ class Rewards:
             "rewards",
             ("reward", "what it measures", "gradient", "takes", "here"),
             [
-                (name, measures(one), "yes" if rewards.differentiable(one) else "", ", ".join(packages(one)), here(one))
+                (
+                    *(name, rewards.measures(one), "yes" if rewards.differentiable(one) else ""),
+                    *(", ".join(packages(one)), here(one)),
+                )
                 for name, one in made.items()
             ],
             "gradient: methods that follow it can use the reward; takes: packages that pip install 'rollflow[rewards]' "
@@ -76,12 +79,6 @@ def explained(name: str) -> str:
     options = [f"  {name}:{key}={'none' if value is None else value}" for key, value in usual.items()]
     listed = "\n".join(["", "Options, with what they are by default:", *options]) if options else "\nIt has no options."
     return f"{name}: {text}\n{listed}"
-
-
-def measures(reward: Any) -> str:
-    """The first sentence of a reward's docstring."""
-    text = " ".join((type(reward).__doc__ or "").strip().split("\n\n")[0].split())
-    return text.split(". ")[0].split("; ")[0].rstrip(".").replace("`", "")
 
 
 def packages(reward: Any) -> tuple[str, ...]:

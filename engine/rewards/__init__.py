@@ -23,6 +23,7 @@ from rollflow.rewards.protocol import check as check
 from rollflow.rewards.protocol import clips as clips
 from rollflow.rewards.protocol import concurrent as concurrent
 from rollflow.rewards.protocol import differentiable as differentiable
+from rollflow.rewards.protocol import measures as measures
 from rollflow.rewards.protocol import retries as retries
 from rollflow.rewards.protocol import retry_on as retry_on
 from rollflow.rewards.protocol import size as size

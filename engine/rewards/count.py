@@ -221,10 +221,11 @@ def _targets(prompts: Sequence[str]) -> Int[Tensor, "row 13"]:
 
 
 class CountReward:
-    """Minus the residual sum of squares between the objects that a prompt asks for and those in the image.
+    """Minus the squared errors of the numbers of objects, summed over their kinds: 0 is exactly what was asked for.
 
     The counting reward of Kim et al. 2025 (arXiv 2503.19385, section 6), with the parser in the place of a detector.
-    0 is best: every object is there and nothing else. Its held-out judge is the classifier.
+    At 0 every object is there and nothing else; what is unrecognised is a kind of its own. Its held-out judge is the
+    classifier.
     """
 
     name = "count"

@@ -100,6 +100,12 @@ def title(reward: object) -> str:
     return line(name, 60) if isinstance(name, str) and name else titled(reward)
 
 
+def measures(reward: object) -> str:
+    """What a reward measures: the first sentence of its docstring, "" without one."""
+    text = " ".join((type(reward).__doc__ or "").strip().split("\n\n")[0].split())
+    return text.split(". ")[0].split("; ")[0].rstrip(".").replace("`", "")
+
+
 def asked(reward: object, ask: Callable[[], T], what: str = "an attribute") -> T:
     """What `ask` reads of a reward; raises `FunctionError` where it raises, with the error as the cause."""
     try:

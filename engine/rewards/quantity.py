@@ -187,7 +187,12 @@ def count(
     share: float = 0.6,
     sure: float = 0.32,
 ) -> Reward:
-    """The reward `count`: of the toy world's pictures without a model, else of real ones; see `QuantityReward`."""
+    """Minus the squared errors of the numbers of objects, summed over their kinds: 0 is exactly what was asked for.
+
+    One circle too few is -1, two too many are -4, and both at once are -5. Without a model it judges pictures of the
+    built-in model, where whatever is no whole shape counts as a kind of which none was asked for; with one, real images
+    by a detector, and what the prompt does not name is not counted.
+    """
     given = dict(locals())
     if model is not None:
         return QuantityReward(**given)

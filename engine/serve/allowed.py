@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.util import find_spec
 
 from rollflow import rewards
-from rollflow.errors import RequestError, shown
+from rollflow.errors import RequestError, RollflowError, shown
 from rollflow.rewards import expression, weights
 from rollflow.serve.failures import Failure, wrong
 
@@ -23,6 +25,16 @@ def usual() -> tuple[str, ...]:
     """The built-in rewards that work now: they call no other server, and have here what they take, packages and
     weights. One whose weights are to be fetched has to be allowed by the operator."""
     return tuple(name for name in rewards.names() if name not in REMOTE and _here(name))
+
+
+@lru_cache
+def meanings(names: tuple[str, ...]) -> dict[str, str]:
+    """What each of some rewards measures, in a line; those that say nothing or cannot be made are left out."""
+    found = {}
+    for name in names:
+        with suppress(RollflowError):
+            found[name] = rewards.measures(rewards.make(name))
+    return {name: text for name, text in found.items() if text}
 
 
 def _here(name: str) -> bool:

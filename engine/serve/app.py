@@ -54,7 +54,7 @@ def create_app(desk: Desk, settings: ServeSettings) -> FastAPI:
     check_host(settings.host, bool(keys))
     counter = Counter(desk, settings, keys)
     about: dict[str, Any] = {"title": "rollflow", "version": __version__, "description": ABOUT}
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json", **about)
+    app = openapi.Described(docs_url=None, redoc_url=None, openapi_url="/openapi.json", **about)
     app.state.counter = counter
     routes: list[tuple[str, str, Endpoint]] = [
         ("POST", "/v1/images/generations", images.generate),

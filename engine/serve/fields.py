@@ -22,7 +22,8 @@ from rollflow.values import flag, whole
 NFE = 100  # of a request that says nothing of a budget, see `rollflow.Request.nfe`
 MOST_PARTIAL = 10  # partial images of a stream
 MARGIN = 0.05  # of a client's timeout, which the answer may take to be written and read; a second at least
-SEARCH = tuple(name for name in wire.FIELDS if name not in (*wire.TENSORS, wire.DEADLINE))  # of `rollflow.Request`
+STARTS = (*wire.TENSORS, "strength")  # what a search starts from: of `rollflow.Request`, but not taken over HTTP
+SEARCH = tuple(name for name in wire.FIELDS if name not in (*STARTS, wire.DEADLINE))  # of `rollflow.Request`
 ASKED = ("model", "size", "user")  # OpenAI's, of any search
 IMAGES = ("n", "response_format", "stream", "partial_images")  # OpenAI's, of images alone
 PROGRESS = "progress"
@@ -118,10 +119,20 @@ def _known(body: Mapping[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
     allowed = [*SEARCH, *ASKED, *more, *methods.options_of(method)]
     for name in given:
         if name not in allowed:
-            near = get_close_matches(name, allowed, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(allowed)}"
-            raise Failure(f"{shown(name)}: there is no such field; {hint}", 400, name[:100], "unknown_field")
+            raise _unknown(name, allowed)
     return given
+
+
+def _unknown(name: str, allowed: list[str]) -> Failure:
+    """The answer to a field that there is not."""
+    near = get_close_matches(name, allowed, 1)
+    if name in STARTS:
+        what = f"none of {', '.join(STARTS)} is taken over HTTP, where a search starts from noise; leave it out"
+    elif near:
+        what = f"there is no such field; did you mean {near[0]!r}?"
+    else:
+        what = f"there is no such field; there are {', '.join(allowed)}"
+    return Failure(f"{shown(name)}: {what}", 400, name[:100], "unknown_field")
 
 
 def _request(given: Mapping[str, Any], settings: ServeSettings) -> dict[str, Any]:

@@ -51,9 +51,11 @@ async def model(call: Call, counter: Counter, owner: str) -> Response:
 async def options(call: Call, counter: Counter, owner: str) -> Response:
     """What requests may name: rewards, methods with their own options, and the limits."""
     settings = counter.settings
+    named = tuple(allowed.usual() if settings.rewards is None else settings.rewards)
     found = {
         "model": settings.model,
-        "rewards": [*(allowed.usual() if settings.rewards is None else settings.rewards)],
+        "rewards": [*named],
+        "meanings": allowed.meanings(named),
         "methods": {
             name: {option.name: {"default": _plain(option.default), "help": option.help} for option in own}
             for name in methods.names()
