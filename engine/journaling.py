@@ -79,7 +79,8 @@ class Journaling:
 
     def asked(self, kept: Kept) -> Request:
         """The request of a search that was kept; raises `RequestError` where it cannot be made any more."""
-        return wire.from_json(kept.request, self._clock)
+        own = {name: value for name, value in kept.request.items() if name[:1] != "_"}  # the rest is a server's
+        return wire.from_json(own, self._clock)
 
     def accept(self, job: Job, request: dict[str, Any]) -> None:
         """Begins to keep a job; `wait` says when its request is durable."""

@@ -1,8 +1,8 @@
 """What test_replay kills: an engine with a journal, in one child process after another, each forked from this one.
 
-Each dies some milliseconds after it has handed a random number of scores to its journal, which gets no more of it: how
-fast the machine is decides what of them is written, not how much is left. The last one finishes what is left. Prints
-how many were killed, in how many lives searches went on from scores, and with how many in the last one.
+Each dies some milliseconds after it has handed a random number of scores to its journal, few at a time; then it hands
+over no more, so that enough is left for the others however fast the machine is. The last one finishes what is left.
+Prints how many were killed, in how many lives searches went on from scores, and with how many in the last one.
 """
 
 import os
@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_replay import killed_requests
 from tiny import PATIENCE, engine
 
+from rollflow import journaling
+
+journaling.PACE = 0.001  # or what a fast machine does meanwhile would come at once
 LIVES, MOST = 20, 60  # scores of a life: fewer in all than the searches have
 
 
@@ -47,7 +50,7 @@ def live(folder, scores, pause):
         for job in jobs:
             job.result(PATIENCE)
         if scores is not None and left[0] > 0:
-            os._exit(1)  # the searches ended first: MOST is too large for them
+            os._exit(1)  # the searches ended with fewer scores than that
         if scores is not None:
             signal.pause()
 

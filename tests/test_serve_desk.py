@@ -294,6 +294,38 @@ def test_what_waits_is_bounded_in_searches_and_in_nfe():
     run(main())
 
 
+def test_images_of_one_request_do_not_stand_in_one_another_s_way():
+    async def main():
+        desk = await opened(Told(), max_queued_nfe=100)
+        one, other = object(), object()
+        await asyncio.gather(*(desk.submit(ask(seed, nfe=80), of=one) for seed in range(3)))
+        with pytest.raises(EngineBusy, match=r"^searches of 240 NFE wait already"):
+            await desk.submit(ask(nfe=1), of=other)
+        with pytest.raises(EngineBusy, match="240 NFE wait already"):
+            await desk.submit(ask(nfe=1))
+        await desk.close()
+
+    run(main())
+
+
+def test_a_key_finds_its_search_although_the_server_s_own_defaults_have_changed(tmp_path):
+    async def main(journal):
+        desk, sent = await opened(Told(), journal=journal), {"prompt": "a", "nfe": None}
+        first = await desk.submit(ask(reward="bright"), key="k", sent=sent)
+        await desk.close()
+        desk = await opened(Told(), journal=journal)
+        assert (await desk.submit(ask(reward="slow"), key="k", sent=sent)).id == first.id
+        assert desk.get(first.id).request == ask(reward="bright")
+        with pytest.raises(KeyReused):
+            await desk.submit(ask(reward="bright"), key="k", sent={**sent, "prompt": "b"})
+        with pytest.raises(KeyReused):  # of who says nothing of what was sent, the request counts
+            await desk.submit(ask(reward="slow"), key="k")
+        await desk.close()
+
+    with Journal(tmp_path) as journal:
+        run(main(journal))
+
+
 def test_many_that_come_at_once_are_bounded_too():
     async def main():
         channel = Told()

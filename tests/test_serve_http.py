@@ -228,8 +228,13 @@ def test_a_job_stays_when_who_watches_it_goes(http, gate):
 
 
 def test_a_full_queue_is_told_before_a_stream_begins(http, served, gate):
-    asked = [http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"] for _ in range(3)]
-    until(lambda: served.call(_active, served.desk)[0] == 3)
+    def submitted():
+        return http.post(SEARCHES, json={**ASK, "reward": "gated"}).json()["id"]
+
+    asked = [submitted()]
+    until(lambda: http.get(f"{SEARCHES}/{asked[0]}").json()["status"] == "running")  # two more may wait
+    asked += [submitted(), submitted()]
+    assert served.call(_active, served.desk)[0] == 3
     for body in ({**ASK, "stream": True}, ASK):
         answer = http.post(IMAGES, json=body)
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
@@ -366,6 +371,24 @@ def test_what_a_server_says_of_itself(http, monkeypatch):
     assert http.get("/health").status_code == 503
     monkeypatch.setattr(Desk, "ready", property(lambda self: False))
     assert http.get("/ready").status_code == 503
+
+
+def test_what_a_server_adds_it_says_and_lets_in(engine):
+    """Its own reward and budget, in all places alike; images of one request do not keep one another out."""
+    settings = ServeSettings(model="tiny", rewards=("motion", "bright"), max_nfe=60)
+    with Served([LocalChannel(engine)], settings, max_queued_nfe=30) as served:  # noqa: SIM117
+        with httpx.Client(base_url=served.url, timeout=PATIENCE) as http:
+            assert http.get("/v1/options").json()["defaults"] == {"reward": "motion", "method": "sprout", "nfe": 60}
+            paths = http.get("/openapi.json").json()["paths"]
+            for path in (IMAGES, SEARCHES):
+                schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+                assert (schema["reward"]["default"], schema["nfe"]["default"]) == ("motion", 60)
+            error = http.post(IMAGES, json={"prompt": "a", "steps": 2}).json()["error"]
+            assert error["message"].endswith("('motion' judges requests that name no reward: name another one)")
+            body = {**ASK, "reward": "bright"}
+            assert len(http.post(IMAGES, json={**body, "n": 4, "nfe": 20}).json()["data"]) == 4
+            timed = {name: value for name, value in body.items() if name != "nfe"}
+            assert len(http.post(IMAGES, json={**timed, "n": 3, "seconds": 0.3}).json()["data"]) == 3
 
 
 def test_metrics_are_as_prometheus_has_them(http):

@@ -1,8 +1,11 @@
 """What a server allows: keys and whose searches they are, rates, rewards by name, deadlines, and spans."""
 
 import asyncio
+import inspect
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,9 +13,10 @@ import pytest
 
 from rollflow import cli
 from rollflow.cli import connections, serving
+from rollflow.cli import workers as cli_workers
 from rollflow.errors import EngineBusy, EngineDead, OutOfTime, RequestError
 from rollflow.rewards import weights
-from rollflow.serve import fields
+from rollflow.serve import fields, worker
 from rollflow.serve.allowed import check_reward, usual
 from rollflow.serve.desk import Desk, RewardCounts
 from rollflow.serve.failures import Failure, ended, refused
@@ -158,16 +162,6 @@ def test_what_names_no_reward_gets_one_that_it_may_name():
     assert given(ServeSettings(rewards=("jpeg", "brightness")), reward="brightness") == "brightness"
 
 
-def test_images_that_could_never_wait_together_are_refused():
-    settings = ServeSettings(max_queued_nfe=60)
-    assert len(fields.images({"prompt": "a", "n": 3, "nfe": 20}, settings).requests) == 3
-    assert len(fields.images({"prompt": "a", "nfe": 100}, settings).requests) == 1  # one alone may be more
-    assert len(fields.images({"prompt": "a", "n": 4, "seconds": 9}, settings).requests) == 4
-    with pytest.raises(Failure, match="3 images of nfe=21 are 63 function evaluations, and at most 60") as caught:
-        fields.images({"prompt": "a", "n": 3, "nfe": 21}, settings)
-    assert (caught.value.status, caught.value.param) == (400, "n")
-
-
 def test_nobody_goes_first_unless_the_operator_lets_him():
     body = {"prompt": "a", "priority": 1}
     with pytest.raises(Failure, match="at most 0") as caught:
@@ -253,6 +247,7 @@ def test_no_spans_without_a_collector(monkeypatch):
         (["--rewards", "cuont"], "did you mean count"),
         (["--max-nfe", "0"], "max_nfe=0"),
         (["--workers", "0"], "--workers 0"),
+        (["--buckets", "8", "4", "--model", "nowhere"], "--buckets 8 4: buckets=[8, 4]: they must be ascending"),
         (["--grace", "-1"], "--grace"),
         (["--keep", "0"], "--keep 0: it must be seconds, at least 1"),
         (["--max-priority", "-1"], "max_priority=-1"),
@@ -268,6 +263,28 @@ def test_a_command_that_cannot_serve_says_why(words, said, capsys):
     assert said in error and error.count("\n") == 1
 
 
+def test_workers_get_their_options_after_the_collector_was_spared(monkeypatch):
+    order, known = [], inspect.signature(cli_workers.channels)
+
+    def channels(*given, **options):
+        order.append(known.bind(*given, **options).arguments)
+        raise RequestError("no workers today")
+
+    monkeypatch.setattr(cli_workers, "channels", channels)
+    monkeypatch.setattr(worker, "spare_the_collector", lambda: order.append("spared"))
+    words = ["--workers", "2", "--cores", "3", "--lanes", "4", "--buckets", "4", "8", "--port", "0"]
+    assert cli.main(["serve", *words]) == 2
+    spared, given = order
+    given.pop("runtime")
+    assert spared == "spared" and given == {"workers": 2, "ray": False, "cores": 3, "lanes": 4, "buckets": (4, 8)}
+
+
+def test_the_collector_leaves_alone_what_was_imported():
+    code = "import gc; from rollflow.serve import worker; worker.spare_the_collector(); print(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) > 100_000 and "leaked" not in done.stderr
+
+
 def test_what_is_not_installed_is_told_with_its_extra(monkeypatch, capsys):
     monkeypatch.setattr(serving, "find_spec", lambda name: None if name == "uvicorn" else name)
     assert cli.main(["serve"]) == 2
@@ -275,9 +292,8 @@ def test_what_is_not_installed_is_told_with_its_extra(monkeypatch, capsys):
 
 
 def test_what_a_command_lets_in():
-    settings = serving.Serve(max_queued=3, max_queued_nfe=500)._settings()
-    assert (settings.max_n, settings.max_queued_nfe) == (3, 500)
-    assert settings.max_pixels == 4 * 64 * 64 and settings.own == (64, 64, 1)
+    settings = serving.Serve(max_queued=3)._settings()
+    assert settings.max_n == 3 and settings.max_pixels == 4 * 64 * 64 and settings.own == (64, 64, 1)
     assert serving.most_pixels("shapes-video") == (4 * 32 * 32 * 9, (32, 32, 9))
     assert serving.most_pixels("owner/name") == (2048 * 2048, None)
 

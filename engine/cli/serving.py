@@ -75,7 +75,7 @@ class Serve:
     """Searches that may wait; more are told when to come again."""
     max_queued_nfe: AnyNumber = None
     """Function evaluations that may wait to be let in, as every search does for some milliseconds; those of searches
-    that run do not count."""
+    that run do not count, and one request alone may be more."""
     api_key_file: KeyFile = None
     """A file with a key a line, as KEY or NAME KEY, one of which clients must send, and Prometheus for /metrics, too;
     /health, /ready, the page and /docs take none."""
@@ -102,6 +102,7 @@ class Serve:
 
     def __call__(self) -> int:
         """Serves until a signal; returns 0, or 130 where a second signal cut it short."""
+        self._check_buckets()
         self.runtime.check()
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise RequestError(f"a server takes {', '.join(missing)}: pip install 'rollflow[serve]'")
@@ -125,14 +126,23 @@ class Serve:
                 loop.close()
         return left(code)
 
+    def _check_buckets(self) -> None:
+        if self.buckets:
+            from rollflow.settings import batch_sizes
+
+            try:
+                batch_sizes(self.buckets, self.runtime.reproducible, on_cpu=True)
+            except RequestError as error:
+                raise RequestError(f"--buckets {' '.join(map(str, self.buckets))}: {error}") from error
+
     def _settings(self) -> ServeSettings:
         from rollflow.serve.keys import Keys, check_host
         from rollflow.serve.limits import ServeSettings
 
         keys = None if self.api_key_file is None else str(self.api_key_file)
         check_host(self.host, bool(Keys(keys)))
-        same = ("host", "max_body", "max_prompt", "max_nfe", "max_queued_nfe", "max_seconds", "max_priority")
-        given: dict[str, Any] = {name: getattr(self, name) for name in (*same, "requests_per_minute")}
+        same = ("host", "max_body", "max_prompt", "max_nfe", "max_seconds", "max_priority", "requests_per_minute")
+        given: dict[str, Any] = {name: getattr(self, name) for name in same}
         given["max_n"] = min(self.max_n, self.max_queued)  # more could never be let in
         pixels, own = most_pixels(self.runtime.model)
         given["max_pixels"] = pixels if self.max_pixels is None else self.max_pixels

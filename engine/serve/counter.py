@@ -10,10 +10,11 @@ from typing import Any
 
 from starlette.requests import Request as Call
 
-from rollflow.errors import RollflowError
+from rollflow.errors import RollflowError, shown
+from rollflow.request import Request
 from rollflow.serve import fields
 from rollflow.serve.desk import Desk
-from rollflow.serve.failures import refused
+from rollflow.serve.failures import Failure, refused
 from rollflow.serve.keys import Keys
 from rollflow.serve.limits import Rate, ServeSettings
 from rollflow.serve.metrics import Metrics
@@ -58,7 +59,9 @@ class Counter:
             Failure: one of them was refused.
         """
         self.rate.take(owner)
-        placing = [self.desk.submit(one, key=key, owner=owner, fleeting=fleeting) for one in asked.requests]
+        whole: Any = object()
+        same = {"key": key, "owner": owner, "fleeting": fleeting, "sent": dict(asked.sent), "of": whole}
+        placing = [self.desk.submit(one, **same) for one in asked.requests]
         found = await asyncio.gather(*placing, return_exceptions=True)
         placed = [one for one in found if isinstance(one, Ordered)]
         error = next((one for one in found if isinstance(one, BaseException)), None)
@@ -68,7 +71,12 @@ class Counter:
                 raise error
             self.metrics.refused(type(error).__name__)
             first = asked.requests[0]
-            raise refused(error, fields.names(first.get("method")), first) from error
+            failure = refused(error, fields.names(first.get("method")), first)
+            own = self.settings.reward
+            if failure.param in ("reward", "prompt") and "reward" not in asked.sent and own != Request.reward:
+                what = f"{failure} ({shown(own)} judges requests that name no reward: name another one)"
+                failure = Failure(what, failure.status, failure.param, failure.code, failure.headers)
+            raise failure from error
         for one in placed:
             self._follow(one, parent)
         return placed

@@ -140,7 +140,14 @@ class Desk:
     # Searches.
 
     async def submit(
-        self, request: dict[str, Any], *, key: str | None = None, owner: str = "", fleeting: bool = False
+        self,
+        request: dict[str, Any],
+        *,
+        key: str | None = None,
+        owner: str = "",
+        fleeting: bool = False,
+        sent: dict[str, Any] | None = None,
+        of: object = None,
     ) -> Ordered:
         """Takes a search; when it returns, the search is durable, if there is a journal.
 
@@ -149,6 +156,8 @@ class Desk:
             key: an idempotency key of the owner's: the same one gives the same search.
             owner: whose it is.
             fleeting: it is only for who waits for it now: it does not go on after a restart.
+            sent: what the client sent, plain JSON, by which a second request with its key is compared with it.
+            of: what it is a part of, with others: these do not count as waiting before it.
 
         Raises:
             RequestError: it cannot be honoured.
@@ -156,46 +165,46 @@ class Desk:
             EngineBusy: too many wait, or no worker is ready; its `seconds` say when to come again.
             EngineClosed: the desk is closing.
         """
-        task = self._do(self._submit(request, key, owner, fleeting))
+        order = Ordered(f"srch_{secrets.token_hex(12)}", request, owner, key, self)
+        order.fleeting, order.sent, order.of = fleeting, sent if key is not None else None, of
+        task = self._do(self._submit(order))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:  # nobody will know of the search, unless by its key
             task.add_done_callback(partial(self._forsake, key))
             raise
 
-    async def _submit(self, request: dict[str, Any], key: str | None, owner: str, fleeting: bool) -> Ordered:
+    async def _submit(self, order: Ordered) -> Ordered:
+        owner, key = order.owner, order.key
         if key is None:
-            return await self._accept(request, None, owner, fleeting)
+            return await self._accept(order)
         while (entering := self._entering_keys.get((owner, key))) is not None:
             await asyncio.shield(entering)
         if (known := self._of_key(owner, key)) is not None:
-            return self._same(known, request, key)
+            return self._same(known, order)
         self._entering_keys[owner, key] = asyncio.get_running_loop().create_future()
         try:
-            return await self._accept(request, key, owner, fleeting)
+            return await self._accept(order)
         except KeyTaken as taken:
             if (known := self.get(taken.id)) is None:
                 raise
-            return self._same(known, request, key)
+            return self._same(known, order)
         finally:
             self._entering_keys.pop((owner, key)).set_result(None)
 
-    async def _accept(self, request: dict[str, Any], key: str | None, owner: str, fleeting: bool) -> Ordered:
+    async def _accept(self, order: Ordered) -> Ordered:
         self._check_open()
-        id = f"srch_{secrets.token_hex(12)}"
-        with self._room.entering(id):
-            answer = await self._dispatcher.ask({"op": "check", "request": request})
-            nfe = self._room.expected(request, int(answer.header["nfe"]))
+        with self._room.entering(order.id, order.of):
+            answer = await self._dispatcher.ask({"op": "check", "request": order.request})
+            order.budget = self._room.expected(order.request, int(answer.header["nfe"]))
             self._check_open()  # again: others came, or the desk began to close
-            self._room.reserve(id, nfe)
-            order = Ordered(id, request, owner, key, self, nfe)
-            order.fleeting = fleeting
+            self._room.reserve(order.id, order.budget, order.of)
             if self._journal is not None:
-                kept = kept_as(request, fleeting)
-                await asyncio.wrap_future(self._journal.accept(id, kept, key=key, owner=owner))
+                accepted = self._journal.accept(order.id, kept_as(order), key=order.key, owner=order.owner)
+                await asyncio.wrap_future(accepted)
         self._active[order.id] = order
-        if key is not None:
-            self._by_key[owner, key] = order.id
+        if order.key is not None:
+            self._by_key[order.owner, order.key] = order.id
         self._dispatcher.give(order)
         return order
 
@@ -308,10 +317,10 @@ class Desk:
         return None if id is None else self.get(id)
 
     @staticmethod
-    def _same(known: Ordered, request: dict[str, Any], key: str) -> Ordered:
-        if known.request != request:
+    def _same(known: Ordered, order: Ordered) -> Ordered:
+        if not known.same(order.request, order.sent):
             raise KeyReused(
-                f"the idempotency key {shown(key)} came with another request before ({known.id}): use a new one"
+                f"the idempotency key {shown(order.key)} came with another request before ({known.id}): use a new one"
             )
         return known
 

@@ -46,6 +46,7 @@ class Asked:
         url: whether images are told by their address.
         stream: whether events are wanted, and of those `partial` images and `progress`.
         user: who it is for, as the client says.
+        sent: the fields as they came, without what this server adds.
     """
 
     requests: list[dict[str, Any]]
@@ -54,7 +55,7 @@ class Asked:
     partial: int = 0
     progress: bool = False
     user: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    sent: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nfe(self) -> int:
@@ -89,19 +90,22 @@ def images(body: Mapping[str, Any], settings: ServeSettings, timeout: str | None
         if wanted and not stream:
             raise wrong(name, given[name], "it goes with stream=true; give both, or neither")
     request = _request(given, settings)
-    if count > 1:
-        _check_room(count, request, settings.max_queued_nfe)
     if not stream and "seconds" not in request:
         request |= _in_time(timeout, request)
     seed = _checked("seed", lambda: whole("seed", request.get("seed", 0), -(2**63), 2**63 - count))
     requests = [request, *({**request, "seed": seed + i} for i in range(1, count))]
-    return Asked(requests, form == "url", stream, partial, progress, given.get("user"))
+    return Asked(requests, form == "url", stream, partial, progress, given.get("user"), given)
 
 
 def search(body: Mapping[str, Any], settings: ServeSettings) -> Asked:
     """The body of POST /v1/searches; raises as `images`."""
     given = _known(body, ())
-    return Asked([_request(given, settings)], user=given.get("user"))
+    return Asked([_request(given, settings)], user=given.get("user"), sent=given)
+
+
+def usual_nfe(settings: ServeSettings) -> int:
+    """The budget of a request that says nothing of one."""
+    return min(NFE, settings.max_nfe)
 
 
 def names(method: object = None) -> tuple[str, ...]:
@@ -165,7 +169,7 @@ def _request(given: Mapping[str, Any], settings: ServeSettings) -> dict[str, Any
     if "seconds" in found:
         _check_seconds(found["seconds"], settings.max_seconds)
     elif "nfe" not in found:
-        found["nfe"] = min(NFE, settings.max_nfe)
+        found["nfe"] = usual_nfe(settings)
     return found
 
 
@@ -193,14 +197,6 @@ def _check_seconds(seconds: object, most: float) -> None:
     given = seconds if isinstance(seconds, int | float) and not isinstance(seconds, bool) else math.nan
     if not 0 < given <= most:
         raise wrong("seconds", seconds, f"it must be a number above 0, and at most {most:g}")
-
-
-def _check_room(count: int, request: Mapping[str, Any], most: int | None) -> None:
-    """Refuses images that could never be let in together."""
-    nfe = request.get("nfe", 0)
-    if most is not None and count * nfe > most:
-        what = f"{count} images of nfe={nfe} are {count * nfe} function evaluations, and at most {most} may wait here"
-        raise wrong("n", count, f"{what}: ask for fewer images, or less for each")
 
 
 def _size(given: Mapping[str, Any]) -> dict[str, int]:

@@ -35,7 +35,6 @@ class ServeSettings:
         max_body: bytes of a request's body.
         max_prompt: characters of a prompt.
         max_n: images of a request.
-        max_queued_nfe: function evaluations that may wait: more could not be asked for in several images; None: any.
         max_nfe: function evaluations of a search.
         max_pixels: of an image, or of a clip's frames together; `own` is what a request that leaves a side to the model
             counts with.
@@ -53,7 +52,6 @@ class ServeSettings:
     max_body: int = 2**20
     max_prompt: int = 4000
     max_n: int = 16
-    max_queued_nfe: int | None = None
     max_nfe: int = 10_000
     max_pixels: int = 2048 * 2048
     own: tuple[int, int, int] = (512, 512, 1)
@@ -63,8 +61,8 @@ class ServeSettings:
     heartbeat: float = 15.0
 
     def __post_init__(self) -> None:
-        above = ("max_body", "max_prompt", "max_n", "max_nfe", "max_queued_nfe", "max_pixels", "max_seconds")
-        for name in (*above, "requests_per_minute", "heartbeat"):
+        above = ("max_body", "max_prompt", "max_n", "max_nfe", "max_pixels", "max_seconds", "requests_per_minute")
+        for name in (*above, "heartbeat"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RequestError(f"{name}={shown(value)}: it must be above 0")

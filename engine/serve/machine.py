@@ -61,7 +61,7 @@ async def options(call: Call, counter: Counter, owner: str) -> Response:
             for name in methods.names()
             for own in [methods.options(name)]
         },
-        "defaults": {"reward": settings.reward, "method": Request.method, "nfe": fields.NFE},
+        "defaults": {"reward": settings.reward, "method": Request.method, "nfe": fields.usual_nfe(settings)},
         "limits": {
             "n": settings.max_n,
             "nfe": settings.max_nfe,

@@ -114,7 +114,7 @@ def body(settings: ServeSettings, images: bool) -> dict[str, Any]:
             found[field.name] = kind | ({} if usual is None else {"default": usual})
     found["reward"]["default"] = settings.reward
     found["method"]["enum"] = [*methods.names()]
-    found["nfe"] |= {"maximum": settings.max_nfe, "default": min(fields.NFE, settings.max_nfe)}
+    found["nfe"] |= {"maximum": settings.max_nfe, "default": fields.usual_nfe(settings)}
     found["prompt"] |= {"maxLength": settings.max_prompt}
     drawn = f"at most {settings.max_pixels} pixels, those of all frames together"
     found["seconds"] |= {"exclusiveMinimum": 0, "maximum": settings.max_seconds}

@@ -13,7 +13,7 @@ from rollflow.entries import Replay, read, written
 from rollflow.journal import Kept
 
 USUAL = 100  # NFE of a request that leaves its budget open
-FLEETING = "_fleeting"  # beside a request's own fields in a journal
+FLEETING, SENT = "_fleeting", "_sent"  # beside a request's own fields in a journal
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 
 
@@ -58,6 +58,8 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
+        sent: what its client sent, where its idempotency key is to be compared by that; None: the request.
+        of: what it was handed in as a part of.
         fleeting: whether it is only for who waits for it now, and not to go on after a restart.
         created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
@@ -81,10 +83,16 @@ class Ordered:
         self.place = self.deaths = self.alone = 0  # the dispatcher's: its turn, and deaths of its workers
         self.cancelling = self.ending = False
         self.fleeting = False
+        self.sent: dict[str, Any] | None = None
+        self.of: object = None
         self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
 
     def __repr__(self) -> str:
         return f"Ordered({self.id}, {self.status})"
+
+    def same(self, request: dict[str, Any], sent: dict[str, Any] | None) -> bool:
+        """Whether another request asks for this search: by what was sent, since a server's own defaults may change."""
+        return self.request == request if self.sent is None or sent is None else self.sent == sent
 
     @property
     def left(self) -> int:
@@ -223,17 +231,20 @@ class Ordered:
         self._changed = asyncio.Event()
 
 
-def kept_as(request: dict[str, Any], fleeting: bool) -> dict[str, Any]:
+def kept_as(order: Ordered) -> dict[str, Any]:
     """What a journal keeps of a request; `recalled` reads it."""
-    return {**request, FLEETING: True} if fleeting else request
+    beside: dict[str, Any] = {FLEETING: True} if order.fleeting else {}
+    if order.sent is not None:
+        beside[SENT] = order.sent
+    return order.request | beside
 
 
 def recalled(kept: Kept, front: Front) -> Ordered:
     """A search of a journal, from before a restart; its budget is a guess where the request leaves it open."""
-    request = {name: value for name, value in kept.request.items() if name != FLEETING}
+    request = {name: value for name, value in kept.request.items() if name not in (FLEETING, SENT)}
     budget = request.get("nfe")
     order = Ordered(kept.id, request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
-    order.fleeting = FLEETING in kept.request
+    order.fleeting, order.sent = FLEETING in kept.request, kept.request.get(SENT)
     order.created, order.replay = kept.created, kept.replay
     if kept.status == "accepted":
         order.before(kept.replay)

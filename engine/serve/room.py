@@ -17,7 +17,7 @@ class Room:
 
     Args:
         most: searches that may wait.
-        most_nfe: NFE of those that wait; None: any number. One alone may be more.
+        most_nfe: NFE of those that wait; None: any number. One request alone, of one image or several, may be more.
         active: searches that were accepted and are not over, by id.
         workers: who works on them.
         clock: seconds.
@@ -33,7 +33,7 @@ class Room:
     ):
         self._most, self._most_nfe = most, most_nfe
         self._active, self._workers, self._clock = active, workers, clock
-        self._entering: dict[str, int] = {}  # NFE by id, 0 until it is known
+        self._entering: dict[str, tuple[int, object]] = {}  # NFE by id, 0 until it is known, and of what request
         self._rate = 0.0
 
     def __contains__(self, id: str) -> bool:
@@ -45,35 +45,42 @@ class Room:
         return len(self._entering)
 
     @contextmanager
-    def entering(self, id: str) -> Iterator[None]:
+    def entering(self, id: str, of: object = None) -> Iterator[None]:
         """Inside of the context a search counts although it was not accepted yet.
+
+        Args:
+            id: of the search.
+            of: the request that it is of, with others; None: one of its own.
 
         Raises:
             EngineBusy: too many wait.
         """
-        self.reserve(id, 0)
+        self.reserve(id, 0, of)
         try:
             yield
         finally:
             del self._entering[id]
 
-    def reserve(self, id: str, nfe: int) -> None:
-        """Counts the NFE of one that is entering.
+    def reserve(self, id: str, nfe: int, of: object = None) -> None:
+        """Counts the NFE of one that is entering; those of the same request are not in its way.
 
         Raises:
             EngineBusy: it would be one too many; its `seconds` say when to come again.
         """
         waiting = [order for order in self._active.values() if order.status == "queued"]
-        others = {one: count for one, count in self._entering.items() if one != id}
-        queued, queued_nfe = len(waiting) + len(others), sum(order.left for order in waiting) + sum(others.values())
+        others = [entering for one, entering in self._entering.items() if one != id]
+        queued = len(waiting) + len(others)
+        queued_nfe = sum(order.left for order in waiting if of is None or order.of is not of)
+        queued_nfe += sum(count for count, its in others if of is None or its is not of)
         if queued >= self._most:
             raise EngineBusy(f"{queued} searches wait already, and at most {self._most} may: come again", self.wait())
         if self._most_nfe is not None and queued_nfe and queued_nfe + nfe > self._most_nfe:
+            own = f"nfe={nfe}: " if nfe else ""
             raise EngineBusy(
-                f"nfe={nfe}: searches of {queued_nfe} NFE wait already, and at most {self._most_nfe} may: come again",
+                f"{own}searches of {queued_nfe} NFE wait already, and at most {self._most_nfe} may: come again",
                 self.wait(),
             )
-        self._entering[id] = nfe
+        self._entering[id] = nfe, of
 
     def expected(self, request: Mapping[str, Any], nfe: int) -> int:
         """NFE of a request; of one that names a time alone, what a worker does in it at the measured rate."""
