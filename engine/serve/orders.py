@@ -59,6 +59,7 @@ class Ordered:
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
         fleeting: whether it is only for who waits for it now, and not to go on after a restart.
+        again: whether it is of before a restart.
         created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
@@ -80,7 +81,7 @@ class Ordered:
         self.replay = Replay(())  # its scores so far, for another worker
         self.place = self.deaths = self.alone = 0  # the dispatcher's: its turn, and deaths of its workers
         self.cancelling = self.ending = False
-        self.fleeting = False
+        self.fleeting = self.again = False
         self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
 
     def __repr__(self) -> str:
@@ -229,7 +230,7 @@ def recalled(kept: Kept, front: Front) -> Ordered:
     request = {name: value for name, value in kept.request.items() if name != FLEETING}
     budget = request.get("nfe")
     order = Ordered(kept.id, request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
-    order.fleeting = FLEETING in kept.request
+    order.fleeting, order.again = FLEETING in kept.request, True
     order.created, order.replay = kept.created, kept.replay
     if kept.status == "accepted":
         order.before(kept.replay)
