@@ -373,7 +373,7 @@ def test_the_log_tells_of_workers(caplog):
     assert logged(caplog) == [
         "INFO the worker 0 (told) is ready",
         "WARNING the worker 0 (told) died (kill -9); its 0 searches go on elsewhere",
-        "INFO the worker 0 (told) is started again",
+        "INFO the worker 0 is started again",
         "INFO the worker 0 (told) is ready",
         "INFO draining: 0 searches run and 0 wait; they have 0 s, and new ones are refused",
         "INFO closed: 0 searches were not over and have failed",

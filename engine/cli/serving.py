@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rollflow.cli.connections import most_connections
 from rollflow.cli.connections import quiet as quiet
-from rollflow.cli.logs import Level, told_on_stderr
 from rollflow.cli.options import ModelOptions, by_default
 from rollflow.errors import RequestError, said, shown
 from rollflow.names import BUILT_IN
+from rollflow.serve.logs import Level, told_on_stderr
 
 if TYPE_CHECKING:
     from rollflow.serve.desk import Desk

@@ -227,7 +227,7 @@ class Dispatcher:
             return
         worker.life += 1
         if worker.life > 1:
-            LOG.info("the worker %s is started again", worker)
+            LOG.info("the worker %d is started again", worker.number)  # what it is now is not known yet
         worker.state, worker.heard, worker.age = "starting", self._clock(), 0.0
         worker.begun, worker.ended = worker.heard, -math.inf
         of = worker, worker.life

@@ -11,6 +11,7 @@ from prometheus_client.exposition import generate_latest
 
 from rollflow import __version__
 from rollflow.serve.desk import Desk
+from rollflow.serve.dispatcher import WINDOW
 
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)  # upper ends of the histograms' buckets
@@ -28,7 +29,7 @@ QUEUED = (
     "From when a search was handed in to its start. Of those without a result, and of those that went on after a "
     "restart, it is not known."
 )
-LIMIT = "Searches that the workers which are ready take at a time, 64 each; more of them wait."
+LIMIT = f"Searches that the workers which are ready take at a time, {WINDOW} each by default; more of them wait."
 FREE = (
     "Slots of particles that are not in use, of the pools that there are: one is made when a size is first used, so "
     "that it is 0 before the first search."

@@ -1,4 +1,4 @@
-"""What a command that serves logs, and where to: the package itself sets no handlers."""
+"""Where processes that serve log to: commands and workers, of whom the process is; the package sets no handlers."""
 
 from __future__ import annotations
 
