@@ -1,8 +1,11 @@
 """The README's programs do what it says."""
 
+import re
+import urllib.request
 from pathlib import Path
 
 import torch
+import workers
 from PIL import Image
 from serving import Served
 from tiny_image import IMAGE
@@ -56,6 +59,15 @@ def test_the_official_client_asks_a_server(tmp_path, monkeypatch, capsys):
     reward, *events = capsys.readouterr().out.splitlines()
     assert Image.open("circles.png").size == (64, 64) and float(reward.split()[0]) <= 0 and len(events) >= 1
     assert events[-1].startswith("image_generation.completed") and events[-1].endswith(" 200")
+
+
+def test_the_metrics_of_the_text_are_there():
+    named = {*re.findall(r"\brollflow_[a-z_]+", README.read_text())}
+    engine = workers.engine()
+    with engine, Served([LocalChannel(engine)], ServeSettings(model="tiny")) as served:
+        text = urllib.request.urlopen(f"{served.url}/metrics", timeout=60).read().decode()
+    there = {*re.findall(r"^(rollflow_\w+)", text, re.M)}
+    assert {"rollflow_workers_alive", "rollflow_requests_total", "rollflow_outstanding_nfe"} <= named <= there
 
 
 def test_a_model_by_hand_makes_what_its_pipeline_makes():

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 import socket
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from serving import Served
 from tiny import PATIENCE
 
+import rollflow
 from rollflow.journal import Journal
 from rollflow.serve import fields, images, sse
 from rollflow.serve.desk import Desk
@@ -331,9 +333,82 @@ def test_bodies_that_are_none(http, body, headers, status, word, chunked):
     assert answer.status_code == status and word in answer.json()["error"]["message"]
 
 
-def answered(http, status):
-    found = re.search(rf'rollflow_http_responses_total{{status="{status}"}} ([\d.]+)', http.get("/metrics").text)
-    return float(found[1]) if found else 0.0
+def counted(http, name, **labels):
+    """The sum of a metric's samples with these labels."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    families = parser.text_string_to_metric_families(http.get("/metrics").text)
+    found = [one for family in families for one in family.samples if one.name == name]
+    return sum(one.value for one in found if labels.items() <= one.labels.items())
+
+
+def answered(http, status, **labels):
+    return counted(http, "rollflow_http_responses_total", status=str(status), **labels)
+
+
+def refusals(http, reason=None):
+    return counted(http, "rollflow_requests_refused_total", **({} if reason is None else {"reason": reason}))
+
+
+REFUSALS = [  # what is sent, and the reason that it is counted by
+    ({"json": {**ASK, "nonsense": 1}}, "unknown_field"),
+    ({"json": {**ASK, "nfe": -1}}, "invalid_value"),
+    ({"content": b"{", "headers": {"Content-Type": "application/json"}}, "invalid_json"),
+    ({"content": b"{}", "headers": {"Content-Type": "text/plain"}}, "unsupported_type"),
+    ({"json": {**ASK, "reward": "nowhere"}}, "unknown_reward"),
+    ({"json": {**ASK, "nfe": 1}}, "budget_too_small"),  # refused by a worker
+    ({"json": ASK, "headers": {"Host": "elsewhere.example"}}, "misdirected_request"),  # and by the gate
+]
+
+
+@pytest.mark.parametrize("path", [IMAGES, SEARCHES])
+@pytest.mark.parametrize(("sent", "reason"), REFUSALS, ids=lambda one: one if isinstance(one, str) else "")
+def test_every_refusal_of_a_search_is_counted_by_its_reason(http, path, sent, reason):
+    before, of_it = refusals(http), refusals(http, reason)
+    answer = http.post(path, **sent)
+    assert answer.status_code >= 400 and answer.json()["error"]["code"] == reason
+    assert refusals(http) - before == refusals(http, reason) - of_it == 1
+
+
+def test_what_is_no_refusal_of_a_search_is_not_counted_as_one(http):
+    before = refusals(http)
+    for path in (f"{SEARCHES}/srch_0", "/nowhere", "/v1/models/x", f"{SEARCHES}?limit=x"):
+        assert http.get(path).status_code >= 400
+    assert http.put(SEARCHES).status_code == 405
+    assert http.post(IMAGES, json={**ASK, "prompt": "broken"}).status_code == 500  # it was let in
+    assert refusals(http) == before
+
+
+def test_answers_are_counted_by_route(http):
+    places = ((200, "/ready"), (404, "other"), (404, "/v1/searches/{id}"))
+    before = [answered(http, status, route=route) for status, route in places]
+    for path in ("/ready", "/nowhere-at-all", f"{SEARCHES}/srch_unmistakable"):
+        http.get(path)
+    assert [answered(http, status, route=route) for status, route in places] == [one + 1 for one in before]
+    text = http.get("/metrics").text
+    assert "unmistakable" not in text and "nowhere-at-all" not in text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/", "/docs"])
+def test_load_balancers_may_ask_with_head(http, path):
+    answer, whole = http.head(path), http.get(path)
+    assert answer.status_code == whole.status_code == 200 and answer.content == b""
+    assert answer.headers["content-type"] == whole.headers["content-type"]
+    refused = http.post(path)
+    assert refused.status_code == 405 and refused.headers["allow"] == "GET, HEAD"
+
+
+def test_what_is_not_allowed_names_all_that_is(http):
+    assert http.put(SEARCHES).headers["allow"] == "GET, POST"
+    assert http.head(f"{SEARCHES}/srch_0").headers["allow"] == "DELETE, GET"
+    assert "head" not in http.get("/openapi.json").json()["paths"]["/health"]
+
+
+def test_each_request_is_a_line_of_the_log_for_debugging(http, caplog):
+    with caplog.at_level(logging.DEBUG, "rollflow"):
+        answer = http.get(f"{SEARCHES}/srch_unmistakable")
+        until(lambda: answer.headers["x-request-id"] in caplog.text)
+    (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.DEBUG]
+    assert re.fullmatch(rf"GET /v1/searches/{{id}} 404 [\d.]+ ms {answer.headers['x-request-id']}", line)
 
 
 def test_errors_are_never_tracebacks(http, monkeypatch):
@@ -401,8 +476,12 @@ def test_metrics_are_as_prometheus_has_them(http):
         "rollflow_requests_running", "rollflow_requests_waiting", "rollflow_nfe", "rollflow_nfe_per_second",
         "rollflow_batch_occupancy_ratio", "rollflow_request_seconds", "rollflow_request_queue_seconds",
         "rollflow_reward_call_seconds", "rollflow_reward_errors", "rollflow_slots_free",
+        "rollflow_oldest_waiting_seconds", "rollflow_requests_running_limit", "process_resident_memory_bytes",
     } <= {*families}  # fmt: skip
     assert families["rollflow_request_seconds"].type == "histogram" and families["rollflow_nfe"].type == "counter"
+    (build,) = families["rollflow_build_info"].samples
+    assert (build.name, build.labels, build.value) == ("rollflow_build_info", {"version": rollflow.__version__}, 1)
+    assert families["rollflow_requests_running_limit"].samples[0].value == 1  # of one worker with a window of 1
     labels = {str(value) for one in families.values() for sample in one.samples for value in sample.labels.values()}
     assert "bright" in labels and not any("unmistakable" in label or id in label for label in labels)
 
@@ -440,6 +519,9 @@ def test_what_a_restart_leaves_goes_on_for_those_who_come_again(engine, gate, tm
         assert found[-1][0] == "search.done" and found[-1][2]["result"]["nfe"] == 12
         assert http.post(SEARCHES, json=body, headers={"Idempotency-Key": "k"}).json()["id"] == id
         assert http.get(f"{SEARCHES}/{id}/image").headers["content-type"] == "image/png"
+        assert counted(http, "rollflow_request_seconds_count") == counted(http, "rollflow_requests_total") == 1
+        assert counted(http, "rollflow_request_seconds_sum") > served.desk.get(id).result["seconds"]
+        assert counted(http, "rollflow_request_queue_seconds_count") == 0  # nobody knows when it first began
     journal.close()
 
 
@@ -480,6 +562,9 @@ def test_a_server_with_keys_says_nothing_to_others(engine, tmp_path):
         for path, status in (("/metrics", 401), (SEARCHES, 401), ("/health", 200), ("/ready", 200), ("/docs", 200)):
             assert httpx.get(f"{served.url}{path}").status_code == status
             assert httpx.get(f"{served.url}{path}", headers=key).status_code == 200
+        assert httpx.post(f"{served.url}{SEARCHES}", json=ASK).status_code == 401
+        with httpx.Client(base_url=served.url, headers=key) as http:
+            assert refusals(http) == refusals(http, "invalid_api_key") == 1
 
 
 class Timed(Ordered):

@@ -2,7 +2,9 @@
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
+import time
 from queue import SimpleQueue
 
 import pytest
@@ -310,6 +312,119 @@ def test_failures_are_counted_by_names_that_clients_cannot_make_up():
         await desk.close()
 
     run(main())
+
+
+def test_the_oldest_that_waits_and_how_many_may_run_are_known():
+    async def main():
+        a, b = Told(), Told()
+        desk = await opened(a, b, window=1, pause=1e6)
+        assert desk.stats().oldest == 0.0 and desk.stats().limit == 2
+        first, *_ = orders = [await desk.submit(ask(seed)) for seed in range(3)]
+        for order in orders:
+            order.created = time.time() - 50
+        orders[2].created -= 50
+        assert 100 <= desk.stats().oldest < 110
+        a.say(op="news", age=0.0, searches={first.id: {"status": "running"}})
+        b.on_death("kill -9")
+        await settled()
+        assert desk.stats().limit == 1 and 100 <= desk.stats().oldest < 110
+        await asyncio.gather(*(asyncio.wait_for(one.cancel(), PATIENCE) for one in orders[1:]))
+        assert desk.stats().oldest == 0.0
+        await desk.close()
+
+    run(main())
+
+
+def test_slots_that_were_never_made_are_told_from_those_in_use():
+    async def main():
+        channel = Told()
+        desk = await opened(channel)
+        channel.say(op="news", age=0.0, searches={}, stats={"free": 0, "live": 0})
+        await settled()
+        assert (desk.stats().free, desk.stats().pooled) == (0, 0)
+        channel.say(op="news", age=0.0, searches={}, stats={"free": 0, "live": 9})
+        await settled()
+        assert (desk.stats().free, desk.stats().pooled) == (0, 9)
+        await desk.close()
+
+    run(main())
+
+
+# What the log says.
+
+
+def logged(caplog):
+    """The level and text of each line so far."""
+    return [f"{one.levelname} {one.getMessage()}" for one in caplog.records if one.name == "rollflow"]
+
+
+def test_the_log_tells_of_workers(caplog):
+    async def main():
+        channel = Told()
+        desk = await opened(channel, pause=0.0)
+        channel.on_death("kill -9")
+        await until(lambda: channel.starts == 2)
+        channel.say(op="ready", stats={})
+        await settled()
+        await desk.close()
+
+    with caplog.at_level(logging.INFO, "rollflow"):
+        run(main())
+    assert logged(caplog) == [
+        "INFO the worker 0 (told) is ready",
+        "WARNING the worker 0 (told) died (kill -9); its 0 searches go on elsewhere",
+        "INFO the worker 0 is started again",
+        "INFO the worker 0 (told) is ready",
+        "INFO draining: 0 searches run and 0 wait; they have 0 s, and new ones are refused",
+        "INFO closed: 0 searches were not over and have failed",
+    ]
+
+
+def test_the_log_tells_of_the_journal_at_the_start_and_at_the_end(journal, caplog):
+    async def main():
+        before = await opened(Told(), journal=journal)
+        await before.submit(ask(0), fleeting=True)
+        goes_on = [await before.submit(ask(seed)) for seed in (1, 2)]
+        channel = Told()
+        with caplog.at_level(logging.INFO, "rollflow"):
+            desk = await opened(channel, journal=journal)  # as after kill -9: the first did not close
+            channel.say(op="news", age=0.0, searches={goes_on[0].id: {"status": "running"}})
+            await settled()
+            await desk.close(0.01)
+
+    run(main())
+    assert logged(caplog) == [
+        "INFO 2 searches of the journal go on, and 1 whose clients have gone are ended",
+        "INFO the worker 0 (told) is ready",
+        "INFO draining: 1 searches run and 1 wait; they have 0.01 s, and new ones are refused",
+        "INFO closed: 2 searches are left in the journal",
+    ]
+
+
+SECRETS = [  # a prompt, and what a search that failed says
+    ("a", "prompt='a': it is too short"),
+    ("seven violet hippos", "the judge said: no seven violet hippos here"),
+    ("seven violet hippos", "the judge said: no seven violet hip..."),
+    ("seven violet hippos " * 20, f"prompt={failures.shown('seven violet hippos ' * 20)}: it is too long"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), SECRETS)
+def test_a_search_that_failed_is_one_line_without_its_prompt(prompt, message, caplog):
+    async def main():
+        channel = Told()
+        desk = await opened(channel)
+        order = await desk.submit(ask(prompt=prompt))
+        channel.say(op="over", id=order.id, status="failed", error={"type": "FunctionError", "message": message})
+        await order.over()
+        await desk.close()
+        return order.id
+
+    run(main())
+    (line,) = logged(caplog)
+    assert line.startswith("WARNING the search srch_") and "failed (FunctionError: " in line and "<prompt>" in line
+    assert "\n" not in line and "hip" not in line and "'a'" not in line
+    assert caplog.records[0].exc_info is None
 
 
 # With a journal.

@@ -12,21 +12,23 @@ import pytest
 
 LINE = re.compile(r"serving shapes at (http://127\.0\.0\.1:\d+)\n")
 TOLD = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+DASH = "\N{EN DASH}"  # of a figure that there is not yet
 PROMPT = "two red circles and three green triangles"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The process and its address."""
-    journal = tmp_path_factory.mktemp("journal")
-    words = ["serve", "--port", "0", "--max-nfe", "400", "--journal", str(journal)]
+    """The process, its address, and the file with what it logs."""
+    journal, log = tmp_path_factory.mktemp("journal"), tmp_path_factory.mktemp("log") / "log"
+    words = ["serve", "--port", "0", "--max-nfe", "400", "--journal", str(journal), "--log-level", "debug"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # as in most shells
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rollflow", *words], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    with log.open("w") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rollflow", *words], stdout=subprocess.PIPE, stderr=told, text=True, env=environment
+        )
     line = process.stdout.readline()
     assert LINE.fullmatch(line), line
-    yield process, LINE.fullmatch(line)[1]
+    yield process, LINE.fullmatch(line)[1], log
     process.kill()
     process.wait()
 
@@ -42,6 +44,12 @@ def cards(state):
     return f"document.querySelectorAll('.card[data-state={state}]').length"
 
 
+def test_there_are_no_slots_to_show_before_the_first_search(browser, server):
+    browser.open(f"{server[1]}/", 1280, False)
+    browser.until("document.getElementById('workers').textContent === '1 of 1'")
+    assert browser.run("document.getElementById('free').textContent") == DASH
+
+
 def test_a_person_types_a_prompt_and_watches_images_get_better(browser, server):
     browser.open(f"{server[1]}/", 1280, False)
     browser.until("document.getElementById('method').options.length")
@@ -54,10 +62,11 @@ def test_a_person_types_a_prompt_and_watches_images_get_better(browser, server):
     browser.until("document.querySelector('.card .curve path.best')?.getAttribute('d').includes('H')")
     browser.until("Number(document.querySelector('.spent').textContent) > 20")
     browser.until("performance.getEntriesByType('resource').filter(one => one.name.endsWith('/image')).length > 1")
-    assert browser.run("document.querySelector('.card img').naturalWidth") == 64
+    browser.until("document.querySelector('.card img').naturalWidth === 64")  # it may just be replaced
     first = browser.run("document.querySelector('.card progress').value")
     browser.until(f"{cards('done')} || document.querySelector('.card progress').value > {first}")
     browser.until("document.getElementById('rate').textContent > 0")
+    browser.until(f"document.getElementById('free').textContent !== '{DASH}'")
     browser.click(".card .accept")
     browser.until(f"{cards('accepted')} || {cards('done')}")
     reward = browser.until("document.querySelector('.card .reward').textContent")
@@ -107,10 +116,20 @@ def test_the_documentation_needs_nothing_from_elsewhere(browser, server):
 
 
 def test_a_signal_ends_it_when_what_was_asked_for_is_done(server):
-    process, url = server
+    process, url, log = server
     body = b'{"prompt": "two red circles", "nfe": 60}'
     asked = urllib.request.Request(f"{url}/v1/searches", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(asked, timeout=60) as answer:
         assert answer.status == 202
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0 and process.stdout.read() == ""
+    lines = [re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.*)", one) for one in log.read_text().splitlines()]
+    assert all(lines)
+    told = [one[1] for one in lines]
+    assert told[:2] == [
+        "INFO 0 searches of the journal go on, and 0 whose clients have gone are ended",
+        "INFO the worker 0 (local) is ready",
+    ]
+    assert any(re.fullmatch(r"DEBUG POST /v1/searches 202 [\d.]+ ms req_\w+", one) for one in told)
+    assert any(re.match(r"INFO draining: \d searches run and \d wait; they have 30 s", one) for one in told)
+    assert told[-1] == "INFO closed: 0 searches are left in the journal" and PROMPT not in log.read_text()

@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -127,6 +130,15 @@ def test_a_worker_says_what_it_lacks(pipes):
     say(op="start", engine="rollflow.serve.worker:pretrained", options={"dtype": "float3"})
     error = hear("unfit")["error"]
     assert error["type"] == "RequestError" and "float3" in error["message"]
+
+
+def test_what_a_worker_process_logs_has_its_time():
+    start = pack(Message({"op": "start", "engine": "nowhere:engine", "options": {}}))
+    command = [sys.executable, "-m", "rollflow.serve.worker"]
+    found = subprocess.run(command, input=start, capture_output=True, timeout=PATIENCE)
+    assert found.returncode == worker.UNFIT and unpack(found.stdout).header["op"] == "unfit"
+    line = r"\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d{4} ERROR a worker's engine could not be made\n"
+    assert re.search(line, found.stderr.decode())
 
 
 def test_a_worker_whose_engine_is_dead_ends_its_process(pipes, monkeypatch):

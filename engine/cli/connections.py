@@ -48,6 +48,7 @@ def quiet(app: Any, connections: int | None = None, headers: float = HEADERS) ->
     config = uvicorn.Config(
         app,
         http=_protocol(headers),
+        log_config=None,  # handlers are the command's
         log_level="warning",
         access_log=False,
         server_header=False,

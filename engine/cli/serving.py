@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import signal
@@ -23,11 +24,13 @@ from rollflow.cli.connections import quiet as quiet
 from rollflow.cli.options import ModelOptions, by_default
 from rollflow.errors import RequestError, said, shown
 from rollflow.names import BUILT_IN
+from rollflow.serve.logs import Level, told_on_stderr
 
 if TYPE_CHECKING:
     from rollflow.serve.desk import Desk
     from rollflow.serve.limits import ServeSettings
 
+LOG = logging.getLogger("rollflow")
 TELL = partial(print, flush=True)  # through a pipe, too
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 KeyFile = Annotated[Path | None, by_default("no key is asked for, and --host is this machine", metavar="FILE")]
@@ -98,6 +101,9 @@ class Serve:
     """Pixels of an image, of a clip those of all its frames together."""
     max_priority: int = 0
     """The highest priority that a request may ask for; lower ones are everybody's."""
+    log_level: Level = "info"
+    """What is logged on standard error: warning leaves out what is no trouble, and debug adds a line for each request
+    of HTTP. Prompts are never logged."""
     runtime: ModelOptions = field(default_factory=ModelOptions)
 
     def __call__(self) -> int:
@@ -118,7 +124,7 @@ class Serve:
 
             check_weights([Request("two red circles", one) for one in self.rewards])
         settings = self._settings()
-        with listening(self.host, self.port) as at:
+        with listening(self.host, self.port) as at, told_on_stderr(self.log_level):
             loop = _loop()
             try:
                 code = loop.run_until_complete(self._serve(settings, at))
@@ -240,6 +246,7 @@ async def serve(
         if closing.done():
             closing.result()
             return 0
+        LOG.warning("a second signal: what is not over is left now")
         closing.cancel()
         await asyncio.gather(closing, return_exceptions=True)
         await desk.close(0)

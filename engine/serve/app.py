@@ -32,6 +32,7 @@ PAGES = {  # what a browser is given, by its address
     "/page/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
     "/page/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
 }
+PROBED = ("/health", "/ready", "/metrics")  # what takes HEAD, too, with which some load balancers ask
 ABOUT = (
     "Where the server has API keys, /v1/... and /metrics take one, as Authorization: Bearer KEY; /health, /ready, "
     "/openapi.json, /docs and / are open: they say nothing of anybody's searches. The address of an image that an "
@@ -75,8 +76,12 @@ def create_app(desk: Desk, settings: ServeSettings) -> FastAPI:
     for method, path, endpoint in routes:
         told = openapi.about(method, path, settings)
         app.add_api_route(path, _bound(endpoint, counter), methods=[method], response_model=None, **told)
+        if path in PROBED:
+            hidden: dict[str, Any] = {"methods": ["HEAD"], "include_in_schema": False, "response_model": None}
+            app.add_api_route(path, _bound(endpoint, counter), **hidden)
     for path, (file, kind) in PAGES.items():
-        app.add_api_route(path, _page(file, kind), methods=["GET"], include_in_schema=False, response_model=None)
+        hidden = {"methods": ["GET", "HEAD"], "include_in_schema": False, "response_model": None}
+        app.add_api_route(path, _page(file, kind), **hidden)
     handlers: dict[type[Exception], Any] = {
         HTTPException: failures.of_http,
         RollflowError: failures.of_rollflow,

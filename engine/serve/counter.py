@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.requests import Request as Call
@@ -14,7 +14,7 @@ from rollflow.errors import RollflowError, shown
 from rollflow.request import Request
 from rollflow.serve import fields
 from rollflow.serve.desk import Desk
-from rollflow.serve.failures import Failure, refused
+from rollflow.serve.failures import INTERNAL, Failure, refused
 from rollflow.serve.keys import Keys
 from rollflow.serve.limits import Rate, ServeSettings
 from rollflow.serve.metrics import Metrics
@@ -36,7 +36,20 @@ class Counter:
     def __init__(self, desk: Desk, settings: ServeSettings, keys: Keys):
         self.desk, self.settings, self.keys = desk, settings, keys
         self.rate, self.metrics, self.tracing = Rate(settings.requests_per_minute), Metrics(desk), Tracing()
+        desk.watch(self._count)
         self._followed: dict[str, asyncio.Task[None]] = {}  # by id: an idempotency key may find one again
+
+    @contextmanager
+    def admitting(self) -> Iterator[None]:
+        """Counts a request for searches or images that is refused in this block, by the code of its answer."""
+        try:
+            yield
+        except RollflowError as error:
+            self.metrics.refused(refused(error).code)
+            raise
+        except Exception:
+            self.metrics.refused(INTERNAL.code)
+            raise
 
     async def place(
         self,
@@ -69,7 +82,6 @@ class Counter:
             await cancel(placed)
             if not isinstance(error, RollflowError):
                 raise error
-            self.metrics.refused(type(error).__name__)
             first = asked.requests[0]
             failure = refused(error, fields.names(first.get("method")), first)
             own = self.settings.reward
@@ -82,19 +94,19 @@ class Counter:
         return placed
 
     def _follow(self, one: Ordered, parent: str | None) -> None:
-        """Counts a search when it is over, once."""
-        if not one.done and one.id not in self._followed:
-            span = self.tracing.begin(one.request, parent)
-            task = self._followed[one.id] = asyncio.ensure_future(self._over(one, time.monotonic(), span))
-            task.add_done_callback(lambda _: self._followed.pop(one.id))
+        """Makes a span of a search, once, where there is a tracer."""
+        if one.done or one.id in self._followed or (span := self.tracing.begin(one.request, parent)) is None:
+            return
+        task = self._followed[one.id] = asyncio.ensure_future(self._over(one, span))
+        task.add_done_callback(lambda _: self._followed.pop(one.id))
 
-    async def _over(self, one: Ordered, begun: float, span: Any) -> None:
+    async def _over(self, one: Ordered, span: Any) -> None:
         await one.over()
-        seconds = time.monotonic() - begun
-        searched = (one.result or {}).get("seconds")
-        queued = None if searched is None else max(0.0, seconds - searched)
-        self.metrics.over(seconds, queued)
-        self.tracing.end(span, one.status, one.result, queued)
+        self.tracing.end(span, one.status, one.result, _times(one)[1])
+
+    def _count(self, one: Ordered) -> None:
+        """Counts a search that is over."""
+        self.metrics.over(*_times(one))
 
     def found(self, id: str, owner: str) -> Ordered | None:
         """A search of an owner's."""
@@ -106,6 +118,16 @@ class Counter:
         signature = self.keys.signature(one.owner, one.id)
         url = f"{call.url.scheme}://{call.url.netloc}/v1/searches/{one.id}/image"
         return f"{url}?signature={signature}" if signature else url
+
+
+def _times(one: Ordered) -> tuple[float, float | None]:
+    """Seconds from when a search was handed in to its end, and to its start where that is known.
+
+    After a restart it is not: what a search has spent does not say when it first began.
+    """
+    seconds = max(0.0, (one.ended or one.created) - one.created)
+    searched = None if one.again or one.ended is None else (one.result or {}).get("seconds")
+    return seconds, None if searched is None else max(0.0, seconds - searched)
 
 
 async def cancel(searches: Sequence[Ordered]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rollflow.errors import EngineClosed, RequestError, RollflowError, shown, told
 from rollflow.journal import Journal, Kept, KeyTaken
 from rollflow.serve.dispatcher import Dispatcher
-from rollflow.serve.ended import MOST, MOST_BESIDE, Ended, left, write
+from rollflow.serve.ended import MOST, MOST_BESIDE, Ended, left, told_of, write
 from rollflow.serve.messages import Channel
 from rollflow.serve.orders import Ordered as Ordered
 from rollflow.serve.orders import Progress as Progress
@@ -72,6 +72,7 @@ class Desk:
         self._counts, self._errors = Counter[str](), Counter[str]()
         self.draining = self._known = False
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._watchers: list[Callable[[Ordered], None]] = []
         self._pruning: asyncio.Task[Any] | None = None
         self._idle = asyncio.Event()
 
@@ -90,6 +91,10 @@ class Desk:
             else:
                 self._dispatcher.give(order)
         self._known = True
+        if self._journal is not None:
+            ended = sum(order.ending for order in self._active.values())
+            on = len(self._active) - ended
+            LOG.info("%d searches of the journal go on, and %d whose clients have gone are ended", on, ended)
         try:
             await self._dispatcher.start()
         except BaseException:
@@ -103,6 +108,10 @@ class Desk:
         What is not over within `grace` seconds goes on after the next start if there is a journal, unless it is
         fleeting, and fails without.
         """
+        if not self.draining:
+            now = Counter(order.status for order in self._active.values() if not order.ending)
+            text = "draining: %d searches run and %d wait; they have %g s, and new ones are refused"
+            LOG.info(text, now["running"], now["queued"], grace)
         self.draining = True
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._all_over(), grace)
@@ -113,6 +122,8 @@ class Desk:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._leave()  # what was being accepted meanwhile
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        fate = "were not over and have failed" if self._journal is None else "are left in the journal"
+        LOG.info("closed: %d searches %s", len(self._active), fate)
 
     def _leave(self) -> None:
         """Lets go of what is not over."""
@@ -234,8 +245,12 @@ class Desk:
 
     def stats(self) -> DeskStats:
         """What it holds now."""
-        active, workers = [*self._active.values()], self._dispatcher.workers
-        return tallied(active, workers, self._counts, self._errors, self.ready, self.draining, self._clock())
+        active, workers, limit = [*self._active.values()], self._dispatcher.workers, self._dispatcher.limit
+        return tallied(active, workers, self._counts, self._errors, self.ready, self.draining, limit, self._clock())
+
+    def watch(self, seen: Callable[[Ordered], None]) -> None:
+        """Has every search shown to a function when it is over; those of before a restart, too."""
+        self._watchers.append(seen)
 
     # What searches ask of their desk.
 
@@ -295,12 +310,16 @@ class Desk:
         if self._journal is not None and await write(self._journal, order.id, outcome, payload):
             file = None
         self._counts[status] += 1
+        if status == "failed":
+            LOG.warning("the search %s failed (%s)", order.id, told_of(order, outcome["error"]))
         if status == "failed" and outcome["error"]["type"] in ("FunctionError", "RewardUnavailable"):
             self._errors[_reward(order.request)] += 1
         order.end(status, outcome, file, time.time())
         self._active.pop(order.id, None)
         self._previews.forget(order.id)
         self._ended.add(order)
+        for seen in self._watchers:
+            seen(order)
         if not self._active:
             self._idle.set()
 

@@ -106,6 +106,11 @@ class Dispatcher:
         started = [worker for worker in self.workers if worker.life and worker.state != "unfit"]
         return not self._closed and any(not self._hangs(worker, now) for worker in started)
 
+    @property
+    def limit(self) -> int:
+        """Searches that the workers which are ready take at a time."""
+        return self._window * sum(worker.state == "ready" for worker in self.workers)
+
     def give(self, order: Ordered) -> None:
         """Takes a search; its outcome comes by `on_over`."""
         order.place = next(self._places)
@@ -221,6 +226,8 @@ class Dispatcher:
         if self._closed:
             return
         worker.life += 1
+        if worker.life > 1:
+            LOG.info("the worker %d is started again", worker.number)  # what it is now is not known yet
         worker.state, worker.heard, worker.age = "starting", self._clock(), 0.0
         worker.begun, worker.ended = worker.heard, -math.inf
         of = worker, worker.life
@@ -255,6 +262,7 @@ class Dispatcher:
         elif header["op"] == "ready":
             worker.state, worker.failed_starts, worker.proven, worker.unfit = "ready", 0, True, False
             worker.heard, worker.age = self._clock(), 0.0
+            LOG.info("the worker %s is ready", worker)
             self._wake()
             self._spread()
         elif header["op"] == "unfit" and worker.proven:  # what it lacks now may come back

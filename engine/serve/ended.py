@@ -6,10 +6,11 @@ import asyncio
 import concurrent.futures
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
-from rollflow.errors import EngineClosed, RollflowError, told
+from rollflow.errors import LONGEST, EngineClosed, RollflowError, line, shown, told
 from rollflow.journal import Journal
 from rollflow.serve.orders import Ordered
 
@@ -17,6 +18,8 @@ PAUSES = (0.1, 0.5, 2.0)  # seconds before an end that could not be written is w
 LOG = logging.getLogger("rollflow")
 MOST, MOST_BYTES = 20_000, 1 << 30  # searches, and the files of their images
 MOST_BESIDE = 1000  # searches, where a journal has them, too
+TEXTS = ("prompt", "negative")  # fields whose words are nobody's but the client's
+ENOUGH = 12  # characters of such a text by which a message that has it is known
 
 
 class Ended:
@@ -65,6 +68,30 @@ def left(order: Ordered) -> dict[str, Any]:
     """The outcome of a search whose service has ended."""
     why = f"the service ended before the search {order.id} did: ask again"
     return {"status": "cancelled", "error": told(EngineClosed(why))}
+
+
+def told_of(order: Ordered, error: Mapping[str, Any]) -> str:
+    """Why a search failed, as a log may have it: one line without the words of its prompt."""
+    message = str(error.get("message") or "it does not say why")
+    for name in TEXTS:
+        text = order.request.get(name)
+        if isinstance(text, str) and text:
+            for quoted in (shown(text), shown(text, 60)):
+                message = message.replace(quoted, f"<{name}>")
+            message = _without(message, text, f"<{name}>")
+    return line(f"{error.get('type')}: {message}", LONGEST)
+
+
+def _without(message: str, text: str, mark: str) -> str:
+    """A message without a text, of which it may have the beginning alone; short ones may be words of the message."""
+    parts, at = list[str](), 0
+    if len(text) < ENOUGH:
+        return message
+    while (found := message.find(text[:ENOUGH], at)) >= 0:
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(message[found:], text, strict=False)))
+        parts += [message[at:found], mark]
+        at = found + same
+    return "".join([*parts, message[at:]])
 
 
 async def write(journal: Journal, id: str, outcome: dict[str, Any], payload: bytes) -> bool:

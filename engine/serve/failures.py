@@ -142,14 +142,17 @@ def param(message: str, fields: Collection[str], request: Mapping[str, Any] | No
 async def of_http(call: Call, error: Exception) -> JSONResponse:
     """The answer where no route fits."""
     assert isinstance(error, HTTPException)
-    path, method = line(call.url.path, 100), line(call.method, 20)
+    path, method, allowed = line(call.url.path, 100), line(call.method, 20), _allowed(call)
     said = {
         404: f"there is nothing at {path}: see /docs for what there is",
-        405: f"{method} is not allowed at {path}: use {_allowed(call)}; see /docs",
+        405: f"{method} is not allowed at {path}: use {' or '.join(allowed) or 'another method'}; see /docs",
     }
     message = said.get(error.status_code) or f"{HTTPStatus(error.status_code).phrase}: {error.detail}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return Failure(message, error.status_code, None, code, error.headers).response()
+    headers = {**(error.headers or {})}
+    if error.status_code == 405:  # the error itself knows of one route alone
+        headers["Allow"] = ", ".join(allowed)
+    return Failure(message, error.status_code, None, code, headers).response()
 
 
 async def of_rollflow(call: Call, error: Exception) -> JSONResponse:
@@ -158,7 +161,7 @@ async def of_rollflow(call: Call, error: Exception) -> JSONResponse:
     return refused(error).response()
 
 
-def _allowed(call: Call) -> str:
+def _allowed(call: Call) -> list[str]:
     """The methods of all routes that lead to a path."""
     routes = [route for route in call.app.routes if isinstance(route, Route) and route.path_regex.match(call.url.path)]
-    return " or ".join(sorted({method for route in routes for method in route.methods or ()})) or "another method"
+    return sorted({method for route in routes for method in route.methods or ()})

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rollflow.errors import shown
+from rollflow.errors import line, shown
 from rollflow.serve.counter import Counter
 from rollflow.serve.failures import INTERNAL, Failure
 from rollflow.serve.keys import local
 
 LOG = logging.getLogger("rollflow")
 GUARDED = ("/v1/", "/metrics")  # what takes a key; /health and /ready, the page and what it says of the API take none
+ASKING = (("POST", "/v1/searches"), ("POST", "/v1/images/generations"))  # for searches; refusals of others do not count
+OTHER = "other"  # the route of a path that leads nowhere
 POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode()))
 
@@ -39,29 +43,37 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
+        status, begun, where = 0, time.monotonic(), route(scope)
+        number = f"req_{secrets.token_hex(8)}"  # OpenAI's client reads it
 
         async def counted(message: Message) -> None:
-            nonlocal begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                begun = True
-                self._counter.metrics.answered(message["status"])
-                number = (b"x-request-id", f"req_{secrets.token_hex(8)}".encode())  # OpenAI's client reads it
-                message["headers"] = [*message.get("headers", ()), *SAFE, number]
+                status = message["status"]
+                self._counter.metrics.answered(where, status)
+                message["headers"] = [*message.get("headers", ()), *SAFE, (b"x-request-id", number.encode())]
             await send(message)
 
         try:
-            scope.setdefault("state", {})["owner"] = self._owner(scope)
-        except Failure as failure:
-            await failure.response()(scope, receive, counted)
-            return
-        try:
-            await self._app(scope, receive, counted)
+            await self._let_in(scope, receive, counted, where)
         except Exception:
-            if begun:  # the answer ends where it is, and the server's log says why
+            if status:  # the answer ends where it is, and the server's log says why
                 raise
             LOG.exception("a request met a fault of rollflow")
             await INTERNAL.response()(scope, receive, counted)
+        finally:
+            taken = 1000 * (time.monotonic() - begun)
+            LOG.debug("%s %s %s %.1f ms %s", line(scope["method"], 20), where, status or "no answer", taken, number)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send, where: str) -> None:
+        try:
+            scope.setdefault("state", {})["owner"] = self._owner(scope)
+        except Failure as failure:
+            if (scope["method"], where) in ASKING:
+                self._counter.metrics.refused(failure.code)
+            await failure.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
     def _owner(self, scope: Scope) -> str:
         keys, headers = self._counter.keys, Headers(scope=scope)
@@ -104,3 +116,9 @@ class Gate:
         if order is None or not self._counter.keys.signed(order.owner, order.id, given):
             return None
         return order.owner
+
+
+def route(scope: Scope) -> str:
+    """The template of the route that a request's path leads to, "other" where there is none: never what was asked."""
+    routes = (one for one in scope["app"].routes if isinstance(one, Route))
+    return next((one.path_format for one in routes if one.path_regex.match(scope["path"])), OTHER)

@@ -34,12 +34,13 @@ async def generate(call: Call, counter: Counter, owner: str) -> Response:
 
     A client that goes cancels its searches, so that nothing would be there for its Idempotency-Key to find.
     """
-    if "idempotency-key" in call.headers:
-        what = "images are not kept for a second request: leave it out, or hand in a job at POST /v1/searches"
-        raise Failure(f"Idempotency-Key: {what}", 400, None, "idempotency_key_unsupported")
-    body = await read_json(call, counter.settings.max_body)
-    asked = fields.images(body, counter.settings, call.headers.get(TIMEOUT))
-    orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"), fleeting=True)
+    with counter.admitting():
+        if "idempotency-key" in call.headers:
+            what = "images are not kept for a second request: leave it out, or hand in a job at POST /v1/searches"
+            raise Failure(f"Idempotency-Key: {what}", 400, None, "idempotency_key_unsupported")
+        body = await read_json(call, counter.settings.max_body)
+        asked = fields.images(body, counter.settings, call.headers.get(TIMEOUT))
+        orders = await counter.place(asked, owner, parent=call.headers.get("traceparent"), fleeting=True)
     if asked.stream:  # every refusal came before this: a stream that has begun has been let in
         events = _events(call, counter, asked, orders)
         return sse.EventStream(events, counter.settings.heartbeat, partial(cancel, orders))

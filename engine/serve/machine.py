@@ -88,6 +88,7 @@ async def stats(call: Call, counter: Counter, owner: str) -> Response:
                 "nfe_per_second": now.nfe_per_second,
                 "occupancy": now.occupancy,
                 "free_slots": now.free,
+                "slots": now.pooled,
                 "workers": [
                     {"name": one.name, "alive": one.alive, "age": one.age, "running": one.running}
                     for one in now.workers

@@ -61,6 +61,7 @@ class Ordered:
         sent: what its client sent, where its idempotency key is to be compared by that; None: the request.
         of: what it was handed in as a part of.
         fleeting: whether it is only for who waits for it now, and not to go on after a restart.
+        again: whether it is of before a restart.
         created, started, ended: in seconds since 1970, None before; it starts when an engine lets it in.
         status: "queued" until an engine has let it in, "running", then "done", "cancelled" or "failed".
         budget: its NFE.
@@ -82,7 +83,7 @@ class Ordered:
         self.replay = Replay(())  # its scores so far, for another worker
         self.place = self.deaths = self.alone = 0  # the dispatcher's: its turn, and deaths of its workers
         self.cancelling = self.ending = False
-        self.fleeting = False
+        self.fleeting = self.again = False
         self.sent: dict[str, Any] | None = None
         self.of: object = None
         self._front, self._better, self._changed, self._over = front, list[Progress](), asyncio.Event(), False
@@ -244,7 +245,7 @@ def recalled(kept: Kept, front: Front) -> Ordered:
     request = {name: value for name, value in kept.request.items() if name not in (FLEETING, SENT)}
     budget = request.get("nfe")
     order = Ordered(kept.id, request, kept.owner, kept.key, front, budget if isinstance(budget, int) else USUAL)
-    order.fleeting, order.sent = FLEETING in kept.request, kept.request.get(SENT)
+    order.fleeting, order.sent, order.again = FLEETING in kept.request, kept.request.get(SENT), True
     order.created, order.replay = kept.created, kept.replay
     if kept.status == "accepted":
         order.before(kept.replay)

@@ -25,7 +25,7 @@ class WorkerStats:
         running: searches that it has.
         outstanding_nfe: what they have left to spend.
         nfe_per_second: over the last ten seconds.
-        free: slots of particles that are not in use.
+        free, pooled: slots of particles that are not in use, and all; none before the first search.
         deaths: how often it died.
     """
 
@@ -36,6 +36,7 @@ class WorkerStats:
     outstanding_nfe: int
     nfe_per_second: float
     free: int
+    pooled: int
     deaths: int
 
     @property
@@ -103,13 +104,16 @@ class WorkerState:
 
     def now(self, clock: float) -> WorkerStats:
         """It as others may see it."""
+        stats = self.stats if self.state == "ready" else {}
+        free = int(stats.get("free", 0))
         return WorkerStats(
             str(self),
             self.state,
             self.tick_age(clock),
             len(self.orders),
             self.nfe,
-            float(self.stats.get("nfe_per_second", 0.0)) if self.state == "ready" else 0.0,
-            int(self.stats.get("free", 0)) if self.state == "ready" else 0,
+            float(stats.get("nfe_per_second", 0.0)),
+            free,
+            free + int(stats.get("live", 0)),
             self.deaths,
         )

@@ -44,17 +44,11 @@ def told(order: Ordered, call: Call, counter: Counter) -> dict[str, Any]:
 
 async def create(call: Call, counter: Counter, owner: str) -> Response:
     """Hands in a search and answers at once, 202; the same Idempotency-Key gives the same search."""
-    key = call.headers.get("idempotency-key")
-    if key is not None and not (0 < len(key) <= LONGEST_KEY and key.isprintable()):
-        raise Failure(
-            f"Idempotency-Key {shown(key)}: it must be 1 to {LONGEST_KEY} characters that can be printed",
-            400,
-            None,
-            "invalid_idempotency_key",
-        )
-    body = await read_json(call, counter.settings.max_body)
-    asked = fields.search(body, counter.settings)
-    (order,) = await counter.place(asked, owner, key, call.headers.get("traceparent"))
+    with counter.admitting():
+        key = _key(call)
+        body = await read_json(call, counter.settings.max_body)
+        asked = fields.search(body, counter.settings)
+        (order,) = await counter.place(asked, owner, key, call.headers.get("traceparent"))
     return JSONResponse(told(order, call, counter), 202, {"Location": f"/v1/searches/{order.id}"})
 
 
@@ -120,6 +114,18 @@ async def _told(call: Call, counter: Counter, order: Ordered, after: int, every:
             yield sse.event("search.improved" if better else "search.progress", about, one.nfe if better else None)
     if order.status not in ("queued", "running"):  # of one that goes on after a restart the client asks again
         yield sse.event(f"search.{order.status}", told(order, call, counter), order.progress.nfe)
+
+
+def _key(call: Call) -> str | None:
+    key = call.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= LONGEST_KEY and key.isprintable()):
+        raise Failure(
+            f"Idempotency-Key {shown(key)}: it must be 1 to {LONGEST_KEY} characters that can be printed",
+            400,
+            None,
+            "invalid_idempotency_key",
+        )
+    return key
 
 
 def _order(call: Call, counter: Counter, owner: str) -> Ordered:

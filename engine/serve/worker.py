@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from rollflow.engine import Engine
 from rollflow.errors import RequestError, RollflowError, said, shown, told
 from rollflow.models import silence
+from rollflow.serve.logs import told_on_stderr
 from rollflow.serve.messages import Message, pack, read
 from rollflow.serve.station import Station
 
@@ -109,7 +110,8 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     spare_the_collector()
-    code = run(source, sink)
+    with told_on_stderr("warning"):
+        code = run(source, sink)
     sys.stderr.flush()
     os._exit(code)  # threads may be in calls that do not come back
 

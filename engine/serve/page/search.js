@@ -193,7 +193,7 @@ async function watch() {
     $("occupancy").textContent = `${Math.round(100 * now.occupancy)} %`;
     $("running").textContent = now.running;
     $("waiting").textContent = now.waiting;
-    $("free").textContent = short(now.free_slots);
+    $("free").textContent = now.slots ? short(now.free_slots) : "–"; // they are made for the first search
     const alive = now.workers.filter(one => one.alive).length;
     $("workers").textContent = now.draining ? "draining" : `${alive} of ${now.workers.length}`;
     rates.push(now.nfe_per_second);
