@@ -275,6 +275,7 @@ ALL: dict[str, dict[str, Any]] = {
             "nfe_per_second": _of("number", "of all workers, over the last ten seconds", null=True),
             "occupancy": _of("number", "how full batches were, 0 to 1"),
             "free_slots": _of("integer", "places for candidates that are not in use"),
+            "slots": _of("integer", "all places for candidates that there are, 0 before a size is first used"),
             "workers": {"type": "array", "description": "each worker", "items": _object("", _WORKER)},
             "nfe": _of(
                 "object",
