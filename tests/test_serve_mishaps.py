@@ -375,8 +375,8 @@ def test_the_log_tells_of_workers(caplog):
         "WARNING the worker 0 (told) died (kill -9); its 0 searches go on elsewhere",
         "INFO the worker 0 is started again",
         "INFO the worker 0 (told) is ready",
-        "INFO draining: 0 searches run and 0 wait; they have 0 s, and new ones are refused",
-        "INFO closed: 0 searches were not over and have failed",
+        "INFO draining: searches that run: 0; that wait: 0; they have 0 s, and new ones are refused",
+        "INFO closed: searches that were not over and have failed: 0",
     ]
 
 
@@ -394,10 +394,10 @@ def test_the_log_tells_of_the_journal_at_the_start_and_at_the_end(journal, caplo
 
     run(main())
     assert logged(caplog) == [
-        "INFO 2 searches of the journal go on, and 1 whose clients have gone are ended",
+        "INFO the journal: searches that go on: 2; that are ended, as their clients have gone: 1",
         "INFO the worker 0 (told) is ready",
-        "INFO draining: 1 searches run and 1 wait; they have 0.01 s, and new ones are refused",
-        "INFO closed: 2 searches are left in the journal",
+        "INFO draining: searches that run: 1; that wait: 1; they have 0.01 s, and new ones are refused",
+        "INFO closed: searches that are left in the journal: 2",
     ]
 
 

@@ -127,9 +127,9 @@ def test_a_signal_ends_it_when_what_was_asked_for_is_done(server):
     assert all(lines)
     told = [one[1] for one in lines]
     assert told[:2] == [
-        "INFO 0 searches of the journal go on, and 0 whose clients have gone are ended",
+        "INFO the journal: searches that go on: 0; that are ended, as their clients have gone: 0",
         "INFO the worker 0 (local) is ready",
     ]
     assert any(re.fullmatch(r"DEBUG POST /v1/searches 202 [\d.]+ ms req_\w+", one) for one in told)
-    assert any(re.match(r"INFO draining: \d searches run and \d wait; they have 30 s", one) for one in told)
-    assert told[-1] == "INFO closed: 0 searches are left in the journal" and PROMPT not in log.read_text()
+    assert any(re.match(r"INFO draining: searches that run: \d; that wait: \d; they have 30 s", one) for one in told)
+    assert told[-1] == "INFO closed: searches that are left in the journal: 0" and PROMPT not in log.read_text()

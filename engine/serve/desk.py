@@ -94,7 +94,7 @@ class Desk:
         if self._journal is not None:
             ended = sum(order.ending for order in self._active.values())
             on = len(self._active) - ended
-            LOG.info("%d searches of the journal go on, and %d whose clients have gone are ended", on, ended)
+            LOG.info("the journal: searches that go on: %d; that are ended, as their clients have gone: %d", on, ended)
         try:
             await self._dispatcher.start()
         except BaseException:
@@ -110,7 +110,7 @@ class Desk:
         """
         if not self.draining:
             now = Counter(order.status for order in self._active.values() if not order.ending)
-            text = "draining: %d searches run and %d wait; they have %g s, and new ones are refused"
+            text = "draining: searches that run: %d; that wait: %d; they have %g s, and new ones are refused"
             LOG.info(text, now["running"], now["queued"], grace)
         self.draining = True
         with suppress(asyncio.TimeoutError):
@@ -122,8 +122,8 @@ class Desk:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._leave()  # what was being accepted meanwhile
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        fate = "were not over and have failed" if self._journal is None else "are left in the journal"
-        LOG.info("closed: %d searches %s", len(self._active), fate)
+        fate = "that were not over and have failed" if self._journal is None else "that are left in the journal"
+        LOG.info("closed: searches %s: %d", fate, len(self._active))
 
     def _leave(self) -> None:
         """Lets go of what is not over."""
