@@ -317,9 +317,11 @@ def test_a_key_finds_its_search_although_the_server_s_own_defaults_have_changed(
         assert (await desk.submit(ask(reward="slow"), key="k", sent=sent)).id == first.id
         assert desk.get(first.id).request == ask(reward="bright")
         with pytest.raises(KeyReused):
-            await desk.submit(ask(reward="bright"), key="k", sent={**sent, "prompt": "b"})
-        with pytest.raises(KeyReused):  # of who says nothing of what was sent, the request counts
+            await desk.submit(ask(reward="slow"), key="k", sent={**sent, "prompt": "b"})
+        with pytest.raises(KeyReused):
             await desk.submit(ask(reward="slow"), key="k")
+        named = {**sent, "reward": "bright"}  # which it was given before
+        assert (await desk.submit(ask(reward="bright"), key="k", sent=named)).id == first.id
         await desk.close()
 
     with Journal(tmp_path) as journal:

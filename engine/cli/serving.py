@@ -62,9 +62,10 @@ class Serve:
     cores: Cores = None
     """Cores of each of several workers, where they have no GPU."""
     lanes: Lanes = None
-    """Batches that a worker computes at a time."""
+    """Batches that a worker computes at a time; to be set where two servers are to compute alike."""
     buckets: Sizes = ()
-    """Batch sizes of a worker, ascending; a batch is padded up to the next."""
+    """Batch sizes of a worker, ascending; a batch is padded up to the next. To be set where two servers are to compute
+    alike, or a start is not to measure them."""
     ray: bool = False
     """Run the workers as actors of the Ray cluster at $RAY_ADDRESS, or of one that is started here; with --device cuda
     each has a GPU."""

@@ -167,7 +167,7 @@ class Desk:
             key: an idempotency key of the owner's: the same one gives the same search.
             owner: whose it is.
             fleeting: it is only for who waits for it now: it does not go on after a restart.
-            sent: what the client sent, plain JSON, by which a second request with its key is compared with it.
+            sent: what the client sent, plain JSON: a second request with its key is the same if it was sent alike.
             of: what it is a part of, with others: these do not count as waiting before it.
 
         Raises:

@@ -58,7 +58,7 @@ class Ordered:
         id: "srch_" and random hexadecimal digits.
         request: as it was asked for, plain JSON, see `rollflow.wire`.
         owner, key: whose it is, and its idempotency key.
-        sent: what its client sent, where its idempotency key is to be compared by that; None: the request.
+        sent: what its client sent with an idempotency key, by which it is compared, beside the request; None: unknown.
         of: what it was handed in as a part of.
         fleeting: whether it is only for who waits for it now, and not to go on after a restart.
         again: whether it is of before a restart.
@@ -92,8 +92,8 @@ class Ordered:
         return f"Ordered({self.id}, {self.status})"
 
     def same(self, request: dict[str, Any], sent: dict[str, Any] | None) -> bool:
-        """Whether another request asks for this search: by what was sent, since a server's own defaults may change."""
-        return self.request == request if self.sent is None or sent is None else self.sent == sent
+        """Whether another request asks for this search, or was sent as this one was: a server's defaults may change."""
+        return self.request == request or (sent is not None and self.sent == sent)
 
     @property
     def left(self) -> int:
