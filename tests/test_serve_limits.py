@@ -253,6 +253,7 @@ def test_no_spans_without_a_collector(monkeypatch):
         (["--max-priority", "-1"], "max_priority=-1"),
         (["--max-pixels", "0"], "max_pixels=0"),
         (["--rewards", "clip:model=/nowhere"], "there is no such folder"),
+        (["--rewards", "count", "http:url=http://127.0.0.1:9/score,key=NO_SUCH_KEY"], "NO_SUCH_KEY: set it first"),
         (["--port", "70000"], "choose another"),
         (["--host", "::1", "--model", "nowhere"], "there is no model"),
     ],

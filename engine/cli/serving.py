@@ -119,11 +119,7 @@ class Serve:
         for name, least in (("keep", 1), ("grace", 0)):
             if not least <= getattr(self, name) < 1e9:
                 raise RequestError(f"--{name} {getattr(self, name):g}: it must be seconds, at least {least}")
-        if self.rewards:
-            from rollflow.cli.judging import check_weights
-            from rollflow.request import Request
-
-            check_weights([Request("two red circles", one) for one in self.rewards])
+        self._check_rewards()
         settings = self._settings()
         with listening(self.host, self.port) as at, told_on_stderr(self.log_level):
             loop = _loop()
@@ -141,6 +137,20 @@ class Serve:
                 batch_sizes(self.buckets, self.runtime.reproducible, on_cpu=True)
             except RequestError as error:
                 raise RequestError(f"--buckets {' '.join(map(str, self.buckets))}: {error}") from error
+
+    def _check_rewards(self) -> None:
+        """Looks for weights, and for the keys of other servers, which no client could give."""
+        if not self.rewards:
+            return
+        from rollflow import rewards
+        from rollflow.cli.judging import check_weights
+        from rollflow.request import Request
+        from rollflow.serve.allowed import REMOTE
+
+        check_weights([Request("two red circles", one) for one in self.rewards])
+        for one in self.rewards:
+            if one.partition(":")[0] in REMOTE:
+                rewards.check(rewards.make(one), "two red circles")
 
     def _settings(self) -> ServeSettings:
         from rollflow.serve.keys import Keys, check_host
