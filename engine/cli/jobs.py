@@ -61,11 +61,12 @@ class Jobs:
 
 def described(kept: Kept, evaluated: int) -> dict[str, Any]:
     """A search as plain JSON: of a request its prompt and what it asks for beyond it, of a result the numbers."""
+    from rollflow.wire import TENSORS
+
     result = {
         name: value for name, value in (kept.result or {}).items() if name not in ("improvements", "level", "prompt")
     }
-    tensors = ("latents", "image", "mask")
-    asked = {name: value for name, value in kept.request.items() if name not in tensors and name[0] != "_"}
+    asked = {name: value for name, value in kept.request.items() if name not in TENSORS and name[:1] != "_"}
     return {
         "id": kept.id, "status": kept.status, "created": kept.created, "ended": kept.ended, "owner": kept.owner,
         "key": kept.key, "fetched": kept.fetched, "request": asked, "result": result or None, "error": kept.error,

@@ -39,14 +39,12 @@ class Rewards:
             print(explained(self.name))
             return
         made = {name: rewards.make(name) for name in rewards.names()}
+        follows = {name: "yes" if rewards.differentiable(one) else "" for name, one in made.items()}
         print_table(
             "rewards",
             ("reward", "what it measures", "gradient", "takes", "here"),
             [
-                (
-                    *(name, rewards.measures(one), "yes" if rewards.differentiable(one) else ""),
-                    *(", ".join(packages(one)), here(one)),
-                )
+                (name, rewards.measures(one), follows[name], ", ".join(packages(one)), here(one))
                 for name, one in made.items()
             ],
             "gradient: methods that follow it can use the reward; takes: packages that pip install 'rollflow[rewards]' "

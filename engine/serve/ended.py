@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
-from rollflow.errors import LONGEST, EngineClosed, RollflowError, line, shown, told
+from rollflow.errors import LONGEST, EngineClosed, RollflowError, line, told
 from rollflow.journal import Journal
-from rollflow.serve.orders import Ordered
+from rollflow.serve.orders import TEXTS, Ordered, quoted
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds before an end that could not be written is written again
 LOG = logging.getLogger("rollflow")
 MOST, MOST_BYTES = 20_000, 1 << 30  # searches, and the files of their images
 MOST_BESIDE = 1000  # searches, where a journal has them, too
-TEXTS = ("prompt", "negative")  # fields whose words are nobody's but the client's
 ENOUGH = 12  # characters of such a text by which a message that has it is known
 
 
@@ -73,12 +72,10 @@ def left(order: Ordered) -> dict[str, Any]:
 def told_of(order: Ordered, error: Mapping[str, Any]) -> str:
     """Why a search failed, as a log may have it: one line without the words of its prompt."""
     message = str(error.get("message") or "it does not say why")
+    for name, text in quoted(order.request):
+        message = message.replace(text, f"<{name}>")
     for name in TEXTS:
-        text = order.request.get(name)
-        if isinstance(text, str) and text:
-            for quoted in (shown(text), shown(text, 60)):
-                message = message.replace(quoted, f"<{name}>")
-            message = _without(message, text, f"<{name}>")
+        message = _without(message, str(order.request.get(name) or ""), f"<{name}>")
     return line(f"{error.get('type')}: {message}", LONGEST)
 
 

@@ -15,7 +15,6 @@ from starlette.routing import Route
 
 from rollflow.errors import (
     LONGEST,
-    QUOTED,
     Cancelled,
     EngineBusy,
     EngineClosed,
@@ -27,6 +26,7 @@ from rollflow.errors import (
     line,
     shown,
 )
+from rollflow.serve.orders import quoted
 
 SOON = 5.0  # seconds after which a client may ask again where nothing is known of the wait
 _STATUS: Mapping[str, tuple[int, str]] = {  # by the type of an error: status and code
@@ -42,8 +42,6 @@ _STATUS: Mapping[str, tuple[int, str]] = {  # by the type of an error: status an
     FunctionError.__name__: (500, "reward_failed"),
     "RewardUnavailable": (500, "reward_failed"),
 }
-TEXTS = ("prompt", "negative")  # fields whose words messages quote
-_QUOTED = (QUOTED, 60)  # characters to which messages cut what they quote
 _FIRST = re.compile(r"['\"]?([a-z_]+)['\"]?[=:]")  # the field that a message begins with
 
 
@@ -130,9 +128,8 @@ def param(message: str, fields: Collection[str], request: Mapping[str, Any] | No
     """
     if (begin := _FIRST.match(message)) is not None and begin[1] in fields:
         return begin[1]
-    for name in TEXTS:
-        text = (request or {}).get(name)
-        if isinstance(text, str) and any(shown(text, most) in message for most in _QUOTED):
+    for name, text in quoted(request or {}):
+        if text in message:
             return name
     bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", message)
     words = re.findall(r"([a-z_]+)=", bare) + re.findall(r"[a-z_]+", bare)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rollflow.draw import GUIDED_NFE
 from rollflow.entries import Replay, read, written
+from rollflow.errors import QUOTED, shown
 from rollflow.journal import Kept
 
 USUAL = 100  # NFE of a request that leaves its budget open
+TEXTS = ("prompt", "negative")  # fields whose words are the client's own, and which messages quote
+QUOTATIONS = (QUOTED, 60)  # characters to which messages cut what they quote
 FLEETING, SENT = "_fleeting", "_sent"  # beside a request's own fields in a journal
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 
@@ -230,6 +233,14 @@ class Ordered:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def quoted(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The texts of a request as messages quote them, each with its field."""
+    for name in TEXTS:
+        text = request.get(name)
+        if isinstance(text, str) and text:
+            yield from ((name, shown(text, most)) for most in QUOTATIONS)
 
 
 def kept_as(order: Ordered) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def pretrained(**options: Any) -> Engine:
 def spare_the_collector() -> None:
     """Keeps Python's garbage collector from going through all that was imported, which is no garbage, again and again.
 
-    That takes a third of a second in which no thread of the process does anything. It is for a process that does
+    That takes some tenths of a second in which no thread of the process does anything. It is for a process that does
     nothing else, before it makes its engine.
     """
     gc.collect()
